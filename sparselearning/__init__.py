@@ -1,0 +1,3 @@
+"""Train sparse networks from scratch, in any PyTorch loop."""
+
+__version__ = "2.0.0.dev0"
