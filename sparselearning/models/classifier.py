@@ -1,0 +1,29 @@
+"""The shape all image classifiers here share: named layers in a row, ending in log-probabilities."""
+
+from torch import Tensor, nn
+
+
+class Classifier(nn.Module):
+    """Map images [N, *input_shape] through `layers`, in their order, to log-probabilities [N, classes]."""
+
+    def __init__(self, input_shape: tuple[int, int, int], **layers: nn.Module):
+        super().__init__()
+        self.input_shape = input_shape
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.log_softmax = nn.LogSoftmax(dim=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return log-probabilities [N, classes] of images [N, C, H, W].
+
+        Raises:
+            ValueError: if the images have another shape than `input_shape`.
+        """
+        if images.ndim != 4 or images.shape[1:] != self.input_shape:
+            raise ValueError(
+                f"This model takes images of shape [N, {', '.join(map(str, self.input_shape))}], "
+                f"got {list(images.shape)}. Resize them, or choose a model made for them."
+            )
+        for layer in self.children():
+            images = layer(images)
+        return images
