@@ -1,0 +1,465 @@
+"""Masking: sparse training in any PyTorch loop.
+
+One update of the masks (sparse momentum, Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/1907.04840):
+
+    k_i = ceil(p_i * nnz_i)                      how many to remove in layer i
+    r_i = mean(|M_i| over active) / sum_j        importance of layer i
+    m_i <- drop_lowest(|W_i|, m_i, k_i)          prune
+    g   = apportion(sum_i k_i, r, room)          redistribute
+    m_i <- add_highest(|M_i|, m_i, g_i)          grow
+    W_i <- W_i * m_i                             apply
+
+`Masking.truncate_weights` reads in this order.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparselearning import distributed
+from sparselearning.distributions import DISTRIBUTIONS, Distribution, active_counts
+from sparselearning.experiments.arguments import add_sparse_args
+from sparselearning.functions import is_network_wide, resolve
+from sparselearning.grow import GROWTH_FUNCTIONS
+from sparselearning.layer import SparseLayer
+from sparselearning.maskable import canonical_name, maskable_parameters
+from sparselearning.momentum import keeps_momentum, master_weights, momentum_of, torch_optimizer
+from sparselearning.prune import PRUNE_FUNCTIONS
+from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS, no_redistribution
+from sparselearning.schedules import Constant, CosineDecay, LinearDecay
+from sparselearning.selection import add_highest, apportion
+
+__all__ = ["CosineDecay", "LinearDecay", "Masking", "add_sparse_args"]
+
+logger = logging.getLogger(__name__)
+
+Schedule = Callable[[int], float]
+
+
+class Masking:
+    """Holds binary masks on the weights of a model and moves them.
+
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        mask = Masking(optimizer, CosineDecay(0.5, epochs * len(loader)))
+        mask.add_module(model, density=0.05)
+        for epoch in range(epochs):
+            for x, y in loader:
+                optimizer.zero_grad()
+                loss_fn(model(x), y).backward()
+                mask.step()  # or optimizer.step(): the masks hold either way
+            mask.at_end_of_epoch()
+
+    Args:
+        optimizer: any torch optimizer (or a wrapper that holds one as `.optimizer`).
+        prune_rate_decay: function from the number of optimizer steps to the fraction of active weights
+            that an update moves, in [0, 1]; None keeps `prune_rate`.
+        prune_rate: the constant rate where there is no `prune_rate_decay`.
+        prune_mode, growth_mode, redistribution_mode: a key of the tables in prune.py, grow.py and
+            redistribute.py, or a function (see functions.py).
+        prune_every_k_steps: move the masks after every k optimizer steps; 0 leaves it to
+            `at_end_of_epoch`.
+        verbose: log the active weights of every layer after an update.
+        fp16: the model is in half precision and the optimizer wrapper keeps fp32 master weights
+            (Apex's FP16_Optimizer); found without asking where the wrapper shows them.
+
+    Raises:
+        ValueError: for an unknown mode.
+        TypeError: for a function of the wrong shape, or an optimizer that is none.
+        RuntimeError: if a mode needs a momentum and the optimizer keeps none.
+
+    Weights are changed in place, their storage never. Biases, normalisation parameters, every other 1-d
+    parameter, embeddings and frozen weights stay dense.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        prune_rate_decay: Schedule | None,
+        prune_rate: float = 0.5,
+        prune_mode: str | Callable = "magnitude",
+        growth_mode: str | Callable = "momentum",
+        redistribution_mode: str | Callable = "momentum",
+        prune_every_k_steps: int = 0,
+        verbose: bool = False,
+        fp16: bool = False,
+    ):
+        self.optimizer = torch_optimizer(optimizer)
+        self.stepper = optimizer
+        self.prune_rate_decay = prune_rate_decay or Constant(prune_rate)
+        self.prune_mode, self.prune = prune_mode, resolve("prune_mode", prune_mode, PRUNE_FUNCTIONS)
+        self.growth_mode, self.grow = growth_mode, resolve("growth_mode", growth_mode, GROWTH_FUNCTIONS)
+        self.redistribution_mode = redistribution_mode
+        self.measure = resolve("redistribution_mode", redistribution_mode, REDISTRIBUTION_FUNCTIONS)
+        self.prune_every_k_steps = prune_every_k_steps
+        self.verbose = verbose
+        self.modules: list[nn.Module] = []
+        self.layers: list[SparseLayer] = []
+        self.steps = 0
+        self.baseline_nonzero = 0  # active weights the network keeps
+        self.prune_threshold = 0.001  # of prune_mode="threshold"
+        self.tolerance = 0.02
+        self._masters = master_weights(optimizer, required=fp16)
+        modes = (growth_mode, redistribution_mode)
+        if any("momentum" in mode for mode in modes if isinstance(mode, str)):
+            keeps_momentum(self.optimizer, required=True)
+        self.optimizer.register_step_post_hook(lambda *_: self._after_step())
+
+    # Which weights are sparse
+
+    def add_module(
+        self,
+        module: nn.Module,
+        density: float,
+        sparse_init: str | Distribution = "constant",
+        remove_param_names: Iterable[str] = (),
+        sparse_embeddings: bool = False,
+    ) -> None:
+        """Make the weights of `module` sparse: round(density * their number) stay active, drawn at random.
+
+        Args:
+            density: fraction of the maskable weights that stays active, in (0, 1].
+            sparse_init: how they are divided among layers: 'constant' (the same density), 'linear'
+                (Erdos-Renyi), 'erdos_renyi_kernel', a function from a weight's shape to its share, or
+                'resume', which takes the nonzero weights as they are and ignores `density`.
+            remove_param_names: weights whose name contains one of these stay dense.
+            sparse_embeddings: mask embeddings too.
+
+        Raises:
+            ValueError: for a density outside (0, 1], an unknown `sparse_init`, or nothing to mask.
+        """
+        if not 0 < density <= 1:
+            raise ValueError(f"Expected a density in (0, 1], got {density}.")
+        if not callable(sparse_init) and sparse_init not in (*DISTRIBUTIONS, "resume"):
+            names = ", ".join(map(repr, (*DISTRIBUTIONS, "resume")))
+            raise ValueError(f"Unknown sparse_init {sparse_init!r}. Pass a function, or one of {names}.")
+        new = self._new_layers(module, tuple(remove_param_names), sparse_embeddings)
+        if not new:
+            raise ValueError(f"{type(module).__name__} has no weight to mask that is not masked already.")
+        if sparse_init == "resume":
+            for layer in new:
+                layer.mask.copy_(layer.master != 0)
+        else:
+            distribution = DISTRIBUTIONS[sparse_init] if isinstance(sparse_init, str) else sparse_init
+            counts = active_counts([layer.mask.shape for layer in new], density, distribution)
+            for layer, count in zip(new, counts, strict=True):
+                score = torch.rand(layer.mask.shape, device=layer.mask.device)
+                layer.mask.copy_(add_highest(score, torch.zeros_like(layer.mask), count))
+        self.modules.append(module)
+        self.layers += new
+        self._agree_and_count()
+        self.baseline_nonzero = self.total_nonzero
+        self.apply_mask()
+        if self.verbose:
+            self.print_nonzero_counts()
+
+    def _new_layers(self, module, skip, sparse_embeddings):
+        known = {id(layer.weight) for layer in self.layers}
+        taken = set(self.masks)
+        layers = []
+        for name, weight in maskable_parameters(module, sparse_embeddings=sparse_embeddings):
+            if id(weight) in known or any(part in name for part in skip):
+                continue
+            if name in taken:  # a second module may use the names of the first
+                name = f"{len(self.modules)}.{name}"
+            mask = torch.zeros_like(weight, dtype=torch.bool)
+            layers.append(SparseLayer(name, weight, self._masters.get(id(weight), weight), mask))
+        return layers
+
+    def remove_weight(self, name: str) -> None:
+        """Train the weight of this exact name densely from now on; its pruned entries start at zero.
+
+        To keep a layer's initial values, name it in `add_module(remove_param_names=...)` instead.
+
+        Raises:
+            KeyError: if no masked weight has this name.
+        """
+        name = canonical_name(name)
+        if name not in self.masks:
+            raise KeyError(f"No masked weight is called {name!r}. There are {', '.join(self.masks)}.")
+        self._remove(lambda layer: layer.name == name)
+
+    def remove_weight_partial_name(self, partial_name: str) -> None:
+        """Train the weights whose name contains `partial_name` densely from now on."""
+        self._remove(lambda layer: partial_name in layer.name)
+
+    def remove_type(self, nn_type: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
+        """Train the weights held directly by modules of this type densely from now on."""
+        owned = {
+            id(parameter)
+            for root in self.modules
+            for module in root.modules()
+            if isinstance(module, nn_type)
+            for parameter in module.parameters(recurse=False)
+        }
+        self._remove(lambda layer: id(layer.weight) in owned)
+
+    def _remove(self, unwanted):
+        removed = [layer for layer in self.layers if unwanted(layer)]
+        self.layers = [layer for layer in self.layers if not unwanted(layer)]
+        self.baseline_nonzero -= sum(layer.nonzeros for layer in removed)
+        for layer in removed:
+            logger.info("%s stays dense: %d weights.", layer.name, layer.mask.numel())
+
+    # Training
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """The optimizer's, so that GradScaler.step(mask) and LR schedulers take a Masking."""
+        return self.stepper.param_groups
+
+    def step(self, closure: Callable | None = None) -> Any:
+        """Step the optimizer; the masks are applied right after, as after any step of the optimizer."""
+        return self.stepper.step() if closure is None else self.stepper.step(closure)
+
+    def _after_step(self):
+        self.steps += 1
+        self.apply_mask()
+        if self.prune_every_k_steps and self.steps % self.prune_every_k_steps == 0:
+            self._update()
+
+    def at_end_of_epoch(self) -> None:
+        """Move the masks once."""
+        self._update()
+
+    def _update(self):
+        self.truncate_weights()
+        if self.verbose:
+            self.print_nonzero_counts()
+
+    def apply_mask(self) -> None:
+        """Set all inactive weights to zero, in place."""
+        for layer in self.layers:
+            layer.apply_mask()
+
+    # One update of the masks
+
+    @torch.no_grad()
+    def truncate_weights(self) -> None:
+        """Move the masks once: prune, redistribute, grow. The number of active weights stays.
+
+        If a function fails, the masks are as before.
+        """
+        if not self.layers:
+            return
+        before = [layer.mask.clone() for layer in self.layers]
+        try:
+            self._measure_importance()
+            self._set_prune_rates()
+            self._prune_weights()
+            self._grow_weights(self._redistribute())
+        except BaseException:
+            for layer, mask in zip(self.layers, before, strict=True):
+                layer.mask.copy_(mask)
+            self._count()
+            raise
+        self._agree_and_count()
+        self.apply_mask()
+
+    def _measure_importance(self):
+        measured = [self.measure(self, layer.name, layer.master, layer.mask) for layer in self.layers]
+        # NaN (a layer without active weights) and negative importance count as none.
+        importance = [max(value, 0.0) if value == value else 0.0 for value in _to_numbers(measured)]
+        total = sum(importance)
+        for layer, value in zip(self.layers, importance, strict=True):
+            layer.importance = value / total if total else 1 / len(self.layers)
+
+    def _set_prune_rates(self):
+        for layer in self.layers:
+            layer.prune_rate = self.prune_rate
+            sparsity = 1 - layer.density
+            # A nearly dense layer that is still growing would only prune what it regrows.
+            if sparsity < 0.2 and layer.importance > 1 / len(self.layers):
+                layer.prune_rate = min(layer.prune_rate, sparsity)
+
+    def _prune_weights(self):
+        if is_network_wide(self.prune):
+            self._replace_masks(self.prune(self))
+        else:
+            for layer in self.layers:
+                self._replace(layer, self.prune(self, layer.mask, layer.master, layer.name))
+        nonzeros = [layer.nonzeros for layer in self.layers]
+        self._count()
+        for layer, count in zip(self.layers, nonzeros, strict=True):
+            layer.removed = count - layer.nonzeros
+
+    def _redistribute(self):
+        """Return how many weights each layer grows, together as many as the network lacks."""
+        if self.measure is no_redistribution:
+            return [layer.removed for layer in self.layers]
+        lacking = self.baseline_nonzero - self.total_nonzero
+        room = [int(0.99 * layer.zeros) for layer in self.layers]
+        if sum(room) < lacking:
+            room = [layer.zeros for layer in self.layers]
+        return apportion(lacking, [layer.importance for layer in self.layers], room)
+
+    def _grow_weights(self, regrowth):
+        if is_network_wide(self.grow):
+            self._replace_masks(self.grow(self, sum(regrowth)))
+        else:
+            for layer, count in zip(self.layers, regrowth, strict=True):
+                self._replace(layer, self.grow(self, layer.name, layer.mask, count, layer.master))
+
+    def _replace_masks(self, masks):
+        for layer in self.layers:
+            self._replace(layer, masks[layer.name])
+
+    def _replace(self, layer, mask):
+        if not isinstance(mask, Tensor) or mask.shape != layer.mask.shape:
+            came = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(
+                f"Expected a mask of shape {tuple(layer.mask.shape)} for {layer.name}, got {came}. "
+                "Prune and grow functions return the mask they were given, or a new one of its shape."
+            )
+        layer.mask.copy_(mask)
+
+    def _agree_and_count(self):
+        if distributed.in_process_group():
+            distributed.broadcast_masks([layer.mask for layer in self.layers])
+        self._count()
+
+    def _count(self):
+        counts = _to_numbers([layer.mask.count_nonzero() for layer in self.layers])
+        for layer, count in zip(self.layers, counts, strict=True):
+            layer.nonzeros = int(count)
+
+    # What functions read
+
+    def get_momentum_for_weight(self, weight: Tensor) -> Tensor:
+        """Return the momentum of a weight, a tensor of its shape; see `momentum.momentum_of`."""
+        return momentum_of(self.optimizer, self._masters.get(id(weight), weight))
+
+    @property
+    def prune_rate(self) -> float:
+        """The fraction of active weights that an update would move now."""
+        return self.prune_rate_decay(self.steps)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Name -> mask."""
+        return {layer.name: layer.mask for layer in self.layers}
+
+    @property
+    def name2nonzeros(self) -> dict[str, int]:
+        """Name -> active weights."""
+        return {layer.name: layer.nonzeros for layer in self.layers}
+
+    @property
+    def name2zeros(self) -> dict[str, int]:
+        """Name -> inactive weights."""
+        return {layer.name: layer.zeros for layer in self.layers}
+
+    @property
+    def name2removed(self) -> dict[str, int]:
+        """Name -> weights pruned in the last update."""
+        return {layer.name: layer.removed for layer in self.layers}
+
+    @property
+    def name2variance(self) -> dict[str, float]:
+        """Name -> importance in the last update, normalised over layers."""
+        return {layer.name: layer.importance for layer in self.layers}
+
+    @property
+    def name2prune_rate(self) -> dict[str, float]:
+        """Name -> prune rate of the last update."""
+        return {layer.name: layer.prune_rate for layer in self.layers}
+
+    @property
+    def total_nonzero(self) -> int:
+        """Active weights of the network."""
+        return sum(layer.nonzeros for layer in self.layers)
+
+    @property
+    def total_zero(self) -> int:
+        """Inactive weights of the network."""
+        return sum(layer.zeros for layer in self.layers)
+
+    @property
+    def total_removed(self) -> int:
+        """Weights pruned in the last update."""
+        return sum(layer.removed for layer in self.layers)
+
+    @property
+    def density(self) -> float:
+        """Fraction of the masked weights that are active."""
+        return self.total_nonzero / max(self.total_nonzero + self.total_zero, 1)
+
+    def print_nonzero_counts(self) -> None:
+        """Log the active weights of every layer and of the network."""
+        for layer in self.layers:
+            size = layer.mask.numel()
+            logger.info("%s: %d of %d active, density %.4f", layer.name, layer.nonzeros, size, layer.density)
+        logger.info("Prune rate: %.4f. Active weights: %d.", self.prune_rate, self.total_nonzero)
+
+    # Saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return masks, counts and steps; plain numbers, strings and tensors."""
+        layers = {
+            layer.name: {
+                "mask": layer.mask,
+                "removed": layer.removed,
+                "importance": layer.importance,
+                "prune_rate": layer.prune_rate,
+            }
+            for layer in self.layers
+        }
+        return {
+            "steps": self.steps,
+            "baseline_nonzero": self.baseline_nonzero,
+            "prune_threshold": self.prune_threshold,
+            "layers": layers,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take masks, counts and steps from `state`, and apply the masks.
+
+        Call `add_module` first, with the same model; the masks drawn there are overwritten.
+
+        Raises:
+            RuntimeError: if the masked weights differ in name or shape; nothing is changed then.
+        """
+        saved = state["layers"]
+        _check_same_layers({name: entry["mask"].shape for name, entry in saved.items()}, self.layers)
+        for layer in self.layers:
+            entry = saved[layer.name]
+            layer.mask.copy_(entry["mask"])
+            layer.removed, layer.importance = entry["removed"], entry["importance"]
+            layer.prune_rate = entry["prune_rate"]
+        self.steps = state["steps"]
+        self.baseline_nonzero = state["baseline_nonzero"]
+        self.prune_threshold = state["prune_threshold"]
+        self._count()
+        self.apply_mask()
+
+
+def _to_numbers(values: list) -> list[float]:
+    """Return Python numbers for numbers and 0-d tensors, fetched in one synchronisation per device."""
+    tensors = [value.detach() for value in values if isinstance(value, Tensor)]
+    if not tensors:
+        return [float(value) for value in values]
+    device = tensors[0].device
+    fetched = iter(torch.stack([tensor.double().reshape(()).to(device) for tensor in tensors]).tolist())
+    return [next(fetched) if isinstance(value, Tensor) else float(value) for value in values]
+
+
+def _check_same_layers(saved: dict[str, torch.Size], layers: list[SparseLayer]) -> None:
+    here = {layer.name: layer.mask.shape for layer in layers}
+    if saved == here:
+        return
+    differences = [
+        f"{name}: {_shape(saved, name)} in the state, {_shape(here, name)} here"
+        for name in sorted(saved.keys() | here.keys())
+        if saved.get(name) != here.get(name)
+    ]
+    raise RuntimeError(
+        "The masks are of another model. "
+        + "; ".join(differences)
+        + ". Call add_module with the model that was saved."
+    )
+
+
+def _shape(shapes, name):
+    return str(tuple(shapes[name])) if name in shapes else "absent"

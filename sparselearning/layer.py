@@ -1,0 +1,41 @@
+"""One sparse weight: the parameter, its mask and what is known about them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class SparseLayer:
+    """A weight, its mask (bool, True = active), and the statistics of its last update.
+
+    `master` is the tensor the optimizer steps: the weight itself, or its fp32 copy in mixed precision.
+    """
+
+    name: str
+    weight: Tensor
+    master: Tensor
+    mask: Tensor
+    nonzeros: int = 0  # active weights
+    removed: int = 0  # weights pruned in the last update
+    importance: float = 0.0  # share of this layer in the importance of the network
+    prune_rate: float = 0.0  # fraction of active weights to prune
+
+    @property
+    def zeros(self) -> int:
+        """Inactive weights."""
+        return self.mask.numel() - self.nonzeros
+
+    @property
+    def density(self) -> float:
+        """Fraction of weights that are active."""
+        return self.nonzeros / self.mask.numel()
+
+    @torch.no_grad()
+    def apply_mask(self) -> None:
+        """Set inactive weights to zero, in place; also where they are infinite or NaN."""
+        inactive = ~self.mask
+        self.master.masked_fill_(inactive, 0)
+        if self.master is not self.weight:
+            self.weight.masked_fill_(inactive, 0)

@@ -1,0 +1,64 @@
+"""Prune-rate schedules: functions from the optimizer step to a prune rate in [0, 1]."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CosineDecay:
+    """Anneal from `prune_rate` at step 0 to `eta_min` at step `T_max` along half a cosine, and stay there.
+
+    >>> decay = CosineDecay(0.5, T_max=100)
+    >>> decay(0), decay(100), decay(150)
+    (0.5, 0.005, 0.005)
+    """
+
+    prune_rate: float
+    T_max: int
+    eta_min: float = 0.005
+
+    def __post_init__(self):
+        _check(self.prune_rate, self.T_max)
+
+    def __call__(self, step: int) -> float:
+        progress = min(step / self.T_max, 1)
+        return self.eta_min + (self.prune_rate - self.eta_min) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@dataclass(frozen=True)
+class LinearDecay:
+    """Anneal from `prune_rate` at step 0 to zero at step `T_max` along a line, and stay there.
+
+    >>> decay = LinearDecay(0.5, T_max=100)
+    >>> decay(0), decay(50), decay(150)
+    (0.5, 0.25, 0.0)
+    """
+
+    prune_rate: float
+    T_max: int
+
+    def __post_init__(self):
+        _check(self.prune_rate, self.T_max)
+
+    def __call__(self, step: int) -> float:
+        return self.prune_rate * max(1 - step / self.T_max, 0)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same `prune_rate` at every step."""
+
+    prune_rate: float
+
+    def __post_init__(self):
+        _check(self.prune_rate, 1)
+
+    def __call__(self, step: int) -> float:
+        return self.prune_rate
+
+
+def _check(prune_rate, T_max):
+    if not 0 <= prune_rate <= 1:
+        raise ValueError(f"Expected a prune rate in [0, 1], got {prune_rate}.")
+    if T_max < 1:
+        raise ValueError(f"Expected T_max of at least 1 step, got {T_max}.")
