@@ -1,0 +1,207 @@
+"""Time the layers of a model, and estimate what their zeros could save.
+
+    with LayerBench(model) as bench, torch.no_grad():
+        for images, _ in batches:
+            model(images)
+    print(bench.table())
+
+The sparse times are the estimate of release 1.0, not a measurement: the dense time, as if work on zeros were
+free.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """One layer in one forward pass of the model: seconds, and shares in [0, 1].
+
+    A channel of a linear layer is one of its input features. A channel is dead in the weight if every weight
+    that reads it is zero, and dead in the input of one sample if it is zero at every position.
+    """
+
+    name: str
+    seconds: float
+    weight_density: float
+    input_density: float
+    dead_weight_channels: float
+    dead_input_channels: float
+
+    @property
+    def channel_sparse_seconds(self) -> float:
+        """Estimate without dead channels: t (1 - dead in the weight) (1 - dead in the input)."""
+        return self.seconds * (1 - self.dead_weight_channels) * (1 - self.dead_input_channels)
+
+    @property
+    def sparse_seconds(self) -> float:
+        """Estimate without any zero: t * input density * weight density."""
+        return self.seconds * self.input_density * self.weight_density
+
+
+# Columns of the table. Of TIMES it gives the totals too, and the speed-up over the first.
+SHARES: dict[str, Callable[[LayerTime], float]] = {
+    "weight\ndensity": lambda layer: layer.weight_density,
+    "input\ndensity": lambda layer: layer.input_density,
+    "dead channels\nof weight": lambda layer: layer.dead_weight_channels,
+    "dead channels\nof input": lambda layer: layer.dead_input_channels,
+}
+TIMES: dict[str, Callable[[LayerTime], float]] = {
+    "dense\nmeasured ms": lambda layer: layer.seconds,
+    "channel-sparse\nestimated ms": lambda layer: layer.channel_sparse_seconds,
+    "fully sparse\nestimated ms": lambda layer: layer.sparse_seconds,
+}
+
+
+LEGEND = """\
+Times are per forward pass. Dense: measured. Sparse: ESTIMATES, as if work on zeros were free,
+  channel-sparse = dense x (1 - dead channels of weight) x (1 - dead channels of input)
+  fully sparse = dense x input density x weight density"""
+
+
+class LayerBench:
+    """Context manager that times every Conv2d and Linear of `model` while the model runs inside it.
+
+    The time of a layer is the median over its calls times its calls per forward pass, so that neither warm-up
+    nor a smaller last batch counts. Run several batches, through the model itself and not a compiled copy.
+    Works on the CPU and on CUDA devices; there it waits for the device only when the results are read.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+        self._started: dict[str, tuple[Any, Tensor, Tensor]] = {}
+        self._calls: defaultdict[str, list[_Call]] = defaultdict(list)
+        self._passes = 0
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "LayerBench":
+        self._handles.append(self._model.register_forward_hook(self._count_pass))
+        for name, layer in self._layers.items():
+            start, end = partial(self._start, name), partial(self._end, name)
+            self._handles.append(layer.register_forward_pre_hook(start, with_kwargs=True))
+            self._handles.append(layer.register_forward_hook(end))
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def layers(self) -> list[LayerTime]:
+        """Return the layers that ran, in the order of their first call, with their weights as they are now.
+
+        Raises:
+            RuntimeError: if no forward pass of the model was seen.
+        """
+        if not self._calls or not self._passes:
+            expected = (
+                "Expected a model with Conv2d or Linear layers to run inside the `with` block of LayerBench"
+            )
+            raise RuntimeError(f"{expected}, saw no such run. Call model(images) there.")
+        return [self._summary(name, calls) for name, calls in self._calls.items()]
+
+    def table(self) -> str:
+        """Return the layers as text, one a line, then the total times and what they gain over the dense one.
+
+        Raises:
+            RuntimeError: if no forward pass of the model was seen.
+        """
+        from tabulate import tabulate
+
+        layers = self.layers()
+        totals = [sum(seconds(layer) for layer in layers) for seconds in TIMES.values()]
+        rows: list[list[Any]] = []
+        for layer in layers:
+            shares = [f"{share(layer):.4f}" for share in SHARES.values()]
+            rows.append([layer.name, *shares, *(_milliseconds(seconds(layer)) for seconds in TIMES.values())])
+        blank = [""] * len(SHARES)
+        rows.append(["total", *blank, *map(_milliseconds, totals)])
+        rows.append(["speed-up", *blank, *(_speed_up(totals[0], total) for total in totals)])
+        headers = ["layer", *SHARES, *TIMES]
+        text = tabulate(
+            rows, headers, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1)
+        )
+        return f"{text}\n{LEGEND}"
+
+    def _summary(self, name: str, calls: "list[_Call]") -> LayerTime:
+        layer = self._layers[name]
+        return LayerTime(
+            name=name or type(layer).__name__,
+            seconds=median(call.seconds() for call in calls) * len(calls) / self._passes,
+            weight_density=float(_density(layer.weight)),
+            input_density=float(torch.stack([call.input_density for call in calls]).mean()),
+            dead_weight_channels=_dead_weight_channels(layer),
+            dead_input_channels=float(torch.stack([call.dead_input_channels for call in calls]).mean()),
+        )
+
+    def _count_pass(self, *_arguments: object) -> None:
+        self._passes += 1
+
+    def _start(self, name: str, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        alive = (x != 0) if isinstance(layer, nn.Linear) else (x != 0).flatten(-2).any(-1)
+        statistics = _density(x), 1 - _density(alive)
+        self._started[name] = (_now(x.device), *statistics)
+
+    def _end(self, name: str, _layer: nn.Module, _args: tuple, output: Tensor) -> None:
+        end = _now(output.device)
+        start, *statistics = self._started.pop(name)
+        self._calls[name].append(_Call(start, end, *statistics))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of one layer, between two instants of `_now`; the statistics wait on the device."""
+
+    start: Any
+    end: Any
+    input_density: Tensor
+    dead_input_channels: Tensor
+
+    def seconds(self) -> float:
+        if isinstance(self.start, float):
+            return self.end - self.start
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end) / 1e3
+
+
+def _now(device: torch.device) -> "float | torch.cuda.Event":
+    if device.type == "cpu":
+        return time.perf_counter()
+    if device.type != "cuda":
+        raise ValueError(
+            f"LayerBench measures on cpu and cuda devices, got {device}. Move the model and images."
+        )
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _density(x: Tensor) -> Tensor:
+    return x.count_nonzero() / x.numel()
+
+
+def _dead_weight_channels(layer: nn.Conv2d | nn.Linear) -> float:
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    outputs, inputs = layer.weight.shape[
+        :2
+    ]  # a grouped convolution has in_channels / groups inputs per group
+    alive = (layer.weight != 0).reshape(groups, outputs // groups, inputs, -1).any(3).any(1)
+    return 1 - float(_density(alive))
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.4f}"
+
+
+def _speed_up(dense: float, other: float) -> str:
+    return f"{dense / other:.2f}x" if other else "-"

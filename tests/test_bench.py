@@ -1,0 +1,149 @@
+"""The per-layer benchmark: what it counts by hand, what it estimates, what it leaves behind."""
+
+import pytest
+import torch
+from torch import nn
+
+from sparselearning.experiments import bench
+from sparselearning.experiments.bench import LayerBench
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+def bench_of(model, *inputs):
+    with LayerBench(model) as measured, torch.no_grad():
+        for x in inputs:
+            model(x)
+    return measured
+
+
+@torch.no_grad()
+def test_convolution_counted_by_hand(device):
+    conv = nn.Conv2d(4, 2, 3, bias=False).to(device)
+    conv.weight.zero_()
+    conv.weight[0, 0, 0, 0] = conv.weight[1, 2, 1, 1] = 5.0  # channels 1 and 3 of 4 are never read
+    x = torch.zeros(2, 4, 6, 6, device=device)
+    x[0, 0] = 1.0
+    x[1, 3, 2, 2] = 1.0  # 2 of 8 channels are alive
+    (layer,) = bench_of(conv, x, x).layers()
+    assert layer.weight_density == pytest.approx(2 / 72)
+    assert layer.dead_weight_channels == pytest.approx(0.5)
+    assert layer.input_density == pytest.approx(37 / 288)
+    assert layer.dead_input_channels == pytest.approx(0.75)
+    assert layer.seconds > 0
+    assert layer.channel_sparse_seconds == pytest.approx(layer.seconds * 0.5 * 0.25)
+    assert layer.sparse_seconds == pytest.approx(layer.seconds * 2 / 72 * 37 / 288)
+
+
+@torch.no_grad()
+def test_linear_counted_by_hand(device):
+    linear = nn.Linear(4, 2).to(device)
+    linear.weight.copy_(torch.tensor([[1.0, 0.0, 0.0, 2.0], [0.0, 0.0, 0.0, 3.0]]))
+    (layer,) = bench_of(linear, torch.tensor([[1.0, 2.0, 3.0, 0.0]], device=device)).layers()
+    assert (layer.name, layer.weight_density, layer.dead_weight_channels) == ("Linear", 3 / 8, 0.5)
+    assert (layer.input_density, layer.dead_input_channels) == (0.75, 0.25)
+
+
+@torch.no_grad()
+def test_dead_channels_of_a_grouped_convolution():
+    conv = nn.Conv2d(4, 4, 1, groups=2)
+    conv.weight.fill_(1.0)
+    conv.weight[2:, 0] = 0.0  # input channel 2, the first of the second group
+    (layer,) = bench_of(conv, torch.ones(1, 4, 2, 2)).layers()
+    assert layer.dead_weight_channels == 0.25
+
+
+def test_statistics_are_the_mean_over_calls():
+    model = nn.Sequential(nn.Linear(2, 2))
+    (layer,) = bench_of(model, torch.ones(3, 2), torch.zeros(3, 2)).layers()
+    assert layer.input_density == 0.5
+
+
+def test_a_layer_used_twice_counts_twice_per_pass(monkeypatch):
+    seconds = iter(range(1000))
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: float(next(seconds)))
+    linear = nn.Linear(2, 2)
+    model = nn.Sequential(linear, nn.Sequential(linear), nn.Linear(2, 2))
+    shared, once = bench_of(model, *[torch.ones(1, 2)] * 5).layers()
+    assert (shared.name, shared.seconds) == ("0", 2.0)
+    assert (once.name, once.seconds) == ("2", 1.0)
+
+
+def test_slow_first_calls_do_not_count(monkeypatch):
+    instants = iter([0.0, 90.0, 100.0, 101.0, 102.0, 103.0])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(instants))
+    (layer,) = bench_of(nn.Linear(2, 2), *[torch.ones(1, 2)] * 3).layers()
+    assert layer.seconds == 1.0
+
+
+def test_the_table_marks_estimates_and_adds_up(monkeypatch):
+    instants = iter([0.0, 0.001, 0.002, 0.005])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(instants))
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+        model[0].bias.fill_(1.0)
+        model[1].weight.fill_(1.0)
+    lines = bench_of(model, torch.ones(1, 2)).table().splitlines()
+    assert lines[1].split()[-6:] == ["measured", "ms", "estimated", "ms", "estimated", "ms"]
+    cells = {line.split()[0]: line.split()[1:] for line in lines[2:]}
+    assert cells["0"] == ["0.5000", "1.0000", "0.5000", "0.0000", "1.0000", "0.5000", "0.5000"]
+    assert cells["total"] == ["4.0000", "3.5000", "3.5000"]
+    assert cells["speed-up"] == ["1.00x", "1.14x", "1.14x"]
+    assert "ESTIMATES" in "\n".join(lines)
+
+
+def test_another_time_is_one_more_column(monkeypatch):
+    monkeypatch.setitem(bench.TIMES, "sparse\nmeasured ms", lambda layer: layer.seconds / 2)
+    lines = bench_of(nn.Linear(2, 2), torch.ones(1, 2)).table().splitlines()
+    assert next(line for line in lines if line.startswith("speed-up")).endswith("2.00x")
+
+
+def test_an_all_zero_layer_has_no_speed_up():
+    model = nn.Linear(2, 2)
+    nn.init.zeros_(model.weight)
+    assert "speed-up" in bench_of(model, torch.ones(1, 2)).table()
+
+
+def test_no_hook_stays_behind():
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(RuntimeError, match="mat1"), LayerBench(model):
+        model(torch.ones(1, 1, 3, 3))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_failed_pass_is_not_counted():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    with LayerBench(model) as measured:
+        with pytest.raises(RuntimeError, match="mat1"):
+            model(torch.zeros(1, 9))
+        model(torch.ones(1, 4))
+    assert [layer.input_density for layer in measured.layers()] == [1.0]
+
+
+def test_training_goes_on_under_the_benchmark():
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    with LayerBench(model) as measured:
+        model(input=torch.rand(5, 4)).sum().backward()
+    assert len(measured.layers()) == 2
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.ReLU())])
+def test_nothing_measured_is_said(model):
+    with LayerBench(model) as measured:
+        if isinstance(model, nn.Sequential):
+            model(torch.ones(1))
+    with pytest.raises(RuntimeError, match="saw no such run"):
+        measured.table()
+
+
+def test_other_devices_are_refused():
+    model = nn.Linear(2, 2, device="meta")
+    with LayerBench(model), pytest.raises(ValueError, match="got meta"):
+        model(torch.ones(1, 2, device="meta"))
