@@ -13,7 +13,6 @@ from sparselearning.grow import GROWTH_FUNCTIONS
 from sparselearning.prune import PRUNE_FUNCTIONS
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
 
-
 TABLES: dict[str, Mapping[str, Callable]] = {
     "prune_mode": PRUNE_FUNCTIONS,
     "redistribution_mode": REDISTRIBUTION_FUNCTIONS,
@@ -43,13 +42,26 @@ def add_sparse_args(
             metavar="MODE",
             help=f"{meaning}: {names}, or path/to/file.py:function (default: %(default)s)",
         )
-    group.add_argument("--prune-rate", "--death-rate", type=fraction, default=0.5, metavar="RATE",
-                       help="fraction of active weights that the first update moves (default: %(default)s)")  # fmt: skip
-    group.add_argument("--density", type=positive_fraction, default=0.05,
-                       help="fraction of weights that is active (default: %(default)s)")  # fmt: skip
-    group.add_argument("--sparse-init", choices=[*DISTRIBUTIONS, "resume"], default="constant",
-                       help="how active weights are divided among layers at the start; resume takes the "
-                       "nonzeros of a loaded checkpoint (default: %(default)s)")  # fmt: skip
+    group.add_argument(
+        *("--prune-rate", "--death-rate"),
+        type=fraction,
+        default=0.5,
+        metavar="RATE",
+        help="fraction of active weights that the first update moves (default: %(default)s)",
+    )
+    group.add_argument(
+        "--density",
+        type=positive_fraction,
+        default=0.05,
+        help="fraction of weights that is active, in (0, 1] (default: %(default)s)",
+    )
+    group.add_argument(
+        "--sparse-init",
+        choices=[*DISTRIBUTIONS, "resume"],
+        default="constant",
+        help="how active weights are divided among layers at the start; resume takes the nonzeros of the "
+        "checkpoint given to --resume (default: %(default)s)",
+    )
     kind_of_run = group.add_mutually_exclusive_group()
     kind_of_run.add_argument("--dense", action="store_true", help="train the dense model")
     kind_of_run.add_argument("--sparse", action="store_false", dest="dense", help="train sparse (default)")

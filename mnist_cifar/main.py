@@ -1,0 +1,245 @@
+"""Train a sparse network on MNIST, CIFAR-10 or scikit-learn's digits.
+
+    python main.py --data digits --model lenet300-100 --density 0.05
+    python main.py --data mnist --model lenet5 --density 0.05
+    python main.py --data cifar --model wrn-16-8 --density 0.05 --amp bf16
+
+A run leaves runs/<data>-<model>-<density>-<seed>-<hash>/ with args.json, log.txt, metrics.jsonl, checkpoint.pt,
+curves.png and density.png. `--resume <that folder>` goes on where it was stopped.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from extensions import EXTENSIONS
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from sparselearning import checkpoint, models
+from sparselearning.core import CosineDecay, LinearDecay, Masking, add_sparse_args
+from sparselearning.experiments import data as datasets
+from sparselearning.experiments import features, plots
+from sparselearning.experiments.arguments import find_mode, fraction, positive_int
+from sparselearning.experiments.bench import LayerBench
+from sparselearning.experiments.run_folder import RunFolder
+from sparselearning.experiments.training import (
+    ApexPrecision,
+    NotFinite,
+    Precision,
+    evaluate,
+    find_apex,
+    progress_bar,
+    train_epoch,
+)
+from sparselearning.functions import FunctionError
+
+IMAGE_SHAPES = {"digits": (1, 28, 28), "mnist": (1, 28, 28), "cifar": (3, 32, 32)}
+
+logger = logging.getLogger("mnist_cifar")
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    # fmt: off
+    add("--data", choices=[*datasets.SOURCES], default="mnist", help="data set (default: mnist)")
+    add("--model", default="lenet300-100", help=f"{', '.join(models.MODELS)} (default: lenet300-100)")
+    add("--batch-size", type=positive_int, default=100, metavar="N", help="images per step (default: 100)")
+    add("--test-batch-size", type=positive_int, default=100, metavar="N", help="the same in evaluation (default: 100)")
+    add("--epochs", type=positive_int, default=100, metavar="N", help="epochs to train (default: 100)")
+    add("--start-epoch", type=positive_int, default=1, metavar="N", help="number of the first epoch (default: 1)")
+    add("--optimizer", choices=["sgd", "adam"], default="sgd", help="sgd is Nesterov's (default: sgd)")
+    add("--lr", type=float, default=0.1, help="learning rate (default: 0.1)")
+    add("--momentum", type=fraction, default=0.9, help="momentum of sgd (default: 0.9)")
+    add("--l2", type=float, default=5e-4, help="weight decay (default: 5e-4)")
+    add("--l1", type=float, default=0.0, help="factor of the sum of |weights| in the loss (default: 0)")
+    add("--decay_frequency", type=positive_int, default=25000, metavar="STEPS",
+        help="multiply lr by 0.1 every so many steps (default: 25000)")
+    add("--decay-schedule", choices=["cosine", "linear"], default="cosine",
+        help="how the prune rate decays over the run (default: cosine)")
+    add("--valid_split", type=fraction, default=0.1,
+        help="last fraction of the training images, held out for validation (default: 0.1)")
+    add("--seed", type=int, default=17, help="random seed (default: 17)")
+    add("--iters", type=positive_int, default=1, metavar="N",
+        help="runs to make, with seeds seed, seed + 1, ... (default: 1)")
+    add("--device", type=available_device, default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:1, mps, ... (default: %(default)s)")
+    add("--no-cuda", action="store_const", const="cpu", dest="device", help="the same as --device cpu")
+    add("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed precision (default: none)")
+    add("--fp16", action="store_true",
+        help="fp16 with fp32 master weights: by Apex where it is installed, else --amp fp16")
+    add("--compile", action="store_true", help="compile the model with torch.compile")
+    add("--max-threads", type=positive_int, default=10, metavar="N",
+        help="CPU threads, at most one a core (default: 10)")
+    add("--data-dir", help="folder of the data files (default: $SPARSELEARNING_DATA or ./data)")
+    add("--run-dir", default="runs", help="folder of the run folders (default: runs)")
+    add("--resume", metavar="PATH", help="run folder or checkpoint to go on from")
+    add("--save-model", metavar="FILE", help="write the trained model's state_dict there too")
+    add("--log-interval", type=positive_int, default=100, metavar="STEPS",
+        help="steps between two losses shown (default: 100)")
+    add("--save-features", action="store_true",
+        help="write features.npz, for plot_feature_histograms.py; with --resume, of the saved model")
+    add("--bench", action="store_true", help="time the layers on the test set and estimate sparse speed-ups")
+    # fmt: on
+    add_sparse_args(parser, EXTENSIONS)
+    args = parser.parse_args(argv)
+    check(parser, args)
+    return args
+
+
+def available_device(text):
+    """Parse the name of a device that this machine has."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"no device {text!r} here: {str(error).splitlines()[0]}") from None
+    return text
+
+
+def check(parser, args):
+    """End with one line and exit status 2 where arguments do not fit together."""
+    sparse, modes = not args.dense, {args.growth, args.redistribution}
+    no_momentum = args.optimizer == "sgd" and args.momentum == 0
+    if sparse and no_momentum and any("momentum" in mode for mode in modes):
+        advice = "--momentum 0.9, or --growth random --redistribution nonzeros"
+        parser.error(f"--growth momentum and --redistribution momentum need a momentum: {advice}")
+    if sparse and args.optimizer != "adam" and {args.prune, args.redistribution} & {"magnitude_variance", "variance"}:
+        parser.error("variance functions need Adam's second moment: add --optimizer adam --lr 0.001")
+    if args.sparse_init == "resume" and not args.resume:
+        parser.error("--sparse-init resume takes the nonzeros of a checkpoint: add --resume PATH")
+    try:
+        models.check_input(args.model, IMAGE_SHAPES[args.data])
+    except ValueError as error:
+        parser.error(str(error))
+    if args.resume and Path(args.resume).is_dir():
+        args.resume = str(Path(args.resume) / "checkpoint.pt")
+    if args.fp16:
+        args.amp = "apex" if find_apex() else "fp16"
+
+
+def run(args):
+    """Make one run, and return its folder."""
+    device = torch.device(args.device)
+    torch.set_num_threads(min(args.max_threads, os.cpu_count() or 1))
+    torch.manual_seed(args.seed)
+
+    data = datasets.load(args.data, args.data_dir, device, args.valid_split)
+    look = dict(mean=data.mean, std=data.std, channels_last=device.type == "cuda")
+    steps_per_epoch = datasets.count_batches(data.train, args.batch_size)
+
+    def in_order(split):
+        return datasets.batches(split, args.test_batch_size, **look)
+
+    model = models.build(args.model).to(device)
+    if args.sparse_init == "resume":
+        checkpoint.load_weights(args.resume, model)
+    if args.compile:
+        model.compile()
+    optimizer = build_optimizer(args, model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.decay_frequency, gamma=0.1)
+    precision = Precision(args.amp, device)
+    if args.amp == "apex":
+        precision = ApexPrecision(model, optimizer)
+        optimizer = precision.optimizer
+    mask = None if args.dense else build_mask(args, model, optimizer, args.epochs * steps_per_epoch)
+
+    parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, precision=precision)
+    if mask is not None:
+        parts["mask"] = mask
+    first_epoch, metrics = args.start_epoch, None
+    if args.resume and args.sparse_init != "resume":
+        saved = checkpoint.load(args.resume, device, **parts)
+        first_epoch, metrics = saved["epoch"] + 1, saved["metrics"]
+    folder = RunFolder(args, metrics)
+
+    with folder.log():
+        logger.info("%s: %s", folder.path, " ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
+        if args.fp16:
+            logger.info("fp16 by %s", "Apex" if args.amp == "apex" else "torch.amp, for Apex is not installed")
+        if mask is not None:
+            logger.info("density %.4f: %d weights active, %d not", mask.density, mask.total_nonzero, mask.total_zero)
+
+        for epoch in range(first_epoch, args.epochs + 1):
+            started = time.perf_counter()
+            batches = datasets.batches(data.train, args.batch_size, shuffle=True, augment=data.augment, **look)
+            try:
+                with progress_bar(f"epoch {epoch}", steps_per_epoch) as report:
+                    loss = train_epoch(
+                        model, batches, mask or optimizer, scheduler, precision, args.l1, report, args.log_interval
+                    )
+            except NotFinite as error:
+                raise NotFinite(f"Epoch {epoch}: {error}. {folder.kept(epoch)} Try a lower --lr.") from None
+            record = dict(epoch=epoch, steps=epoch * steps_per_epoch, train_loss=loss)
+            if data.valid is not None:
+                valid = evaluate(model, in_order(data.valid), precision)
+                record |= dict(valid_loss=valid.loss, valid_accuracy=valid.accuracy)
+            record |= dict(lr=scheduler.get_last_lr()[0])
+            if mask is not None:
+                densities = {layer.name: layer.density for layer in mask.layers}
+                record |= dict(prune_rate=mask.prune_rate, density=mask.density, density_per_layer=densities)
+                if epoch < args.epochs:
+                    mask.at_end_of_epoch()
+            folder.add(**record, seconds=time.perf_counter() - started)
+            logger.info(folder.line())
+            checkpoint.save(folder.checkpoint, **parts, epoch=epoch, metrics=folder.metrics, args=vars(args))
+
+        test = evaluate(model, in_order(data.test), precision)
+        folder.add(test_loss=test.loss, test_accuracy=test.accuracy, test_correct=test.correct, test_total=test.total)
+        if args.save_model:
+            checkpoint.write_atomically(args.save_model, lambda file: torch.save(model.state_dict(), file))
+        if args.save_features:
+            seen = features.collect(model, in_order(data.test), data.classes)
+            features.save(seen, folder.path / "features.npz")
+        if args.bench:
+            with LayerBench(model) as bench:
+                evaluate(model, in_order(data.test), precision)
+            logger.info(bench.table())
+        plots.plot_curves(folder.metrics, folder.path / "curves.png")
+        if mask is not None:
+            plots.plot_density(folder.metrics, folder.path / "density.png")
+        logger.info("Test evaluation: %s", test)
+    return folder
+
+
+def build_optimizer(args, model):
+    """Return the optimizer that the arguments ask for."""
+    settings = dict(lr=args.lr, weight_decay=args.l2, fused=args.device.startswith(("cpu", "cuda")))
+    if args.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), **settings)
+    return torch.optim.SGD(model.parameters(), momentum=args.momentum, nesterov=args.momentum > 0, **settings)
+
+
+def build_mask(args, model, optimizer, steps):
+    """Return the masks that the arguments ask for, on all of the model; the prune rate decays over `steps`."""
+    decay = {"cosine": CosineDecay, "linear": LinearDecay}[args.decay_schedule]
+    mask = Masking(
+        optimizer,
+        decay(args.prune_rate, steps),
+        prune_mode=find_mode("prune_mode", args.prune, EXTENSIONS["prune_mode"]),
+        growth_mode=find_mode("growth_mode", args.growth),
+        redistribution_mode=find_mode("redistribution_mode", args.redistribution, EXTENSIONS["redistribution_mode"]),
+        verbose=args.verbose,
+        fp16=args.amp == "apex",
+    )
+    mask.add_module(model, args.density, args.sparse_init)
+    return mask
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    try:
+        with logging_redirect_tqdm():
+            for i in range(args.iters):
+                run(argparse.Namespace(**{**vars(args), "seed": args.seed + i}))
+    except (datasets.DataError, checkpoint.CheckpointError, NotFinite, FunctionError, OSError) as error:
+        print(f"main.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The folder a run leaves: args.json, log.txt, metrics.jsonl, checkpoint.pt and pictures."""
+
+import argparse
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from sparselearning import checkpoint
+
+# They change where a run is kept or what it shows, not what it computes.
+NOT_IN_THE_NAME = {
+    *("bench", "data_dir", "iters", "log_interval", "max_threads", "resume", "run_dir"),
+    *("save_features", "save_model", "verbose"),
+}
+FORMATS = {
+    "train_loss": ".4f",
+    "valid_loss": ".4f",
+    "valid_accuracy": ".4f",
+    "lr": ".3g",
+    "prune_rate": ".4f",
+    "density": ".4f",
+    "seconds": ".1f",
+}
+
+
+class RunFolder:
+    """A run's folder, named after its arguments: <data>-<model>-<density>-<seed>-<hash>.
+
+    The hash is over all arguments that change the result, so that a run finds its folder again. An interrupted run
+    goes on with its `metrics`; a new one finds the folder empty, for what an earlier run of the same arguments left
+    there is kept beside, as <name>.1, <name>.2, ...
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+
+    def __init__(self, args: argparse.Namespace, metrics: list[dict[str, Any]] | None = None):
+        self.path = Path(args.run_dir) / _name(args)
+        self.metrics = list(metrics or [])
+        if metrics is None and self.path.exists():
+            beside = (self.path.with_name(f"{self.path.name}.{i}") for i in count(1))
+            self.path.rename(next(path for path in beside if not path.exists()))
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(vars(args), indent=2, sort_keys=True) + "\n"
+        checkpoint.write_atomically(self.path / "args.json", lambda file: file.write(text.encode()))
+        self._write_metrics()
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the run's checkpoint is."""
+        return self.path / "checkpoint.pt"
+
+    def add(self, **record: Any) -> None:
+        """Append a record to metrics.jsonl."""
+        self.metrics.append(record)
+        self._write_metrics()
+
+    def line(self) -> str:
+        """Return the last epoch as a line of text."""
+        return "  ".join(
+            f"{name.replace('_', ' ')} {value:{FORMATS.get(name, '')}}"
+            for name, value in self.metrics[-1].items()
+            if not isinstance(value, dict)
+        )
+
+    def kept(self, epoch: int) -> str:
+        """Return which checkpoint is left when epoch `epoch` fails."""
+        if self.checkpoint.exists():
+            return f"The checkpoint of epoch {epoch - 1} is kept in {self.checkpoint}."
+        return "There is no checkpoint yet."
+
+    def _write_metrics(self):
+        lines = "".join(json.dumps(record) + "\n" for record in self.metrics)
+        checkpoint.write_atomically(self.path / "metrics.jsonl", lambda file: file.write(lines.encode()))
+
+    @contextmanager
+    def log(self) -> Iterator[None]:
+        """Copy what is logged to log.txt."""
+        handler = logging.FileHandler(self.path / "log.txt")
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logging.getLogger().addHandler(handler)
+        try:
+            yield
+        finally:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+
+
+def _name(args):
+    settings = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_IN_THE_NAME}
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    density = 1.0 if args.dense else args.density
+    return f"{args.data}-{args.model}-{density:g}-{args.seed}-{digest}"
