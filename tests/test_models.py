@@ -1,4 +1,4 @@
-"""The networks: sizes of the published ones, inputs and outputs, what wraps them."""
+"""The networks: sizes of the published ones, inputs and outputs, what wraps them; torchvision's ResNets."""
 
 import math
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sparselearning.models import INPUT_SHAPES, MODELS, build, check_input
+from sparselearning.models.resnet import RESNETS, ResNet, resnet18, resnet50
 from sparselearning.models.wide_resnet import wide_resnet
 
 # Parameters in all, and those that may be masked: everything but biases and normalisation.
@@ -59,12 +60,10 @@ def test_channels_last_changes_no_output(name):
     model, images = built(name), images_for(name)
     expected = model(images)
     model.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(
-        model(images.to(memory_format=torch.channels_last)), expected, atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(model(images.to(memory_format=torch.channels_last)), expected, atol=1e-4, rtol=1e-4)
 
 
-@every_model
+@pytest.mark.parametrize("name", ["lenet5", "lenet300-100", "alexnet-s", "vgg-c", "wrn-16-8"])
 def test_compiles_to_one_graph(name):
     torch.compiler.reset()  # all models share one forward, and a process may compile it eight times
     model, images = built(name), images_for(name)
@@ -102,9 +101,7 @@ def test_wide_resnet_initialisation():
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]
-            tolerance = 4 / math.sqrt(
-                2 * module.weight.numel()
-            )  # four standard errors of a standard deviation
+            tolerance = 4 / math.sqrt(2 * module.weight.numel())  # four standard errors of a standard deviation
             assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=tolerance), name
             assert module.bias is None
         elif isinstance(module, nn.BatchNorm2d):
@@ -120,9 +117,7 @@ def test_impossible_depth_is_refused(depth):
 
 
 def test_unknown_model_lists_choices_and_a_near_one():
-    with pytest.raises(
-        ValueError, match=r"Unknown model 'wrn-16-9'\. Did you mean 'wrn-16-8'\? Choose from: lenet5"
-    ):
+    with pytest.raises(ValueError, match=r"Unknown model 'wrn-16-9'\. Did you mean 'wrn-16-8'\? Choose from: lenet5"):
         build("wrn-16-9")
     with pytest.raises(ValueError, match=r"Unknown model 'bert'\. Choose from: .*wrn-16-10\.$"):
         build("bert")
@@ -136,3 +131,95 @@ def test_check_input_names_the_models_that_fit():
         check_input("lenet5", (3, 32, 32))
     with pytest.raises(ValueError, match=r"got 3x64x64\. Resize the images"):
         check_input("vgg-d", (3, 64, 64))
+
+
+# ResNet against torchvision's
+
+
+def move_stride_to_1x1(model):
+    """Turn torchvision's bottlenecks into those of the paper."""
+    for stage in (model.layer2, model.layer3, model.layer4):
+        stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_resnet_parameters_are_named_as_in_torchvision(name):
+    torchvision = pytest.importorskip("torchvision")
+    with torch.device("meta"):
+        ours, theirs = RESNETS[name](), getattr(torchvision.models, name)()
+    shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    assert list(shapes[0]) == list(shapes[1])
+
+
+@pytest.mark.parametrize(("name", "stride_in"), [("resnet18", "3x3"), ("resnet50", "3x3"), ("resnet50", "1x1")])
+def test_resnet_outputs_are_those_of_torchvision(name, stride_in):
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    ours, theirs = RESNETS[name](10, stride_in=stride_in), getattr(torchvision.models, name)(num_classes=10)
+    if stride_in == "1x1":
+        move_stride_to_1x1(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, 96, 64)
+    assert torch.equal(ours(images), theirs(images)), "training, with the statistics of the batch"
+    assert torch.equal(ours.eval()(images), theirs.eval()(images))
+
+
+@pytest.mark.parametrize("zero_init", [False, True])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_resnet_begins_as_torchvision_does(name, zero_init):
+    torchvision = pytest.importorskip("torchvision")
+    ours = RESNETS[name](10, zero_init=zero_init).state_dict()
+    theirs = getattr(torchvision.models, name)(num_classes=10, zero_init_residual=zero_init).state_dict()
+    for key, value in ours.items():
+        if value.ndim == 4:
+            tolerance = 5 * math.sqrt(2) / math.sqrt(2 * value.numel())  # five standard errors of the difference
+            assert value.std().item() == pytest.approx(theirs[key].std().item(), rel=tolerance), key
+        elif "bn" in key or "downsample.1" in key:
+            assert torch.equal(value, theirs[key]), key
+
+
+def test_resnet_fan_in_initialisation():
+    torch.manual_seed(0)
+    for module in resnet18(10, fan="fan_in").modules():
+        if isinstance(module, nn.Conv2d):
+            tolerance = 4 / math.sqrt(2 * module.weight.numel())
+            expected = math.sqrt(2 / module.weight[0].numel())
+            assert module.weight.std().item() == pytest.approx(expected, rel=tolerance)
+
+
+def test_zero_init_makes_the_blocks_identities():
+    torch.manual_seed(0)
+    block = resnet50(10, zero_init=True).layer1[1]
+    features = torch.rand(2, 256, 4, 4)
+    assert torch.equal(block(features), features)
+
+
+def test_resnet_in_channels_last_and_compiled():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model, images = resnet18(10).eval(), torch.randn(2, 3, 64, 64)
+    expected = model(images)
+    model.to(memory_format=torch.channels_last)
+    images = images.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(images), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(images), model(images))
+
+
+def test_resnet_refuses_grey_images():
+    with pytest.raises(ValueError, match=r"\[N, 3, H, W\], got \[2, 1, 32, 32\]"):
+        resnet18(10)(torch.zeros(2, 1, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("depth", "options", "message"),
+    [
+        (20, {}, "Unknown depth 20. Choose from 18, 34, 50, 101, 152"),
+        (50, {"stride_in": "v1"}, "Unknown stride_in 'v1'. Choose '3x3' or '1x1'"),
+        (18, {"stride_in": "1x1"}, "ResNet-18 has no 1x1 convolution"),
+        (18, {"fan": "in"}, "Unknown fan 'in'. Choose 'fan_out' or 'fan_in'"),
+    ],
+)
+def test_unknown_resnet_options_are_refused(depth, options, message):
+    with pytest.raises(ValueError, match=message):
+        ResNet(depth, **options)

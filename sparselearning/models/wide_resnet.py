@@ -63,9 +63,7 @@ class PreactivationBlock(nn.Module):
 
 def _group(blocks: int, inputs: int, outputs: int, stride: int, dropout: float) -> nn.Sequential:
     first = PreactivationBlock(inputs, outputs, stride, dropout)
-    return nn.Sequential(
-        first, *[PreactivationBlock(outputs, outputs, 1, dropout) for _ in range(blocks - 1)]
-    )
+    return nn.Sequential(first, *[PreactivationBlock(outputs, outputs, 1, dropout) for _ in range(blocks - 1)])
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
