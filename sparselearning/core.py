@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sparselearning import distributed
 from sparselearning.distributions import DISTRIBUTIONS, Distribution, active_counts
 from sparselearning.experiments.arguments import add_sparse_args
-from sparselearning.functions import is_network_wide, resolve
+from sparselearning.functions import FunctionError, is_network_wide, resolve
 from sparselearning.grow import GROWTH_FUNCTIONS
 from sparselearning.layer import SparseLayer
 from sparselearning.maskable import canonical_name, maskable_parameters
@@ -210,11 +210,19 @@ class Masking:
         """The optimizer's, so that GradScaler.step(mask) and LR schedulers take a Masking."""
         return self.stepper.param_groups
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as the optimizer does."""
+        self.stepper.zero_grad(set_to_none=set_to_none)
+
     def step(self, closure: Callable | None = None) -> Any:
         """Step the optimizer; the masks are applied right after, as after any step of the optimizer."""
         return self.stepper.step() if closure is None else self.stepper.step(closure)
 
     def _after_step(self):
+        # A fused optimizer under GradScaler skips an overflowed step inside its kernel, and calls its hooks.
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        if found_inf is not None and found_inf.item():
+            return
         self.steps += 1
         self.apply_mask()
         if self.prune_every_k_steps and self.steps % self.prune_every_k_steps == 0:
@@ -309,7 +317,7 @@ class Masking:
     def _replace(self, layer, mask):
         if not isinstance(mask, Tensor) or mask.shape != layer.mask.shape:
             came = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(
+            raise FunctionError(
                 f"Expected a mask of shape {tuple(layer.mask.shape)} for {layer.name}, got {came}. "
                 "Prune and grow functions return the mask they were given, or a new one of its shape."
             )
@@ -455,9 +463,7 @@ def _check_same_layers(saved: dict[str, torch.Size], layers: list[SparseLayer]) 
         if saved.get(name) != here.get(name)
     ]
     raise RuntimeError(
-        "The masks are of another model. "
-        + "; ".join(differences)
-        + ". Call add_module with the model that was saved."
+        "The masks are of another model. " + "; ".join(differences) + ". Call add_module with the model that was saved."
     )
 
 

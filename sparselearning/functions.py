@@ -21,6 +21,10 @@ SIGNATURES = {
 NETWORK_WIDE_SIGNATURES = {"prune_mode": ("masking",), "growth_mode": ("masking", "total_regrowth")}
 
 
+class FunctionError(TypeError):
+    """A prune, redistribute or grow function that does not do what its kind does."""
+
+
 def network_wide(function: Callable) -> Callable:
     """Mark a prune or grow function that treats all layers at once."""
     function.network_wide = True  # pyright: ignore[reportFunctionMemberAccess]
@@ -37,7 +41,7 @@ def resolve(argument: str, mode: str | Callable, table: Mapping[str, Callable]) 
 
     Raises:
         ValueError: if `mode` is no key of the table.
-        TypeError: if it is a function that does not take the arguments of its kind.
+        FunctionError: if it is a function that does not take the arguments of its kind.
     """
     if not callable(mode):
         if mode in table:
@@ -46,13 +50,13 @@ def resolve(argument: str, mode: str | Callable, table: Mapping[str, Callable]) 
         raise ValueError(f"Unknown {argument} {mode!r}. Pass a function, or one of {names}.")
     signatures = NETWORK_WIDE_SIGNATURES if is_network_wide(mode) else SIGNATURES
     if argument not in signatures:
-        raise TypeError(f"A {argument} function measures one layer; it cannot be network_wide.")
+        raise FunctionError(f"A {argument} function measures one layer; it cannot be network_wide.")
     expected = signatures[argument]
     try:
         inspect.signature(mode).bind(*expected)
     except TypeError as error:
         name = getattr(mode, "__name__", repr(mode))
-        raise TypeError(
+        raise FunctionError(
             f"{argument} function {name}{inspect.signature(mode)} cannot be called as "
             f"{name}({', '.join(expected)}): {error}."
         ) from None

@@ -18,9 +18,7 @@ def random_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, wei
     return add_highest(score, new_mask, total_regrowth)
 
 
-def momentum_neuron_growth(
-    masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor
-) -> Tensor:
+def momentum_neuron_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
     """Give each neuron a number of new weights in proportion to its mean |momentum|, largest first.
 
     A neuron (output channel) is a slice along the first dimension. A full neuron's surplus goes to the

@@ -7,9 +7,7 @@ from torch import nn
 NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def maskable_parameters(
-    module: nn.Module, *, sparse_embeddings: bool = False
-) -> Iterator[tuple[str, nn.Parameter]]:
+def maskable_parameters(module: nn.Module, *, sparse_embeddings: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield name and parameter of the weights that are made sparse, tied ones once.
 
     Left out are biases, whatever has fewer than two dimensions or no entries, all parameters of

@@ -44,9 +44,7 @@ def threshold_prune(masking) -> dict[str, Tensor]:
     that is more than 2% off the prune rate (`masking.tolerance`): then to the magnitude that meets it.
     """
     expected = sum(_count_to_remove(masking, layer.name) for layer in masking.layers)
-    kept = {
-        layer.name: layer.mask & (layer.master.abs() > masking.prune_threshold) for layer in masking.layers
-    }
+    kept = {layer.name: layer.mask & (layer.master.abs() > masking.prune_threshold) for layer in masking.layers}
     removed = masking.total_nonzero - sum(mask.sum() for mask in kept.values())
     if abs(removed - expected) <= masking.tolerance * expected:
         return kept
