@@ -114,14 +114,16 @@ def apportion(total: int, shares: Sequence[float], capacity: Sequence[int]) -> l
     left = total
     while left:
         weight = np.where(open_, share, 0)
-        if weight.sum() == 0:
+        if not weight.any():
             weight = open_.astype(np.float64)
+        weight = weight / weight.max()  # the sum of very large shares would overflow
         quota = left * (weight / weight.sum())
         full = open_ & (quota >= room)
         if not full.any():
             # A hair less, so that rounding errors never make the floors exceed what is left.
             floor = np.floor(quota * (1 - 1e-12)).astype(np.int64)
-            by_remainder = np.argsort(floor - quota, kind="stable")
+            # Remainders that differ by rounding errors alone are equal.
+            by_remainder = np.argsort(np.round(floor - quota, 9), kind="stable")
             by_remainder = by_remainder[open_[by_remainder]]
             counts += floor
             counts[by_remainder[: left - floor.sum()]] += 1

@@ -1,0 +1,66 @@
+"""Small networks and loops that the tests of the core share."""
+
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from sparselearning import Masking
+
+
+def mlp(*widths):
+    """Linear layers of the given widths with ReLU between them, named fc1, fc2, ..."""
+    model = nn.Sequential()
+    for i, (n_in, n_out) in enumerate(pairwise(widths), start=1):
+        model.add_module(f"fc{i}", nn.Linear(n_in, n_out))
+        if i < len(widths) - 1:
+            model.add_module(f"relu{i}", nn.ReLU())
+    return model
+
+
+def masked(model, optimizer=None, density=0.2, sparse_init="constant", **modes):
+    """A Masking on the model; its optimizer is SGD with momentum unless given."""
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    modes = {"prune_rate_decay": None, "prune_rate": 0.5} | modes
+    masking = Masking(optimizer, **modes)
+    masking.add_module(model, density, sparse_init)
+    return masking
+
+
+def batch_for(model, size=8):
+    """Random inputs for a model whose first layer is linear."""
+    first = next(module for module in model.modules() if isinstance(module, nn.Linear))
+    return torch.randn(size, first.in_features, dtype=first.weight.dtype)
+
+
+def backward(model, inputs=None):
+    """Clear the gradients and fill them with those of a loss that no weight leaves alone."""
+    model.zero_grad()
+    output = model(batch_for(model) if inputs is None else inputs)
+    (output.float() - 1).square().mean().backward()
+
+
+def train(model, stepper, steps=3, inputs=None):
+    """Step an optimizer (or a Masking) on random data."""
+    for _ in range(steps):
+        backward(model, inputs)
+        stepper.step()
+
+
+def assert_masks_hold(masking):
+    """Inactive weights are exactly zero, and the counts say what the masks hold."""
+    for layer in masking.layers:
+        inactive = layer.weight[~layer.mask]
+        assert torch.equal(inactive, torch.zeros_like(inactive)), f"{layer.name} has inactive weights that are not zero"
+        assert layer.nonzeros == layer.mask.sum() == masking.name2nonzeros[layer.name]
+        assert layer.zeros == (~layer.mask).sum() == masking.name2zeros[layer.name]
+
+
+def snapshot(masking):
+    """Copies of the masks, by name."""
+    return {name: mask.clone() for name, mask in masking.masks.items()}
+
+
+def same(masks, others):
+    """Whether two dicts of tensors are equal to the bit."""
+    return masks.keys() == others.keys() and all(torch.equal(masks[name], others[name]) for name in masks)

@@ -1,0 +1,78 @@
+"""Sparse momentum as slow loops over Python numbers, written from the equations as the docstring of core.py has them.
+
+    k_i = ceil(p_i * nnz_i)                      how many to remove in layer i
+    r_i = mean(|M_i| over active) / sum_j        importance of layer i
+    m_i <- drop_lowest(|W_i|, m_i, k_i)          prune
+    g   = apportion(sum_i k_i, r, room)          redistribute
+    m_i <- add_highest(|M_i|, m_i, g_i)          grow
+
+A layer is a flat list; a network is a list of layers.
+"""
+
+import math
+from fractions import Fraction
+
+
+def drop_lowest(score, mask, k):
+    """Drop the k active entries of lowest score, the earlier of equals first."""
+    candidates = sorted((score[i], i) for i in range(len(mask)) if mask[i])
+    dropped = {i for _, i in candidates[:k]}
+    return [active and i not in dropped for i, active in enumerate(mask)]
+
+
+def add_highest(score, mask, k):
+    """Add the k inactive entries of highest score, the earlier of equals first."""
+    candidates = sorted((-score[i], i) for i in range(len(mask)) if not mask[i])
+    added = {i for _, i in candidates[:k]}
+    return [active or i in added for i, active in enumerate(mask)]
+
+
+def apportion(total, shares, capacity):
+    """Largest remainders in exact fractions; a part whose quota exceeds its room is filled, the rest shared anew."""
+    counts = [0] * len(shares)
+    unfilled = [i for i, room in enumerate(capacity) if room > 0]
+    while total:
+        share = {i: Fraction(shares[i]) for i in unfilled}
+        if not any(share.values()):
+            share = dict.fromkeys(unfilled, Fraction(1))
+        quota = {i: total * share[i] / sum(share.values()) for i in unfilled}
+        full = [i for i in unfilled if quota[i] >= capacity[i]]
+        for i in full:
+            counts[i] = capacity[i]
+            total -= capacity[i]
+            unfilled.remove(i)
+        if not full:
+            for i in unfilled:
+                counts[i] = math.floor(quota[i])
+            total -= sum(counts[i] for i in unfilled)
+            by_remainder = sorted(unfilled, key=lambda i: (counts[i] - quota[i], i))
+            for i in by_remainder[:total]:
+                counts[i] += 1
+            return counts
+    return counts
+
+
+def update(weights, momenta, masks, prune_rate):
+    """One update of the masks of a network."""
+    layers = range(len(masks))
+    nonzeros = [sum(mask) for mask in masks]
+    strength = [
+        math.fsum(abs(momenta[i][j]) for j, active in enumerate(masks[i]) if active) / max(nonzeros[i], 1)
+        for i in layers
+    ]
+    importance = [r / sum(strength) if sum(strength) else 1 / len(masks) for r in strength]
+
+    removed = []
+    for i in layers:
+        rate, sparsity = prune_rate, 1 - nonzeros[i] / len(masks[i])
+        if sparsity < 0.2 and importance[i] > 1 / len(masks):
+            rate = min(rate, sparsity)
+        removed.append(math.ceil(rate * nonzeros[i]))
+    pruned = [drop_lowest([abs(w) for w in weights[i]], masks[i], removed[i]) for i in layers]
+
+    zeros = [mask.count(False) for mask in pruned]
+    room = [math.floor(0.99 * z) for z in zeros]
+    if sum(room) < sum(removed):
+        room = zeros
+    grown = apportion(sum(removed), importance, room)
+    return [add_highest([abs(m) for m in momenta[i]], pruned[i], grown[i]) for i in layers]
