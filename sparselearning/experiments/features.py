@@ -5,7 +5,6 @@ between dense and sparse networks. `collect` measures, `specialisation` evaluate
 measurement.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
@@ -15,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from sparselearning import checkpoint
 
 
 @torch.no_grad()
@@ -89,10 +90,7 @@ def specialisation(counts: Tensor, ignored_share: float = 0.05) -> Tensor:
 def save(counts: dict[str, Tensor], path: str | Path) -> None:
     """Write the result of `collect` as a compressed .npz: one array [channels, classes] per layer."""
     arrays: dict[str, Any] = {name: layer.cpu().numpy() for name, layer in counts.items()}
-    scratch = Path(f"{path}.tmp")
-    with scratch.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-    os.replace(scratch, path)
+    checkpoint.write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 def load(path: str | Path) -> dict[str, Tensor]:
