@@ -8,6 +8,8 @@ from dataclasses import dataclass
 class CosineDecay:
     """Anneal from `prune_rate` at step 0 to `eta_min` at step `T_max` along half a cosine, and stay there.
 
+    A `prune_rate` below `eta_min` stays as it is: the rate never rises.
+
     >>> decay = CosineDecay(0.5, T_max=100)
     >>> decay(0), decay(100), decay(150)
     (0.5, 0.005, 0.005)
@@ -19,10 +21,13 @@ class CosineDecay:
 
     def __post_init__(self):
         _check(self.prune_rate, self.T_max)
+        if not 0 <= self.eta_min <= 1:
+            raise ValueError(f"Expected eta_min in [0, 1], got {self.eta_min}.")
 
     def __call__(self, step: int) -> float:
         progress = min(step / self.T_max, 1)
-        return self.eta_min + (self.prune_rate - self.eta_min) * (1 + math.cos(math.pi * progress)) / 2
+        end = min(self.eta_min, self.prune_rate)
+        return end + (self.prune_rate - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @dataclass(frozen=True)

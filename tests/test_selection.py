@@ -26,9 +26,7 @@ def path(request, monkeypatch):
         monkeypatch.setattr(selection, "_mark_lowest_on_cpu", selection._mark_lowest_on_device)
 
 
-slow_is_fine = settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
-)
+one_path_per_test = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 DROPPED = [
     # score                   mask             k  expected
@@ -121,7 +119,7 @@ few_scores = st.sampled_from([-inf, -1.0, -0.0, 0.0, 0.5, 1.0, 2.0, inf])  # few
 entries = st.lists(st.tuples(few_scores | st.floats(width=32, allow_nan=False), st.booleans()), min_size=1, max_size=40)
 
 
-@slow_is_fine
+@one_path_per_test
 @given(entries, st.integers(-2, 45))
 def test_selection_equals_a_slow_loop(entries, k):
     score, mask = map(list, zip(*entries, strict=True))
@@ -132,7 +130,7 @@ def test_selection_equals_a_slow_loop(entries, k):
     assert added == reference.add_highest(score, mask, k_or_none)
 
 
-@slow_is_fine
+@one_path_per_test
 @given(st.lists(entries, min_size=1, max_size=4), st.integers(0, 60))
 def test_a_joint_selection_is_one_over_the_joined_entries(parts, k):
     scores = [torch.tensor([score for score, _ in part]) for part in parts]
@@ -170,7 +168,7 @@ parts = st.lists(
 )
 
 
-@slow_is_fine
+@one_path_per_test
 @given(parts, st.floats(0, 1))
 @example([(0.1, 9), (0.3, 9)], 0.5)
 def test_apportioned_units_sum_to_the_total_within_capacities(parts, fraction):
@@ -181,7 +179,7 @@ def test_apportioned_units_sum_to_the_total_within_capacities(parts, fraction):
     assert all(type(count) is int and 0 <= count <= room for count, room in zip(counts, capacity, strict=True))
 
 
-@slow_is_fine
+@one_path_per_test
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 50)), min_size=1, max_size=12), st.floats(0, 1))
 def test_apportion_equals_exact_fractions(parts, fraction):
     shares, capacity = map(list, zip(*parts, strict=True))
@@ -189,7 +187,7 @@ def test_apportion_equals_exact_fractions(parts, fraction):
     assert apportion(total, shares, capacity) == reference.apportion(total, shares, capacity)
 
 
-@slow_is_fine
+@one_path_per_test
 @given(st.lists(st.floats(1, 1e6), min_size=1, max_size=12), st.integers(0, 10**12))
 def test_apportion_keeps_to_its_quotas_where_there_is_room(shares, total):
     counts = apportion(total, shares, [10**13] * len(shares))

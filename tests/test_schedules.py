@@ -1,0 +1,62 @@
+"""Prune-rate schedules."""
+
+import math
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparselearning.schedules import Constant, CosineDecay, LinearDecay
+
+rates = st.floats(0, 1)
+lengths = st.integers(1, 10_000)
+schedules = st.builds(CosineDecay, rates, lengths) | st.builds(LinearDecay, rates, lengths) | st.builds(Constant, rates)
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [(0, 0.5), (25, 0.005 + 0.495 * (2 + math.sqrt(2)) / 4), (50, 0.2525), (100, 0.005), (101, 0.005), (10**6, 0.005)],
+)
+def test_cosine_decay(step, rate):
+    assert CosineDecay(0.5, T_max=100)(step) == pytest.approx(rate, abs=1e-15)
+
+
+def test_cosine_decay_to_another_minimum():
+    assert CosineDecay(0.5, T_max=100, eta_min=0.1)(100) == 0.1
+
+
+@pytest.mark.parametrize(("step", "rate"), [(0, 0.5), (25, 0.375), (50, 0.25), (100, 0.0), (101, 0.0), (10**6, 0.0)])
+def test_linear_decay(step, rate):
+    assert LinearDecay(0.5, T_max=100)(step) == pytest.approx(rate, abs=1e-15)
+
+
+@given(schedules, st.integers(0, 20_000), st.integers(0, 20_000))
+def test_rates_are_fractions_that_never_rise(schedule, step, later):
+    step, later = sorted((step, later))
+    assert 0 <= schedule(later) <= schedule(step) <= schedule(0) == schedule.prune_rate
+
+
+def test_a_rate_of_zero_stays_zero():
+    assert {CosineDecay(0.0, 100)(step) for step in range(200)} == {0.0}
+
+
+def test_equal_settings_make_equal_schedules():
+    assert CosineDecay(0.5, 100) == CosineDecay(0.5, 100) != CosineDecay(0.5, 200)
+    assert pickle.loads(pickle.dumps(LinearDecay(0.5, 100))) == LinearDecay(0.5, 100)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CosineDecay(1.5, 100), r"Expected a prune rate in \[0, 1\], got 1.5"),
+        (lambda: CosineDecay(0.5, 100, eta_min=-0.1), r"Expected eta_min in \[0, 1\], got -0.1"),
+        (lambda: LinearDecay(-0.1, 100), r"Expected a prune rate in \[0, 1\], got -0.1"),
+        (lambda: Constant(math.nan), r"Expected a prune rate in \[0, 1\], got nan"),
+        (lambda: CosineDecay(0.5, 0), "Expected T_max of at least 1 step, got 0"),
+        (lambda: LinearDecay(0.5, -3), "Expected T_max of at least 1 step, got -3"),
+    ],
+)
+def test_impossible_settings_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
