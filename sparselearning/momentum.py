@@ -23,10 +23,12 @@ def momentum_of(optimizer: torch.optim.Optimizer, weight: Tensor) -> Tensor:
         return momentum
     if "exp_avg" in state:
         mean = state["exp_avg"]
+        # In half precision 1e-8 is zero.
+        precision = torch.promote_types(mean.dtype, torch.float32)
         if "exp_avg_sq" in state:
-            return mean / (state["exp_avg_sq"].sqrt() + 1e-8)
+            return mean / (state["exp_avg_sq"].to(precision).sqrt() + 1e-8)
         if "exp_inf" in state:
-            return mean / (state["exp_inf"] + 1e-8)
+            return mean / (state["exp_inf"].to(precision) + 1e-8)
         return mean
     if state or not keeps_momentum(optimizer):
         raise RuntimeError(_no_momentum(optimizer, weight))
@@ -64,7 +66,8 @@ def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
         TypeError: if there is none.
     """
     inner = optimizer
-    while not isinstance(inner, torch.optim.Optimizer) and hasattr(inner, "optimizer"):
+    # Also where the wrapper is an Optimizer itself: Accelerate's runs no hooks of its own.
+    while hasattr(inner, "optimizer"):
         inner = inner.optimizer
     if not isinstance(inner, torch.optim.Optimizer):
         raise TypeError(f"Expected a torch.optim.Optimizer, got {type(optimizer).__name__}.")
