@@ -13,7 +13,8 @@ One update of the masks (sparse momentum, Dettmers & Zettlemoyer 2019, https://a
 """
 
 import logging
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class Masking:
 
     Raises:
         ValueError: for an unknown mode.
-        TypeError: for a function of the wrong shape, or an optimizer that is none.
+        TypeError: for a function of the wrong shape, a schedule or an optimizer that is none.
         RuntimeError: if a mode needs a momentum and the optimizer keeps none.
 
     Weights are changed in place, their storage never. Biases, normalisation parameters, every other 1-d
@@ -86,9 +87,14 @@ class Masking:
         verbose: bool = False,
         fp16: bool = False,
     ):
+        if prune_rate_decay is not None and not callable(prune_rate_decay):
+            raise TypeError(
+                "Expected prune_rate_decay to be a function of the step, such as CosineDecay(0.5, T_max=1000), "
+                f"got {prune_rate_decay!r}. A constant rate is prune_rate_decay=None and prune_rate=0.5."
+            )
         self.optimizer = torch_optimizer(optimizer)
         self.stepper = optimizer
-        self.prune_rate_decay = prune_rate_decay or Constant(prune_rate)
+        self.prune_rate_decay = Constant(prune_rate) if prune_rate_decay is None else prune_rate_decay
         self.prune_mode, self.prune = prune_mode, resolve("prune_mode", prune_mode, PRUNE_FUNCTIONS)
         self.growth_mode, self.grow = growth_mode, resolve("growth_mode", growth_mode, GROWTH_FUNCTIONS)
         self.redistribution_mode = redistribution_mode
@@ -119,31 +125,41 @@ class Masking:
     ) -> None:
         """Make the weights of `module` sparse: round(density * their number) stay active, drawn at random.
 
+        Weights that the optimizer does not step stay dense.
+
         Args:
             density: fraction of the maskable weights that stays active, in (0, 1].
             sparse_init: how they are divided among layers: 'constant' (the same density), 'linear'
                 (Erdos-Renyi), 'erdos_renyi_kernel', a function from a weight's shape to its share, or
                 'resume', which takes the nonzero weights as they are and ignores `density`.
-            remove_param_names: weights whose name contains one of these stay dense.
+            remove_param_names: weights whose name contains one of these (or this string) stay dense.
             sparse_embeddings: mask embeddings too.
 
         Raises:
-            ValueError: for a density outside (0, 1], an unknown `sparse_init`, or nothing to mask.
+            ValueError: for a density outside (0, 1] or so small that no weight stays, an unknown `sparse_init`,
+                or nothing to mask.
         """
         if not 0 < density <= 1:
             raise ValueError(f"Expected a density in (0, 1], got {density}.")
         if not callable(sparse_init) and sparse_init not in (*DISTRIBUTIONS, "resume"):
             names = ", ".join(map(repr, (*DISTRIBUTIONS, "resume")))
             raise ValueError(f"Unknown sparse_init {sparse_init!r}. Pass a function, or one of {names}.")
-        new = self._new_layers(module, tuple(remove_param_names), sparse_embeddings)
+        skip = (remove_param_names,) if isinstance(remove_param_names, str) else tuple(remove_param_names)
+        new = self._new_layers(module, skip, sparse_embeddings)
         if not new:
-            raise ValueError(f"{type(module).__name__} has no weight to mask that is not masked already.")
+            raise ValueError(
+                f"{type(self.optimizer).__name__} steps no weight of {type(module).__name__} that could be masked "
+                "and is not yet. Build the optimizer from the module's parameters, and add the module once."
+            )
         if sparse_init == "resume":
             for layer in new:
                 layer.mask.copy_(layer.master != 0)
         else:
             distribution = DISTRIBUTIONS[sparse_init] if isinstance(sparse_init, str) else sparse_init
             counts = active_counts([layer.mask.shape for layer in new], density, distribution)
+            if not sum(counts):
+                size = sum(layer.mask.numel() for layer in new)
+                raise ValueError(f"A density of {density} leaves none of {size} weights. Pass a larger one.")
             for layer, count in zip(new, counts, strict=True):
                 score = torch.rand(layer.mask.shape, device=layer.mask.device)
                 layer.mask.copy_(add_highest(score, torch.zeros_like(layer.mask), count))
@@ -157,29 +173,31 @@ class Masking:
 
     def _new_layers(self, module, skip, sparse_embeddings):
         known = {id(layer.weight) for layer in self.layers}
+        stepped = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         taken = set(self.masks)
         layers = []
         for name, weight in maskable_parameters(module, sparse_embeddings=sparse_embeddings):
-            if id(weight) in known or any(part in name for part in skip):
+            master = self._masters.get(id(weight), weight)
+            if id(weight) in known or id(master) not in stepped or any(part in name for part in skip):
                 continue
-            if name in taken:  # a second module may use the names of the first
+            while name in taken:  # a second module may use the names of the first
                 name = f"{len(self.modules)}.{name}"
-            mask = torch.zeros_like(weight, dtype=torch.bool)
-            layers.append(SparseLayer(name, weight, self._masters.get(id(weight), weight), mask))
+            taken.add(name)
+            layers.append(SparseLayer(name, weight, master, torch.zeros_like(weight, dtype=torch.bool)))
         return layers
 
     def remove_weight(self, name: str) -> None:
-        """Train the weight of this exact name densely from now on; its pruned entries start at zero.
+        """Train the weight (or the layer) of this exact name densely from now on; its pruned entries start at zero.
 
         To keep a layer's initial values, name it in `add_module(remove_param_names=...)` instead.
 
         Raises:
             KeyError: if no masked weight has this name.
         """
-        name = canonical_name(name)
-        if name not in self.masks:
+        names = {canonical_name(name), f"{canonical_name(name)}.weight"}
+        if names.isdisjoint(self.masks):
             raise KeyError(f"No masked weight is called {name!r}. There are {', '.join(self.masks)}.")
-        self._remove(lambda layer: layer.name == name)
+        self._remove(lambda layer: layer.name in names)
 
     def remove_weight_partial_name(self, partial_name: str) -> None:
         """Train the weights whose name contains `partial_name` densely from now on."""
@@ -207,7 +225,7 @@ class Masking:
 
     @property
     def param_groups(self) -> list[dict]:
-        """The optimizer's, so that GradScaler.step(mask) and LR schedulers take a Masking."""
+        """The optimizer's, so that GradScaler.step(mask) takes a Masking. LR schedulers take the optimizer."""
         return self.stepper.param_groups
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -271,16 +289,22 @@ class Masking:
         # NaN (a layer without active weights) and negative importance count as none.
         importance = [max(value, 0.0) if value == value else 0.0 for value in _to_numbers(measured)]
         total = sum(importance)
+        if total == math.inf:
+            name = self.layers[importance.index(max(importance))].name
+            raise ValueError(f"{name} has importance inf; expected a finite number. Training has probably diverged.")
         for layer, value in zip(self.layers, importance, strict=True):
             layer.importance = value / total if total else 1 / len(self.layers)
 
     def _set_prune_rates(self):
+        rate = self.prune_rate
+        if not 0 <= rate <= 1:
+            raise ValueError(f"Expected a prune rate in [0, 1] at step {self.steps}, got {rate} of prune_rate_decay.")
         for layer in self.layers:
-            layer.prune_rate = self.prune_rate
+            layer.prune_rate = rate
             sparsity = 1 - layer.density
             # A nearly dense layer that is still growing would only prune what it regrows.
             if sparsity < 0.2 and layer.importance > 1 / len(self.layers):
-                layer.prune_rate = min(layer.prune_rate, sparsity)
+                layer.prune_rate = min(rate, sparsity)
 
     def _prune_weights(self):
         if is_network_wide(self.prune):
@@ -295,9 +319,10 @@ class Masking:
 
     def _redistribute(self):
         """Return how many weights each layer grows, together as many as the network lacks."""
+        # A user's function may have grown more, or pruned less, than it was asked to.
         if self.measure is no_redistribution:
-            return [layer.removed for layer in self.layers]
-        lacking = self.baseline_nonzero - self.total_nonzero
+            return [max(layer.removed, 0) for layer in self.layers]
+        lacking = max(self.baseline_nonzero - self.total_nonzero, 0)
         room = [int(0.99 * layer.zeros) for layer in self.layers]
         if sum(room) < lacking:
             room = [layer.zeros for layer in self.layers]
@@ -311,6 +336,11 @@ class Masking:
                 self._replace(layer, self.grow(self, layer.name, layer.mask, count, layer.master))
 
     def _replace_masks(self, masks):
+        if not isinstance(masks, Mapping) or not masks.keys() >= self.masks.keys():
+            raise FunctionError(
+                f"Expected a dict from the name of every layer to its mask, got {masks!r}. "
+                "A network_wide function returns {layer.name: mask for layer in masking.layers}."
+            )
         for layer in self.layers:
             self._replace(layer, masks[layer.name])
 
@@ -449,7 +479,7 @@ def _to_numbers(values: list) -> list[float]:
     if not tensors:
         return [float(value) for value in values]
     device = tensors[0].device
-    fetched = iter(torch.stack([tensor.double().reshape(()).to(device) for tensor in tensors]).tolist())
+    fetched = iter(torch.stack([tensor.reshape(()).to(device) for tensor in tensors]).tolist())
     return [next(fetched) if isinstance(value, Tensor) else float(value) for value in values]
 
 

@@ -24,10 +24,10 @@ def momentum_neuron_growth(masking, name: str, new_mask: Tensor, total_regrowth:
     A neuron (output channel) is a slice along the first dimension. A full neuron's surplus goes to the
     others, so that exactly `total_regrowth` weights grow.
     """
-    score = masking.get_momentum_for_weight(weight).abs().flatten(start_dim=1).float()
+    score = masking.get_momentum_for_weight(weight).abs().flatten(start_dim=1).float().nan_to_num(0)
     mask = new_mask.flatten(start_dim=1)
     room = (~mask).sum(dim=1)
-    importance, room = torch.stack([score.mean(dim=1).double(), room.double()]).tolist()
+    importance, room = torch.stack([score.mean(dim=1), room.float()]).tolist()
     total = min(total_regrowth, int(sum(room)))
     counts = apportion(total, importance, [int(r) for r in room])
     # Each row has its own count: rank the inactive entries of every row, keep the first counts[row].

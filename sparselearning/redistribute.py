@@ -3,6 +3,7 @@
 An importance is a number or a 0-d tensor; only its share in the sum over layers counts.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -27,8 +28,10 @@ def no_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> float
 
 
 def _mean_over_active(score, mask):
-    active = score[mask] if score.device.type == "cpu" else score * mask
-    return active.sum() / mask.sum().clamp(min=1)
+    active = score[mask] if score.device.type == "cpu" else score.where(mask, 0)
+    # Half precision would overflow, in the sum and in the count.
+    precision = torch.promote_types(score.dtype, torch.float32)
+    return active.sum(dtype=precision) / mask.sum().clamp(min=1)
 
 
 REDISTRIBUTION_FUNCTIONS = {
