@@ -9,7 +9,7 @@ root = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (root / "sparselearning/__init__.py").read_text())[1]
 
 scripts = ["torchvision", "scikit-learn", "matplotlib", "tqdm", "tabulate"]
-test = ["pytest", "hypothesis", "ruff", "pyright"]
+test = ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright"]
 
 setup(
     name="sparselearning",

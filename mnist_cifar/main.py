@@ -36,6 +36,7 @@ from sparselearning.experiments.training import (
     train_epoch,
 )
 from sparselearning.functions import FunctionError
+from sparselearning.maskable import maskable_parameters
 
 IMAGE_SHAPES = {"digits": (1, 28, 28), "mnist": (1, 28, 28), "cifar": (3, 32, 32)}
 
@@ -145,6 +146,7 @@ def run(args):
     if args.amp == "apex":
         precision = ApexPrecision(model, optimizer)
         optimizer = precision.optimizer
+    weights = sum(weight.numel() for _, weight in maskable_parameters(model))
     mask = None if args.dense else build_mask(args, model, optimizer, args.epochs * steps_per_epoch)
 
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, precision=precision)
@@ -177,10 +179,11 @@ def run(args):
             if data.valid is not None:
                 valid = evaluate(model, in_order(data.valid), precision)
                 record |= dict(valid_loss=valid.loss, valid_accuracy=valid.accuracy)
-            record |= dict(lr=scheduler.get_last_lr()[0])
+            record |= dict(lr=scheduler.get_last_lr()[0], density=1.0, active_weights=weights)
             if mask is not None:
                 densities = {layer.name: layer.density for layer in mask.layers}
-                record |= dict(prune_rate=mask.prune_rate, density=mask.density, density_per_layer=densities)
+                record |= dict(density=mask.density, active_weights=mask.total_nonzero, density_per_layer=densities)
+                record |= dict(prune_rate=mask.prune_rate)
                 if epoch < args.epochs:
                     mask.at_end_of_epoch()
             folder.add(**record, seconds=time.perf_counter() - started)

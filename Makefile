@@ -1,0 +1,27 @@
+# Every target sets itself up: .venv is made once, and again when what it holds has changed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := setup.py $(wildcard sparselearning/sparse/*.cpp sparselearning/sparse/*.h)
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(BIN)/python mnist_cifar/demo.py
+
+# One thread a process: two OpenMP pools on the same cores wait for each other.
+test: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+.venv/installed: $(SOURCES)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
