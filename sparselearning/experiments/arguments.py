@@ -1,14 +1,17 @@
 """Command-line arguments that the scripts share."""
 
 import argparse
+import math
+import sys
+import traceback
 from collections.abc import Callable, Mapping
-from functools import cache
-from importlib.machinery import SourceFileLoader
+from functools import cache, wraps
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from typing import Any, NoReturn
 
 from sparselearning.distributions import DISTRIBUTIONS
-from sparselearning.functions import resolve
+from sparselearning.functions import FunctionError, resolve
 from sparselearning.grow import GROWTH_FUNCTIONS
 from sparselearning.prune import PRUNE_FUNCTIONS
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
@@ -18,6 +21,19 @@ TABLES: dict[str, Mapping[str, Callable]] = {
     "redistribution_mode": REDISTRIBUTION_FUNCTIONS,
     "growth_mode": GROWTH_FUNCTIONS,
 }
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser that ends on a mistake with one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(self.prog, message)
+
+
+def fail(program: str, message: object) -> NoReturn:
+    """Print the message of a user's mistake as one line on stderr, and exit with status 2."""
+    print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def add_sparse_args(
@@ -70,25 +86,41 @@ def add_sparse_args(
 
 def fraction(text: str) -> float:
     """Parse a number in [0, 1]."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a fraction in [0, 1], got {text}")
-    return value
+    return _parse(text, float, lambda x: 0 <= x <= 1, "a fraction in [0, 1]")
 
 
 def positive_fraction(text: str) -> float:
     """Parse a number in (0, 1]."""
-    value = fraction(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"expected a fraction in (0, 1], got {text}")
-    return value
+    return _parse(text, float, lambda x: 0 < x <= 1, "a fraction in (0, 1]")
+
+
+def proper_fraction(text: str) -> float:
+    """Parse a number in [0, 1)."""
+    return _parse(text, float, lambda x: 0 <= x < 1, "a fraction in [0, 1)")
+
+
+def non_negative(text: str) -> float:
+    """Parse a finite number of at least 0."""
+    return _parse(text, float, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
 
 
 def positive_int(text: str) -> int:
     """Parse a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return _parse(text, int, lambda n: n >= 1, "a whole number of at least 1")
+
+
+def seed(text: str) -> int:
+    """Parse a whole number that every random-number generator takes as its seed."""
+    return _parse(text, int, lambda n: 0 <= n < 2**31, "a whole number from 0 to 2147483647")
+
+
+def _parse(text: str, convert: Callable[[str], Any], holds: Callable[[Any], bool], expected: str) -> Any:
+    try:
+        value = convert(text)
+    except ValueError:
+        value = None
+    if value is None or not holds(value):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
     return value
 
 
@@ -99,40 +131,74 @@ def find_mode(argument: str, text: str, extensions: Mapping[str, Callable] | Non
     extension, or 'path/to/file.py:function'.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError, AttributeError: if it is none of them.
+        ValueError: if it is none of them.
+        FunctionError, FileNotFoundError: if there is no such function, or it is of another kind.
     """
     extensions = extensions or {}
-    mode = load_function(text) if ":" in text else extensions.get(text, text)
-    resolve(argument, mode, {**TABLES[argument], **extensions})
-    return mode
+    table = {**TABLES[argument], **extensions}
+    if ":" not in text:
+        if text not in table:
+            raise ValueError(f"expected one of {', '.join(table)}, or path/to/file.py:function, got {text!r}")
+        return extensions.get(text, text)
+    function = load_function(text)
+    resolve(argument, function, table)
+    return function
 
 
 @cache
 def load_function(spec: str) -> Callable:
     """Return the function named by 'path/to/file.py:function'; the file is executed, once.
 
+    What the function raises becomes a FunctionError that names the line.
+
     Raises:
         FileNotFoundError: if there is no such file.
-        AttributeError: if it has no such function.
+        FunctionError: if the file cannot be executed, or has no such function.
     """
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no file {path!r} to take the function {name!r} from.")
-    loader = SourceFileLoader(Path(path).stem, path)
-    module = ModuleType(loader.name)
-    module.__file__ = path
-    loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        raise AttributeError(f"{path} has no function {name!r}.")
-    return getattr(module, name)
+        raise FileNotFoundError(f"there is no file {path!r} to take the function {name!r} from")
+    try:
+        function = getattr(_execute(path), name, None)
+    except Exception as error:
+        raise FunctionError(_describe(path, path, error)) from error
+    if not callable(function):
+        raise FunctionError(f"{path} has no function {name!r}")
+
+    @wraps(function)
+    def guarded(*arguments):
+        try:
+            return function(*arguments)
+        except Exception as error:
+            raise FunctionError(_describe(spec, path, error)) from error
+
+    return guarded
+
+
+@cache
+def _execute(path: str) -> Any:
+    name = f"own functions in {path}"  # no name that an import could mean
+    spec = spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError("its name does not end with .py")
+    sys.modules[name] = module = module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _describe(what: str, path: str, error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(Path(path).absolute())]
+    place = f" in line {lines[-1]}" if lines else ""
+    return f"{what} raised {type(error).__name__}{place}: {error}"
 
 
 def _mode(argument, extensions):
     def parse(text: str) -> str:
         try:
             find_mode(argument, text, extensions)
-        except Exception as error:  # a user's file may raise anything
-            raise argparse.ArgumentTypeError(f"{type(error).__name__}: {error}") from None
+        except (ValueError, TypeError, OSError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
         return text
 
     return parse
