@@ -19,10 +19,7 @@ def model():
 
 def batches(*sizes):
     generator = torch.Generator().manual_seed(1)
-    return [
-        (torch.randn(n, 1, 8, 8, generator=generator), torch.randint(3, (n,), generator=generator))
-        for n in sizes
-    ]
+    return [(torch.randn(n, 1, 8, 8, generator=generator), torch.randint(3, (n,), generator=generator)) for n in sizes]
 
 
 def slow_counts(model, data, classes):
