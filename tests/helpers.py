@@ -64,3 +64,19 @@ def snapshot(masking):
 def same(masks, others):
     """Whether two dicts of tensors are equal to the bit."""
     return masks.keys() == others.keys() and all(torch.equal(masks[name], others[name]) for name in masks)
+
+
+def layer_with(weight, mask=None, momentum=None, prune_rate=0.5, **modes):
+    """A Masking on one linear layer that holds the given weights, mask and momentum, ready for an update."""
+    layer = nn.Linear(len(weight[0]), len(weight), bias=False)
+    masking = masked(layer, density=1.0, prune_rate=prune_rate, **modes)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(weight))
+    if mask is not None:
+        masking.masks["weight"].copy_(torch.tensor(mask))
+    if momentum is not None:
+        masking.optimizer.state[layer.weight]["momentum_buffer"] = torch.tensor(momentum)
+    masking.load_state_dict(masking.state_dict())  # counts and applies the mask
+    masking.baseline_nonzero = masking.total_nonzero
+    masking.layers[0].prune_rate = prune_rate
+    return masking

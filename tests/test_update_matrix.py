@@ -1,0 +1,81 @@
+"""Every prune x growth x redistribution x init keeps the number of active weights and the inactive ones at zero.
+
+The functions come from their tables, so a new one is tested by being there.
+"""
+
+import itertools
+
+import pytest
+import torch
+from helpers import assert_masks_hold, masked, snapshot, train
+from torch import nn
+
+from sparselearning.distributions import DISTRIBUTIONS
+from sparselearning.functions import is_network_wide
+from sparselearning.grow import GROWTH_FUNCTIONS
+from sparselearning.prune import PRUNE_FUNCTIONS
+from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
+
+
+def without_aliases(table):
+    """The keys of a table, the first of several for the same function."""
+    return list({function: name for name, function in reversed(table.items())}.values())[::-1]
+
+
+INITS = [*DISTRIBUTIONS, "resume"]
+DENSITIES = [0.05, 0.5, 0.95]
+COMBINATIONS = list(
+    itertools.product(*map(without_aliases, (PRUNE_FUNCTIONS, GROWTH_FUNCTIONS, REDISTRIBUTION_FUNCTIONS)))
+)
+
+
+def network(density):
+    """A convolution and two linear layers; a part of its weights is zero, for `resume`."""
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 5))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter[torch.rand_like(parameter) > density] = 0
+    return model
+
+
+@pytest.mark.parametrize(("prune", "growth", "redistribution"), COMBINATIONS, ids="-".join)
+def test_an_update_conserves_the_active_weights(prune, growth, redistribution):
+    for init, density in itertools.product(INITS, DENSITIES):
+        model = network(density)
+        masking = masked(
+            model,
+            density=density,
+            sparse_init=init,
+            prune_mode=prune,
+            growth_mode=growth,
+            redistribution_mode=redistribution,
+        )
+        total, first = masking.total_nonzero, snapshot(masking)
+        for _ in range(2):
+            for _ in range(2):
+                train(model, masking, steps=1, inputs=torch.randn(8, 2, 8))
+                assert_masks_hold(masking)
+            masking.at_end_of_epoch()
+            assert_masks_hold(masking)
+            assert masking.total_nonzero == masking.baseline_nonzero == total
+            assert masking.total_removed > 0
+        moved = any(not torch.equal(mask, first[name]) for name, mask in masking.masks.items())
+        assert moved, f"{init} at density {density}: an update that moves nothing conserves the counts all too easily"
+
+
+LAYERWISE = [
+    (prune, growth)
+    for prune, growth in itertools.product(PRUNE_FUNCTIONS, GROWTH_FUNCTIONS)
+    if not is_network_wide(GROWTH_FUNCTIONS[growth])
+]
+
+
+@pytest.mark.parametrize(("prune", "growth"), LAYERWISE, ids="-".join)
+def test_without_redistribution_every_layer_keeps_its_count(prune, growth):
+    model = network(1.0)
+    masking = masked(model, prune_mode=prune, growth_mode=growth, redistribution_mode="none")
+    counts = masking.name2nonzeros
+    for _ in range(3):
+        train(model, masking, steps=1, inputs=torch.randn(8, 2, 8))
+        masking.at_end_of_epoch()
+        assert masking.name2nonzeros == counts
