@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SAMPLE = 1 << 14  # entries that a bound is judged by
+CHUNK = 1 << 18  # entries that fit in a core's cache
+
 
 def drop_lowest(score: Tensor, mask: Tensor, k: int) -> Tensor:
     """Return `mask` without the k active entries whose score is lowest.
@@ -36,7 +39,7 @@ def add_highest(score: Tensor, mask: Tensor, k: int) -> Tensor:
 def drop_lowest_jointly(scores: Sequence[Tensor], masks: Sequence[Tensor], k: int) -> list[Tensor]:
     """Drop the k lowest active entries of all masks together, one budget for the whole network."""
     lowest = _mark_lowest(scores, masks, k, negate=False)
-    return [mask & ~low for mask, low in zip(masks, lowest, strict=True)]
+    return [mask & low.logical_not_() for mask, low in zip(masks, lowest, strict=True)]
 
 
 def add_highest_jointly(scores: Sequence[Tensor], masks: Sequence[Tensor], k: int) -> list[Tensor]:
@@ -56,24 +59,91 @@ def _mark_lowest(scores, candidates, k, *, negate) -> list[Tensor]:
 
 
 def _mark_lowest_on_cpu(scores, candidates, k, negate):
-    # numpy's partition is a vectorised quickselect, several times faster than torch.kthvalue or topk here.
-    values = [score.numpy()[among.numpy()] for score, among in zip(scores, candidates, strict=True)]
-    sizes = [value.size for value in values]
-    joint = values[0] if len(values) == 1 else np.concatenate(values)
-    if k >= joint.size:
-        return [among.clone() for among in candidates]
-    if negate:
-        np.negative(joint, out=joint)
-    if np.isnan(joint.max()):  # max() is NaN if any value is
-        joint[np.isnan(joint)] = np.inf if negate else -np.inf
-    kth = np.partition(joint, k - 1)[k - 1]
-    low = joint < kth
-    tied = np.flatnonzero(joint == kth)
-    low[tied[: k - np.count_nonzero(low)]] = True
-    marks = [torch.zeros_like(among) for among in candidates]
-    for mark, among, part in zip(marks, candidates, np.split(low, np.cumsum(sizes)[:-1]), strict=True):
-        mark.numpy()[among.numpy()] = part
+    # By numpy: its partition is a vectorised quickselect, several times faster than torch.kthvalue or topk here.
+    marks = [torch.empty_like(among) for among in candidates]
+    scores = [_without_nan(_laid_out_as(mark, score)) for mark, score in zip(marks, scores, strict=True)]
+    score, mark = [_flat(part) for part in scores], [_flat(part) for part in marks]
+    among = [_flat(_laid_out_as(part, tensor)) for part, tensor in zip(marks, candidates, strict=True)]
+    size = sum(map(np.count_nonzero, among))
+    if k >= size:
+        return [tensor.clone() for tensor in candidates]
+    kth = _kth_best(score, among, k, size, highest=negate)
+    for i in range(len(mark)):
+        (np.greater_equal if negate else np.less_equal)(score[i], kth, out=mark[i])
+        mark[i] &= among[i]
+    excess = sum(map(np.count_nonzero, mark)) - k
+    for tensor, equal in zip(reversed(marks), reversed(scores), strict=True):
+        if not excess:
+            break
+        row_major = tensor.contiguous()
+        excess = _unmark_last(_flat(row_major), _flat(equal.contiguous()), kth, excess)
+        tensor.copy_(row_major)
     return marks
+
+
+def _kth_best(score, among, k, size, highest):
+    """Return the k-th highest (or lowest) score of `size` candidates.
+
+    To gather all candidates would be the slowest part. A sample gives two bounds that the k-th lies between
+    most likely; those better than both are counted, those between are gathered. A sample that misleads costs
+    time, not exactness: then all are gathered.
+    """
+    beyond, values = 0, None
+    step = size // SAMPLE
+    if step > 1:
+        sample = np.sort(np.concatenate([s[::step][a[::step]] for s, a in zip(score, among, strict=True)]))
+        best_first = sample[::-1] if highest else sample
+        rank = k / size * sample.size
+        slack = 4 * (rank * (1 - k / size)) ** 0.5 + 8
+        near, far = int(rank - slack), int(rank + slack)
+        if near >= 0 and far < sample.size:
+            beyond, values = _gather_between(score, among, best_first[near], best_first[far], highest)
+    if values is None or not beyond < k <= beyond + values.size:
+        beyond, values = 0, np.concatenate([s[a] for s, a in zip(score, among, strict=True)])
+    position = values.size - (k - beyond) if highest else k - beyond - 1
+    values.partition(position)
+    return values[position]
+
+
+def _gather_between(score, among, near, far, highest):
+    """Return how many candidates are better than `near`, and the scores of those from `near` to `far`."""
+    better, meets = (np.greater, np.greater_equal) if highest else (np.less, np.less_equal)
+    beyond, between = 0, []
+    for whole, flags in zip(score, among, strict=True):
+        for start in range(0, whole.size, CHUNK):
+            part, candidate = whole[start : start + CHUNK], flags[start : start + CHUNK]
+            past = better(part, near) & candidate
+            beyond += np.count_nonzero(past)
+            between.append(part[meets(part, far) & candidate & ~past])
+    return beyond, np.concatenate(between)
+
+
+def _unmark_last(mark, score, value, count):
+    """Unmark the last `count` marked entries whose score is `value`; return how many were not found."""
+    for end in range(mark.size, 0, -CHUNK):
+        part = slice(max(end - CHUNK, 0), end)
+        tied = np.flatnonzero(mark[part] & (score[part] == value))[-count:]
+        mark[part][tied] = False
+        count -= tied.size
+        if not count:
+            break
+    return count
+
+
+def _without_nan(score):
+    if not score.sum().isnan():
+        return score
+    return score.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
+def _laid_out_as(like, tensor):
+    same = tensor.stride() == like.stride()
+    return tensor if same else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+def _flat(tensor):
+    """Return the entries in memory order, as a view; `tensor` has no gaps."""
+    return tensor.as_strided((tensor.numel(),), (1,)).numpy()
 
 
 def _mark_lowest_on_device(scores, candidates, k, negate):
