@@ -81,6 +81,16 @@ def test_slow_first_calls_do_not_count(monkeypatch):
     assert layer.seconds == 1.0
 
 
+def test_a_compiled_model_runs_eagerly_meanwhile():
+    graphs = []
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    model.compile(backend=lambda graph, _inputs: graphs.append(graph) or graph.forward)
+    assert len(bench_of(model, torch.ones(1, 2)).layers()) == 2
+    assert not graphs
+    model(torch.ones(1, 2))
+    assert graphs
+
+
 def test_the_table_marks_estimates_and_adds_up(monkeypatch):
     instants = iter([0.0, 0.001, 0.002, 0.005])
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(instants))

@@ -59,6 +59,18 @@ def test_a_shared_relu_counts_once_per_use():
     assert {name: list(layer.shape) for name, layer in found.items()} == {"1": [4, 3], "1#2": [6, 3]}
 
 
+def test_a_compiled_model_is_not_compiled_again(model):
+    data = batches(4, 5)
+    expected = features.collect(model, data, classes=3)
+    graphs = []
+    model.compile(backend=lambda graph, _inputs: graphs.append(graph) or graph.forward)
+    found = features.collect(model, data, classes=3)
+    assert not graphs
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert model(data[0][0]).shape == (4, 5)
+    assert graphs
+
+
 def test_half_precision_activations_do_not_overflow():
     """Sums beyond 65,504, the largest float16, are ordinary for a layer."""
     images = torch.full((2, 1, 64, 64), 100.0, dtype=torch.float16)

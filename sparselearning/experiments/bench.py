@@ -12,6 +12,7 @@ free.
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -71,8 +72,8 @@ class LayerBench:
     """Context manager that times every Conv2d and Linear of `model` while the model runs inside it.
 
     The time of a layer is the median over its calls times its calls per forward pass, so that neither warm-up
-    nor a smaller last batch counts. Run several batches, through the model itself and not a compiled copy.
-    Works on the CPU and on CUDA devices; there it waits for the device only when the results are read.
+    nor a smaller last batch counts; run several batches. A compiled model runs eagerly meanwhile. Works on the CPU
+    and on CUDA devices; there it waits for the device only when the results are read.
     """
 
     def __init__(self, model: nn.Module):
@@ -81,20 +82,20 @@ class LayerBench:
         self._started: dict[str, tuple[Any, Tensor, Tensor]] = {}
         self._calls: defaultdict[str, list[_Call]] = defaultdict(list)
         self._passes = 0
-        self._handles: list[Any] = []
+        self._undo = ExitStack()
 
     def __enter__(self) -> "LayerBench":
-        self._handles.append(self._model.register_forward_hook(self._count_pass))
+        self._undo.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled model has no layers to time
+        hooks = [self._model.register_forward_hook(self._count_pass)]
         for name, layer in self._layers.items():
-            start, end = partial(self._start, name), partial(self._end, name)
-            self._handles.append(layer.register_forward_pre_hook(start, with_kwargs=True))
-            self._handles.append(layer.register_forward_hook(end))
+            hooks.append(layer.register_forward_pre_hook(partial(self._start, name), with_kwargs=True))
+            hooks.append(layer.register_forward_hook(partial(self._end, name)))
+        for hook in hooks:
+            self._undo.callback(hook.remove)
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._undo.close()
 
     def layers(self) -> list[LayerTime]:
         """Return the layers that ran, in the order of their first call, with their weights as they are now.
@@ -103,9 +104,7 @@ class LayerBench:
             RuntimeError: if no forward pass of the model was seen.
         """
         if not self._calls or not self._passes:
-            expected = (
-                "Expected a model with Conv2d or Linear layers to run inside the `with` block of LayerBench"
-            )
+            expected = "Expected a model with Conv2d or Linear layers to run inside the `with` block of LayerBench"
             raise RuntimeError(f"{expected}, saw no such run. Call model(images) there.")
         return [self._summary(name, calls) for name, calls in self._calls.items()]
 
@@ -127,9 +126,7 @@ class LayerBench:
         rows.append(["total", *blank, *map(_milliseconds, totals)])
         rows.append(["speed-up", *blank, *(_speed_up(totals[0], total) for total in totals)])
         headers = ["layer", *SHARES, *TIMES]
-        text = tabulate(
-            rows, headers, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1)
-        )
+        text = tabulate(rows, headers, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1))
         return f"{text}\n{LEGEND}"
 
     def _summary(self, name: str, calls: "list[_Call]") -> LayerTime:
@@ -178,9 +175,7 @@ def _now(device: torch.device) -> "float | torch.cuda.Event":
     if device.type == "cpu":
         return time.perf_counter()
     if device.type != "cuda":
-        raise ValueError(
-            f"LayerBench measures on cpu and cuda devices, got {device}. Move the model and images."
-        )
+        raise ValueError(f"LayerBench measures on cpu and cuda devices, got {device}. Move the model and images.")
     event = torch.cuda.Event(enable_timing=True)
     event.record(torch.cuda.current_stream(device))
     return event
@@ -192,9 +187,7 @@ def _density(x: Tensor) -> Tensor:
 
 def _dead_weight_channels(layer: nn.Conv2d | nn.Linear) -> float:
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    outputs, inputs = layer.weight.shape[
-        :2
-    ]  # a grouped convolution has in_channels / groups inputs per group
+    outputs, inputs = layer.weight.shape[:2]  # a grouped convolution has in_channels / groups inputs per group
     alive = (layer.weight != 0).reshape(groups, outputs // groups, inputs, -1).any(3).any(1)
     return 1 - float(_density(alive))
 
