@@ -77,7 +77,7 @@ def plot_demo(runs: Mapping[str, Metrics], path: str | Path) -> None:
 def plot_accuracy_density(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Draw accuracy against density with error bars, one series per label.
 
-    A series that only has a dense point (density 1) becomes a horizontal line, its interval a band.
+    Beside sparse series, one that only has a dense point (density 1) is a horizontal line, its interval a band.
 
     Args:
         rows: one mapping per point: "label"; "density" and "accuracy" in [0, 1]; "interval", (low, high) of the
@@ -85,16 +85,19 @@ def plot_accuracy_density(rows: Sequence[Mapping[str, Any]], path: str | Path) -
     """
     figure, (axes,) = _figure(7, 4.5)
     labels = list(dict.fromkeys(row["label"] for row in rows))
+    lowest = min(row["density"] for row in rows)
     for label, colour, marker in zip(labels, cycle(COLOURS), cycle(MARKERS), strict=False):
         points = sorted((row for row in rows if row["label"] == label), key=lambda row: row["density"])
         density, accuracy = (np.array([row[key] for row in points]) for key in ("density", "accuracy"))
         low, high = np.array([row["interval"] or (row["accuracy"],) * 2 for row in points]).T
-        if density.min() == 1:
+        if density.min() == 1 > lowest:
             axes.axhline(accuracy[0], color=colour, linestyle="--", label=label)
             axes.axhspan(low[0], high[0], color=colour, alpha=0.15, linewidth=0)
         else:
             bars = np.maximum([accuracy - low, high - accuracy], 0)
             axes.errorbar(density, accuracy, bars, color=colour, marker=marker, capsize=3, label=label)
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(max(bottom, 0), min(top, 1))  # the interval of two runs may leave [0, 1]
     _label(axes, "density", "test accuracy")
     _percent(axes.yaxis)
     _log_percent(axes.xaxis)
