@@ -1,8 +1,5 @@
 """Two processes: masks are those of rank 0, after add_module and after every update."""
 
-import os
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,16 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 PROCESSES = 2
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def worker(rank, port, results):
+def worker(rank, folder):
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=PROCESSES)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES)
     torch.manual_seed(100 + rank)  # different weights, masks and data
     record = {}
     for growth in ("momentum", "random"):
@@ -43,16 +33,15 @@ def worker(rank, port, results):
             "weights": [parameter.tolist() for parameter in model.parameters()],
         }
     record["private draw"] = torch.rand(1).item()
-    results[rank] = record
+    torch.save(record, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def replicas():
-    with multiprocessing.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        multiprocessing.spawn(worker, (free_port(), results), nprocs=PROCESSES)
-        return dict(results)
+def replicas(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    multiprocessing.spawn(worker, (folder,), nprocs=PROCESSES)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
 @pytest.mark.parametrize("growth", ["momentum", "random"])

@@ -139,6 +139,37 @@ def test_a_joint_selection_is_one_over_the_joined_entries(parts, k):
         assert torch.equal(torch.cat(jointly(scores, masks, k)), alone(torch.cat(scores), torch.cat(masks), k))
 
 
+SCORES = {
+    "all different": lambda n: torch.randn(n),
+    "float64": lambda n: torch.randn(n, dtype=torch.float64),
+    "few values": lambda n: torch.randint(-3, 4, (n,)).float(),
+    "mostly zero": lambda n: torch.randn(n) * (torch.rand(n) < 0.01),
+    "all equal": torch.ones,
+    "rising": lambda n: torch.arange(n).float(),
+    "falling": lambda n: -torch.arange(n).float(),
+    "one NaN in ten": lambda n: torch.randn(n).where(torch.rand(n) < 0.9, nan),
+    "infinite ends": lambda n: torch.randn(n).mul(5).sinh().div(1e-30).where(torch.rand(n) < 0.9, -inf),
+}
+
+
+@pytest.mark.parametrize("density", [0.001, 0.05, 0.5, 0.95])
+@pytest.mark.parametrize("scores", SCORES)
+def test_selection_among_many_equals_a_stable_sort(scores, density):
+    size = 150_001
+    score, mask = SCORES[scores](size), torch.rand(size) < density
+    lowest_first = score.nan_to_num(nan=-inf, posinf=inf, neginf=-inf)
+    active = mask.nonzero().flatten()
+    by_score = active[lowest_first[active].argsort(stable=True)]
+    inactive = (~mask).nonzero().flatten()
+    by_descending_score = inactive[(-lowest_first[inactive]).argsort(stable=True)]
+    for k in (1, 7, len(active) // 2, len(active) - 1):
+        dropped = (mask & ~drop_lowest(score, mask, k)).nonzero().flatten()
+        assert torch.equal(dropped, by_score[:k].sort().values), f"drop {k}"
+    for k in (1, 7, len(active) // 2, len(inactive) - 1):
+        added = (~mask & add_highest(score, mask, k)).nonzero().flatten()
+        assert torch.equal(added, by_descending_score[:k].sort().values), f"add {k}"
+
+
 APPORTIONED = [
     # total, shares, capacity, expected
     (10, [1, 1, 2], [9, 9, 9], [3, 2, 5]),  # quotas 2.5, 2.5, 5: of equal remainders the earlier
