@@ -1,0 +1,146 @@
+// How a convolution becomes a walk over flat memory; shared by every instruction set.
+//
+// Let one axis have stride s, dilation d and padding p. Output o reads input i = s*o + d*k - p for tap k. Write
+// d*k - p = s*shift + phase with 0 <= phase < s; then i = s*(o + shift) + phase: the tap reads the plane of phase
+// `phase` at position o + shift. Splitting an input into its s*s phase planes makes every stride look like stride 1.
+//
+// Planes and outputs are laid out on one flat grid: rows of `pitch` positions, images of `image_pitch`. The zeros that
+// pad one row (image) on the right also pad the next on the left, so one shift of a flat index serves all positions,
+// and vectors run across rows and images alike. Outputs that fall on padding are computed and dropped.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+struct Conv {
+    int64_t images, in_channels, height, width;
+    int64_t out_channels, out_height, out_width;
+    int64_t kernel_y, kernel_x, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x, groups;
+    int64_t batch_last;  // memory order of every activation: NCHW, or CHWN
+
+    int64_t taps() const { return kernel_y * kernel_x; }
+};
+
+inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+
+struct Tap {
+    int64_t shift, phase;
+};
+
+inline Tap tap_of(int64_t k, int64_t stride, int64_t pad, int64_t dilation) {
+    const int64_t distance = k * dilation - pad;
+    const int64_t shift = floor_div(distance, stride);
+    return {shift, distance - shift * stride};
+}
+
+inline int64_t phase_size(int64_t size, int64_t phase, int64_t stride) {
+    return size > phase ? (size - phase + stride - 1) / stride : 0;
+}
+
+// A phase plane inside a tensor: element (image, channel, row, column) lies at
+// image * image_stride + channel * channel_stride + row * row_stride + column * step + start.
+struct View {
+    int64_t rows, columns, image_stride, channel_stride, row_stride, step, start;
+};
+
+// Tensors are NCHW in memory, or CHWN ("batch last"), where one vector holds one pixel of many images.
+struct Plane {
+    int64_t images, channels, height, width;
+    bool batch_last;
+
+    View phase(int64_t phase_y, int64_t phase_x, int64_t stride_y, int64_t stride_x) const {
+        const int64_t pixel = batch_last ? images : 1;
+        return {phase_size(height, phase_y, stride_y),
+                phase_size(width, phase_x, stride_x),
+                batch_last ? 1 : channels * height * width,
+                height * width * pixel,
+                stride_y * width * pixel,
+                stride_x * pixel,
+                (phase_y * width + phase_x) * pixel};
+    }
+};
+
+// One direction of a convolution on its flat grid: the planes read and written, and the shift of every tap.
+struct Grid {
+    int64_t images, pitch, image_pitch;  // batch last: one grid per vector of images, so images = 1
+    int64_t height, width;               // rows and columns written
+    int64_t before = 0, after = 0;  // how far shifts reach to the left and to the right of a position
+    std::vector<View> read, write;
+    std::vector<int64_t> tap_plane;  // which of `read` a tap uses
+    std::vector<int64_t> tap_shift;  // in flat positions
+
+    int64_t positions() const { return images * image_pitch; }
+};
+
+// One axis of a grid whose rows hold `read` valid positions, whose outputs are [0, write), with these shifts.
+inline int64_t shared_pitch(int64_t read, int64_t write, const std::vector<int64_t>& shifts) {
+    const int64_t low = std::min<int64_t>(0, *std::min_element(shifts.begin(), shifts.end()));
+    const int64_t high = std::max<int64_t>(0, *std::max_element(shifts.begin(), shifts.end()));
+    return std::max(write + high, read - low);
+}
+
+inline void place(Grid& grid, const std::vector<int64_t>& shift_y, const std::vector<int64_t>& shift_x) {
+    int64_t rows_read = 0, columns_read = 0;
+    grid.height = grid.width = 0;
+    for (const View& v : grid.read) {
+        rows_read = std::max(rows_read, v.rows);
+        columns_read = std::max(columns_read, v.columns);
+    }
+    for (const View& v : grid.write) {
+        grid.height = std::max(grid.height, v.rows);
+        grid.width = std::max(grid.width, v.columns);
+    }
+    grid.pitch = shared_pitch(columns_read, grid.width, shift_x);
+    grid.image_pitch = shared_pitch(rows_read, grid.height, shift_y) * grid.pitch;
+    for (int64_t y : shift_y)
+        for (int64_t x : shift_x) {
+            const int64_t shift = y * grid.pitch + x;
+            grid.tap_shift.push_back(shift);
+            grid.before = std::max(grid.before, -shift);
+            grid.after = std::max(grid.after, shift);
+        }
+}
+
+// Reads the phase planes of the input, writes the output.
+inline Grid forward_grid(const Conv& c) {
+    const Plane input{c.images, c.in_channels, c.height, c.width, c.batch_last != 0};
+    const Plane output{c.images, c.out_channels, c.out_height, c.out_width, c.batch_last != 0};
+    Grid grid;
+    grid.images = c.batch_last ? 1 : c.images;
+    std::vector<int64_t> shift_y, shift_x, plane_of(c.stride_y * c.stride_x, -1);
+    for (int64_t k = 0; k < c.kernel_y; ++k) shift_y.push_back(tap_of(k, c.stride_y, c.pad_y, c.dilation_y).shift);
+    for (int64_t k = 0; k < c.kernel_x; ++k) shift_x.push_back(tap_of(k, c.stride_x, c.pad_x, c.dilation_x).shift);
+    for (int64_t ky = 0; ky < c.kernel_y; ++ky)
+        for (int64_t kx = 0; kx < c.kernel_x; ++kx) {
+            const int64_t phase_y = tap_of(ky, c.stride_y, c.pad_y, c.dilation_y).phase;
+            const int64_t phase_x = tap_of(kx, c.stride_x, c.pad_x, c.dilation_x).phase;
+            int64_t& plane = plane_of[phase_y * c.stride_x + phase_x];
+            if (plane < 0) {
+                plane = grid.read.size();
+                grid.read.push_back(input.phase(phase_y, phase_x, c.stride_y, c.stride_x));
+            }
+            grid.tap_plane.push_back(plane);
+        }
+    grid.write.push_back(output.phase(0, 0, 1, 1));
+    place(grid, shift_y, shift_x);
+    return grid;
+}
+
+// Reads the output's gradient, writes every phase plane of the input's: position j of a plane gets o = j - shift.
+inline Grid input_gradient_grid(const Conv& c) {
+    const Plane input{c.images, c.in_channels, c.height, c.width, c.batch_last != 0};
+    const Plane output{c.images, c.out_channels, c.out_height, c.out_width, c.batch_last != 0};
+    Grid grid;
+    grid.images = c.batch_last ? 1 : c.images;
+    std::vector<int64_t> shift_y, shift_x;
+    for (int64_t k = 0; k < c.kernel_y; ++k) shift_y.push_back(-tap_of(k, c.stride_y, c.pad_y, c.dilation_y).shift);
+    for (int64_t k = 0; k < c.kernel_x; ++k) shift_x.push_back(-tap_of(k, c.stride_x, c.pad_x, c.dilation_x).shift);
+    grid.tap_plane.assign(c.taps(), 0);
+    grid.read.push_back(output.phase(0, 0, 1, 1));
+    for (int64_t y = 0; y < c.stride_y; ++y)
+        for (int64_t x = 0; x < c.stride_x; ++x)
+            grid.write.push_back(input.phase(y, x, c.stride_y, c.stride_x));
+    place(grid, shift_y, shift_x);
+    return grid;
+}

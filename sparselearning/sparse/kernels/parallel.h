@@ -1,0 +1,77 @@
+// Work shared among the threads that the caller allows, and the memory each keeps.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+// GOMP_parallel's signature. Given by the caller, so that the threads are those of torch's own pool: two OpenMP pools
+// that spin on the same cores slow each other down.
+using Fork = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+struct Parallel {
+    int threads;
+    Fork fork;
+
+    // Calls body(begin, end) on even ranges that cover [0, count), each range on some thread.
+    template <class Body>
+    void run(int64_t count, const Body& body) const {
+        const int64_t ranges = std::min<int64_t>(threads, count);
+        if (ranges <= 1) {
+            if (count) body(int64_t(0), count);
+            return;
+        }
+        struct Task {
+            const Body& body;
+            int64_t count, ranges;
+            std::atomic<int64_t> next{0};
+            std::atomic<bool> failed{false};
+        } task{body, count, ranges};
+        // A pool may grant fewer threads than asked for, so every thread takes ranges until none is left.
+        auto work = [](void* data) {
+            Task& task = *static_cast<Task*>(data);
+            try {
+                for (int64_t i; (i = task.next++) < task.ranges;)
+                    task.body(task.count * i / task.ranges, task.count * (i + 1) / task.ranges);
+            } catch (const std::bad_alloc&) {
+                task.failed = true;
+            }
+        };
+        if (fork) {
+            fork(work, &task, unsigned(ranges), 0);
+        } else {
+            std::vector<std::thread> pool;
+            for (int64_t i = 1; i < ranges; ++i) pool.emplace_back(work, &task);
+            work(&task);
+            for (std::thread& thread : pool) thread.join();
+        }
+        if (task.failed) throw std::bad_alloc();
+    }
+};
+
+// Memory that a thread keeps from call to call, on huge pages where they are to be had: the kernels read it at random.
+template <class S>
+S* scratch(int64_t count) {
+    constexpr size_t page = size_t(2) << 20;
+    thread_local std::unique_ptr<void, void (*)(void*)> memory(nullptr, std::free);
+    thread_local size_t size = 0;
+    const size_t need = (size_t(count) * sizeof(S) + page - 1) / page * page;
+    if (need > size) {
+        memory.reset();
+        memory.reset(std::aligned_alloc(page, need));
+        size = memory ? need : 0;
+        if (!memory) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+        madvise(memory.get(), need, MADV_HUGEPAGE);
+#endif
+    }
+    return static_cast<S*>(memory.get());
+}

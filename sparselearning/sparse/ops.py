@@ -1,0 +1,235 @@
+"""Sparse convolution and linear layers as operators of torch, on a CPU.
+
+A weight of shape (out_channels, in_channels / groups, height, width) is stored by its nonzeros, row by row:
+`value` (float), `column` (int32, position in the flattened row) and `start` (int32, out_channels + 1 entries).
+`t_start`, `t_column`, `t_order` are the same nonzeros in the order of the input gradient; `transposed` makes them.
+
+Activations are NCHW by shape. From some batch size on (`is_batch_last`) their memory is ordered CHWN, so that one
+vector holds one pixel of several images; elementwise operations of torch keep that order, others give plain NCHW,
+which the next sparse layer turns around again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparselearning.sparse.library import DTYPES, conv_shape, kernels
+
+LANES = 16  # images in a vector of the widest instruction set; one rule for all of them
+FEW = 4  # up to this many rows a linear layer takes one at a time
+
+library = torch.library.Library("sparselearning", "DEF")
+INDICES = "Tensor start, Tensor column"
+TRANSPOSED = "Tensor t_start, Tensor t_column, Tensor t_order"
+GEOMETRY = "SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+library.define(
+    f"conv2d(Tensor x, Tensor value, Tensor? bias, {INDICES}, {TRANSPOSED}, {GEOMETRY}, bool relu) -> Tensor"
+)
+library.define(
+    f"conv2d_input_gradient(Tensor dy, Tensor value, {TRANSPOSED}, SymInt[] input_shape, {GEOMETRY}) -> Tensor"
+)
+library.define(f"conv2d_weight_gradient(Tensor dy, Tensor x, {INDICES}, {GEOMETRY}) -> Tensor")
+library.define(f"linear(Tensor x, Tensor value, Tensor? bias, {INDICES}, {TRANSPOSED}, bool relu) -> Tensor")
+library.define(f"linear_input_gradient(Tensor dy, Tensor value, {TRANSPOSED}) -> Tensor")
+library.define(f"linear_weight_gradient(Tensor dy, Tensor x, {INDICES}) -> Tensor")
+
+
+def is_batch_last(batch: int) -> bool:
+    """Return whether activations of this many images are kept with the batch last in memory."""
+    return batch >= LANES and -(-batch // LANES) * LANES * 5 <= batch * 7
+
+
+def to_batch_last(x: Tensor) -> Tensor:
+    """Return x, of shape (N, ...), with the memory order (..., N)."""
+    turned = x.movedim(0, -1)
+    if turned.is_contiguous():
+        return x
+    x = x.contiguous()
+    turned = x.new_empty((*x.shape[1:], x.shape[0]))
+    kernels().call("transpose", x.dtype, x, x.shape[0], x[0].numel() if len(x) else 0, turned)
+    return turned.movedim(-1, 0)
+
+
+def in_order(x: Tensor, batch_last: bool) -> Tensor:
+    return to_batch_last(x) if batch_last else x.contiguous()
+
+
+def new_output(x: Tensor, shape, batch_last: bool) -> Tensor:
+    if batch_last:
+        return x.new_empty((*shape[1:], shape[0])).movedim(-1, 0)
+    return x.new_empty(shape)
+
+
+def check(x: Tensor, value: Tensor, start: Tensor, column: Tensor) -> None:
+    if x.dtype not in DTYPES or x.dtype != value.dtype:
+        raise TypeError(
+            f"Sparse layers compute in float32 or float64, input and values alike; got {x.dtype} and {value.dtype}."
+        )
+    if start.dtype != torch.int32 or column.dtype != torch.int32 or column.shape != value.shape:
+        raise ValueError("A sparse layer needs int32 indices, one column for each value.")
+
+
+def conv2d(x, value, bias, start, column, t_start, t_column, t_order, *rest):
+    *geometry, relu = rest
+    check(x, value, start, column)
+    batch_last = is_batch_last(len(x))
+    x = in_order(x, batch_last)
+    out_channels = len(start) - 1
+    shape, height, width = describe(x.shape, out_channels, geometry, batch_last)
+    y = new_output(x, (len(x), out_channels, height, width), batch_last)
+    bias = None if bias is None else bias.contiguous()
+    values = value.contiguous()
+    kernels().call("forward", x.dtype, shape, x, start, column, values, bias, relu, y)
+    return y
+
+
+def describe(input_shape, out_channels, geometry, batch_last):
+    kernel, stride, padding, dilation, groups = geometry
+    batch, channels, height, width = input_shape
+    pairs = (tuple(pair) for pair in (kernel, stride, padding, dilation))
+    return conv_shape(batch, channels, height, width, out_channels, *pairs, groups, batch_last)
+
+
+def conv2d_input_gradient(dy, value, t_start, t_column, t_order, input_shape, *geometry):
+    batch_last = is_batch_last(len(dy))
+    dy = in_order(dy, batch_last)
+    shape, _, _ = describe(input_shape, dy.shape[1], geometry, batch_last)
+    dx = new_output(dy, tuple(input_shape), batch_last)
+    values = value.contiguous()
+    kernels().call("input_gradient", dy.dtype, shape, dy, t_start, t_column, t_order, values, dx)
+    return dx
+
+
+def conv2d_weight_gradient(dy, x, start, column, *geometry):
+    batch_last = is_batch_last(len(dy))
+    dy, x = in_order(dy, batch_last), in_order(x, batch_last)
+    shape, _, _ = describe(x.shape, dy.shape[1], geometry, batch_last)
+    gradient = dy.new_empty(len(column))
+    kernels().call("weight_gradient", dy.dtype, shape, x, dy, start, column, gradient)
+    return gradient
+
+
+def linear(x, value, bias, start, column, t_start, t_column, t_order, relu):
+    check(x, value, start, column)
+    batch, features = x.shape
+    outputs = len(start) - 1
+    values = value.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    if batch <= FEW:
+        x, y = x.contiguous(), x.new_empty(batch, outputs)
+        kernels().call("few", x.dtype, x, batch, features, outputs, start, column, values, bias, relu, y)
+        return y
+    x, y = to_batch_last(x), x.new_empty(outputs, batch)
+    kernels().call("forward", x.dtype, row_shape(batch, features, outputs), x, start, column, values, bias, relu, y)
+    return from_columns(y)
+
+
+def row_shape(batch, features, outputs):
+    """Return a linear layer as a 1x1 convolution of one image, one pixel high and as wide as the batch."""
+    one, zero = (1, 1), (0, 0)
+    return conv_shape(1, features, 1, batch, outputs, one, one, zero, one, 1, False)[0]
+
+
+def from_columns(y: Tensor) -> Tensor:
+    """Return y, of shape (features, batch), as (batch, features) in the memory order of that batch."""
+    return y.t() if is_batch_last(y.shape[1]) else y.t().contiguous()
+
+
+def linear_input_gradient(dy, value, t_start, t_column, t_order):
+    batch, outputs = dy.shape
+    features = len(t_start) - 1
+    dy, dx = to_batch_last(dy), dy.new_empty(features, batch)
+    shape = row_shape(batch, features, outputs)
+    values = value.contiguous()
+    kernels().call("input_gradient", dy.dtype, shape, dy, t_start, t_column, t_order, values, dx)
+    return from_columns(dx)
+
+
+def linear_weight_gradient(dy, x, start, column):
+    dy, x = to_batch_last(dy), to_batch_last(x)
+    gradient = dy.new_empty(len(column))
+    shape = row_shape(len(x), x.shape[1], dy.shape[1])
+    kernels().call("weight_gradient", dy.dtype, shape, x, dy, start, column, gradient)
+    return gradient
+
+
+def fake_conv2d(x, value, bias, start, column, t_start, t_column, t_order, *rest):
+    kernel, stride, padding, dilation, _, _ = rest
+    size = (
+        (size + 2 * pad - step * (k - 1) - 1) // move + 1
+        for size, k, move, pad, step in zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
+    )
+    return new_output(x, (x.shape[0], start.shape[0] - 1, *size), is_batch_last(x.shape[0]))
+
+
+def fake_input_gradient(dy, value, t_start, t_column, t_order, input_shape, *geometry):
+    return new_output(dy, tuple(input_shape), is_batch_last(dy.shape[0]))
+
+
+def fake_linear(x, value, bias, start, column, t_start, t_column, t_order, relu):
+    return new_output(x, (x.shape[0], start.shape[0] - 1), is_batch_last(x.shape[0]))
+
+
+def fake_linear_input_gradient(dy, value, t_start, t_column, t_order):
+    return new_output(dy, (dy.shape[0], t_start.shape[0] - 1), is_batch_last(dy.shape[0]))
+
+
+def fake_weight_gradient(dy, x, start, column, *geometry):
+    return dy.new_empty(column.shape)
+
+
+def save_for_backward(ctx, inputs, output):
+    x, value, bias, start, column, t_start, t_column, t_order, *ctx.geometry, relu = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, value, start, column, t_start, t_column, t_order, output if relu else None)
+
+
+def gradients(ctx, dy, input_gradient, weight_gradient):
+    """Return the gradients of an operator's arguments: x, value, bias, and None for the rest."""
+    x, value, start, column, t_start, t_column, t_order, output = ctx.saved_tensors
+    if output is not None:
+        dy = dy * (output > 0)
+    needs_x, needs_value, needs_bias, *others = ctx.needs_input_grad
+    dx = input_gradient(dy, value, t_start, t_column, t_order) if needs_x else None
+    dvalue = weight_gradient(dy, x, start, column) if needs_value else None
+    dbias = dy.flatten(2).sum((0, 2)) if needs_bias and dy.dim() == 4 else dy.sum(0) if needs_bias else None
+    return dx, dvalue, dbias, *(None for _ in others)
+
+
+def conv2d_backward(ctx, dy):
+    ops, x = torch.ops.sparselearning, ctx.saved_tensors[0]
+    return gradients(
+        ctx,
+        dy,
+        lambda dy, *rest: ops.conv2d_input_gradient(dy, *rest, x.shape, *ctx.geometry),
+        lambda dy, *rest: ops.conv2d_weight_gradient(dy, *rest, *ctx.geometry),
+    )
+
+
+def linear_backward(ctx, dy):
+    ops = torch.ops.sparselearning
+    return gradients(ctx, dy, ops.linear_input_gradient, ops.linear_weight_gradient)
+
+
+def register(name, kernel, fake, backward=None):
+    library.impl(name, kernel, "CPU")
+    torch.library.register_fake(f"sparselearning::{name}", fake, lib=library)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"sparselearning::{name}", backward, setup_context=save_for_backward, lib=library
+        )
+
+
+register("conv2d", conv2d, fake_conv2d, conv2d_backward)
+register("conv2d_input_gradient", conv2d_input_gradient, fake_input_gradient)
+register("conv2d_weight_gradient", conv2d_weight_gradient, fake_weight_gradient)
+register("linear", linear, fake_linear, linear_backward)
+register("linear_input_gradient", linear_input_gradient, fake_linear_input_gradient)
+register("linear_weight_gradient", linear_weight_gradient, fake_weight_gradient)
+
+
+def transposed(start: Tensor, column: Tensor, shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (t_start, t_column, t_order) of a convolution described by `library.conv_shape`."""
+    channels, strides = shape[1], shape[9] * shape[10]
+    return kernels().transpose_rows(shape, start, column, channels * strides)

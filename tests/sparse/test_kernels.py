@@ -1,0 +1,191 @@
+"""The kernels equal torch's dense layers, whatever the shape, instruction set and number of threads."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers_sparse import conv2d, instruction_sets, linear, rows_of, sparse_weight
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparselearning.sparse import ops
+from sparselearning.sparse.library import available, conv_shape, kernels
+
+pytestmark = pytest.mark.skipif(not available(), reason="built without sparse kernels")
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+
+
+@st.composite
+def convolutions(draw):
+    pair = lambda low, high: st.tuples(st.integers(low, high), st.integers(low, high))  # noqa: E731
+    kernel, stride, padding, dilation = (draw(p) for p in (pair(1, 4), pair(1, 3), pair(0, 3), pair(1, 3)))
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    channels = [groups * draw(st.integers(1, 4)) for _ in range(2)]
+    smallest = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, padding, strict=True)]
+    size = [low + draw(st.integers(0, 16)) for low in smallest]
+    return {
+        "batch": draw(st.integers(1, 65)),
+        "channels": channels,
+        "size": size,
+        "kernel": kernel,
+        "density": draw(st.sampled_from([0.0, 0.05, 0.2, 1.0])),
+        "dtype": draw(st.sampled_from([torch.float32, torch.float64])),
+        "geometry": {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups},
+        "instruction_set": draw(st.sampled_from(instruction_sets())),
+        "bias": draw(st.booleans()),
+        "relu": draw(st.booleans()),
+    }
+
+
+def assert_same(outputs, references, dtype):
+    for output, reference in zip(outputs, references, strict=True):
+        scale = max(1.0, reference.abs().max().item()) if reference.numel() else 1.0
+        torch.testing.assert_close(output, reference, atol=TOLERANCE[dtype] * scale, rtol=0)
+
+
+@settings(max_examples=80, deadline=None)
+@given(convolutions())
+def test_convolution_equals_dense_in_values_and_gradients(case):
+    torch.manual_seed(0)
+    dtype, geometry = case["dtype"], case["geometry"]
+    inputs, outputs = case["channels"]
+    weight = sparse_weight((outputs, inputs // geometry["groups"], *case["kernel"]), case["density"], dtype)
+    x = torch.randn(case["batch"], inputs, *case["size"], dtype=dtype, requires_grad=True)
+    bias = torch.randn(outputs, dtype=dtype, requires_grad=True) if case["bias"] else None
+    dense = weight.clone().requires_grad_()
+    extra = [bias] if case["bias"] else []
+
+    kernels().instruction_set = case["instruction_set"]
+    try:
+        y, value = conv2d(x, weight, bias, relu=case["relu"], **geometry)
+        expected = F.conv2d(x, dense, bias, **geometry)
+        expected = expected.relu() if case["relu"] else expected
+        dy = torch.randn_like(expected)
+        found = torch.autograd.grad(y, [x, value, *extra], dy)
+    finally:
+        kernels().instruction_set = kernels().best
+    dx, dweight, *dbias = torch.autograd.grad(expected, [x, dense, *extra], dy)
+    assert_same((y, *found), (expected, dx, dweight[weight != 0], *dbias), dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 65),
+    features=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    density=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    relu=st.booleans(),
+)
+def test_linear_equals_dense_in_values_and_gradients(batch, features, density, dtype, relu):
+    torch.manual_seed(0)
+    weight = sparse_weight(features, density, dtype)
+    x = torch.randn(batch, features[1], dtype=dtype, requires_grad=True)
+    bias = torch.randn(features[0], dtype=dtype, requires_grad=True)
+    dense = weight.clone().requires_grad_()
+    y, value = linear(x, weight, bias, relu)
+    expected = F.linear(x, dense, bias)
+    expected = expected.relu() if relu else expected
+    dy = torch.randn_like(expected)
+    found = torch.autograd.grad(y, [x, value, bias], dy)
+    dx, dweight, dbias = torch.autograd.grad(expected, [x, dense, bias], dy)
+    assert_same((y, *found), (expected, dx, dweight[weight != 0], dbias), dtype)
+
+
+@pytest.mark.parametrize("batch", [2, 16])
+def test_gradients_pass_gradcheck(batch):
+    weight = sparse_weight((3, 2, 3, 3), 0.4, torch.float64)
+    x = torch.randn(batch, 2, 3, 2, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    value, start, column = rows_of(weight)
+    geometry = ((3, 3), (2, 1), (1, 1), (1, 1), 1)
+    turned = ops.transposed(start, column, conv_shape(1, 2, 3, 3, 3, *geometry, False)[0])
+
+    def layer(x, value, bias):
+        return torch.ops.sparselearning.conv2d(x, value, bias, start, column, *turned, *geometry, False)
+
+    assert torch.autograd.gradcheck(layer, (x, value.requires_grad_(), bias))
+
+
+def everything(threads, batch):
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    weight = sparse_weight((48, 32, 3, 3), 0.1)
+    x = torch.randn(batch, 32, 9, 9, requires_grad=True)
+    y, value = conv2d(x, weight, stride=(2, 2), padding=(1, 1))
+    return [y, *torch.autograd.grad(y.square().sum(), [x, value])]
+
+
+@pytest.mark.parametrize("batch", [1, 7, 32])
+def test_any_number_of_threads_gives_identical_results(batch):
+    one = everything(1, batch)
+    for threads in (2, 3, 5):
+        assert all(torch.equal(a, b) for a, b in zip(one, everything(threads, batch), strict=True))
+
+
+def test_instruction_sets_agree(force_instruction_set):
+    results = []
+    for index in instruction_sets():
+        force_instruction_set(index)
+        results.append(everything(2, 32))
+    for other in results[1:]:
+        assert_same(other, results[0], torch.float32)
+
+
+def test_from_16_images_on_the_batch_is_last_in_memory():
+    weight = sparse_weight((4, 3, 3, 3), 0.5)
+    y, _ = conv2d(torch.randn(16, 3, 8, 8), weight)
+    assert y.movedim(0, -1).is_contiguous()
+    assert conv2d(torch.randn(15, 3, 8, 8), weight)[0].is_contiguous()
+    again, _ = conv2d(y.relu(), sparse_weight((5, 4, 3, 3), 0.5))
+    assert again.movedim(0, -1).is_contiguous()
+
+
+def test_empty_batch_gives_empty_output_and_zero_gradient():
+    weight = sparse_weight((4, 3, 3, 3), 0.5)
+    y, value = conv2d(torch.randn(0, 3, 8, 8), weight)
+    assert y.shape == (0, 4, 6, 6)
+    assert torch.autograd.grad(y.sum(), value)[0].eq(0).all()
+
+
+def test_indices_outside_the_layer_are_refused():
+    x, value = torch.randn(2, 3), torch.ones(1)
+    start, column = torch.tensor([0, 1]).int(), torch.tensor([3]).int()
+    with pytest.raises(ValueError, match="do not fit its shape"):
+        torch.ops.sparselearning.linear(x, value, None, start, column, start, column, column, False)
+
+
+def test_a_dtype_without_kernels_is_refused():
+    with pytest.raises(TypeError, match=r"float32 or float64.*bfloat16"):
+        linear(torch.randn(2, 3, dtype=torch.bfloat16), torch.ones(2, 3))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("batch", [3, 16])
+def test_operators_satisfy_opcheck(batch):
+    weight = sparse_weight((4, 3, 3, 3), 0.5)
+    value, start, column = rows_of(weight)
+    geometry = ((3, 3), (2, 2), (1, 1), (1, 1), 1)
+    turned = ops.transposed(start, column, conv_shape(1, 3, 3, 3, 4, *geometry, False)[0])
+    x = torch.randn(batch, 3, 6, 6, requires_grad=True)
+    arguments = (x, value.requires_grad_(), torch.randn(4), start, column, *turned, *map(list, geometry[:4]), 1, True)
+    torch.library.opcheck(torch.ops.sparselearning.conv2d, arguments)
+    rows = rows_of(torch.eye(3, 5))
+    turned = ops.transposed(*rows[1:], ops.row_shape(1, 5, 3))
+    torch.library.opcheck(
+        torch.ops.sparselearning.linear,
+        (torch.randn(batch, 5, requires_grad=True), rows[0].requires_grad_(), None, *rows[1:], *turned, False),
+    )
+
+
+@pytest.mark.parametrize("name", ["portable", "nonsense"])
+def test_environment_chooses_the_instruction_set(name):
+    code = "from sparselearning.sparse.library import kernels; print(kernels().instruction_set)"
+    environment = {**os.environ, "SPARSELEARNING_ISA": name}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    if name == "portable":
+        assert run.stdout == "0\n"
+    else:
+        assert "Unknown or unsupported SPARSELEARNING_ISA 'nonsense'" in run.stderr
