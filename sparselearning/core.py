@@ -32,6 +32,7 @@ from sparselearning.prune import PRUNE_FUNCTIONS
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS, no_redistribution
 from sparselearning.schedules import Constant, CosineDecay, LinearDecay
 from sparselearning.selection import add_highest, apportion
+from sparselearning.zero import zero_inactive
 
 __all__ = ["CosineDecay", "LinearDecay", "Masking", "add_sparse_args"]
 
@@ -256,9 +257,10 @@ class Masking:
             self.print_nonzero_counts()
 
     def apply_mask(self) -> None:
-        """Set all inactive weights to zero, in place."""
-        for layer in self.layers:
-            layer.apply_mask()
+        """Set all inactive weights to zero, in place; also where they are infinite or NaN."""
+        halves = [layer for layer in self.layers if layer.weight is not layer.master]
+        tensors = [layer.master for layer in self.layers] + [layer.weight for layer in halves]
+        zero_inactive(tensors, [layer.mask for layer in [*self.layers, *halves]])
 
     # One update of the masks
 

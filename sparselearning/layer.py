@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -31,11 +30,3 @@ class SparseLayer:
     def density(self) -> float:
         """Fraction of weights that are active."""
         return self.nonzeros / self.mask.numel()
-
-    @torch.no_grad()
-    def apply_mask(self) -> None:
-        """Set inactive weights to zero, in place; also where they are infinite or NaN."""
-        inactive = ~self.mask
-        self.master.masked_fill_(inactive, 0)
-        if self.master is not self.weight:
-            self.weight.masked_fill_(inactive, 0)

@@ -1,0 +1,162 @@
+"""What the benchmarks share: alternating rounds, a report with its hardware, a count of synchronisations."""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from sparselearning import models
+from sparselearning.models.resnet import resnet50
+
+RESULTS = Path(__file__).parent / "results"
+MODELS = ("lenet300-100", "vgg-d", "wrn-16-8", "resnet50")
+
+
+def parse(description: str | None, rounds: int, quick_rounds: int = 2) -> argparse.Namespace:
+    """Return the arguments that every benchmark takes; `rounds` is settled by --quick unless given."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes: small models, few rounds")
+    parser.add_argument("--rounds", type=int, help=f"measurements of each kind (default: {rounds})")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--output", help="JSON file to write (default: results/<benchmark>-<device>.json)")
+    args = parser.parse_args()
+    args.rounds = args.rounds or (quick_rounds if args.quick else rounds)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return args
+
+
+def build(name: str, device: str | torch.device = "cpu") -> torch.nn.Module:
+    """Return one of MODELS, freshly initialised."""
+    return (resnet50() if name == "resnet50" else models.build(name)).to(device)
+
+
+def alternate(
+    kinds: Mapping[str, Callable[[], Any]], rounds: int, calls: int = 1, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Return the seconds per call of each kind, one figure a round; the kinds take turns, so that load hits all.
+
+    Every kind is called once before, unmeasured.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for call in kinds.values():
+        call()
+    for _ in range(rounds):
+        for name, call in kinds.items():
+            wait(device)
+            started = time.perf_counter()
+            for _ in range(calls):
+                call()
+            wait(device)
+            seconds[name].append((time.perf_counter() - started) / calls)
+    return seconds
+
+
+def wait(device: str) -> None:
+    """Wait until a GPU has done what was asked of it."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Return median, quartiles and best."""
+    low, median, high = np.percentile(seconds, [25, 50, 75]).tolist()
+    return dict(median=median, low=low, high=high, best=min(seconds))
+
+
+def ratio(seconds: list[float], others: list[float]) -> float:
+    """Return the median over rounds of one kind's time over the other's in the same round."""
+    return statistics.median(one / other for one, other in zip(seconds, others, strict=True))
+
+
+def show(label: str, seconds: Mapping[str, list[float]]) -> None:
+    """Log medians and quartiles in milliseconds."""
+    for kind, values in seconds.items():
+        s = {name: 1e3 * value for name, value in summary(values).items()}
+        logging.info("%-32s %-28s %9.3f ms  (%.3f to %.3f)", label, kind, s["median"], s["low"], s["high"])
+
+
+def save(args: argparse.Namespace, benchmark: str, rows: list[dict[str, Any]]) -> None:
+    """Write the rows with hardware, versions and load to results/<benchmark>-<device>.json."""
+    path = Path(args.output) if args.output else RESULTS / f"{benchmark}-{args.device.partition(':')[0]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in vars(args).items() if name != "output"}
+    report = dict(benchmark=benchmark, settings=settings, machine=machine(args.device), rows=rows)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    logging.info("Wrote %s", path)
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Return what the figures were measured on."""
+    found = dict(
+        processor=_processor(),
+        cores=os.cpu_count(),
+        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        load_average=os.getloadavg()[0],
+        torch=torch.__version__,
+        numpy=np.__version__,
+        python=platform.python_version(),
+        commit=_commit(),
+    )
+    if device.startswith("cuda"):
+        found |= dict(gpu=torch.cuda.get_device_name(device), cuda=torch.version.cuda)
+    return found
+
+
+def _processor():
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _commit():
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
+class Synchronisations(TorchFunctionMode):
+    """Counts where the host would wait if the tensors in it were on a GPU, on a machine that has none.
+
+    Inside, tensors say that they are on a GPU, so that code takes its path for devices; what is asked to be put
+    there stays on the CPU. Every read of a value or of a number of entries counts.
+    """
+
+    READS = (
+        *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.nonzero, Tensor.masked_select),
+        *(Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.unique, Tensor.bincount),
+        *(torch.nonzero, torch.masked_select, torch.unique, torch.bincount, torch.is_nonzero, torch.equal),
+    )
+    INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function == Tensor.device.__get__:  # pyright: ignore[reportAttributeAccessIssue]
+            return torch.device("cuda")
+        by_mask = function in self.INDEXING and _holds_bool(args[1])
+        self.count += function in self.READS or by_mask
+        return function(*map(_on_cpu, args), **{name: _on_cpu(value) for name, value in (kwargs or {}).items()})
+
+
+def _on_cpu(value):
+    return torch.device("cpu") if isinstance(value, torch.device) else value
+
+
+def _holds_bool(index):
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) for part in parts)
