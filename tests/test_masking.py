@@ -7,6 +7,8 @@ import logging
 import pytest
 import torch
 from helpers import assert_masks_hold, backward, masked, mlp, same, snapshot, train
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from sparselearning import CosineDecay, Masking, network_wide
@@ -472,6 +474,37 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(prune_mode):
     assert same(masking.masks, parts[1].masks)
     for view in ("steps", "baseline_nonzero", "name2removed", "name2variance", "name2prune_rate", "prune_threshold"):
         assert getattr(masking, view) == getattr(parts[1], view)
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.sampled_from(["step", "optimizer step", "update", "save", "load", "remove", "print"]), max_size=15),
+    st.sampled_from([0.02, 0.3, 0.9, 1.0]),
+)
+def test_operations_in_any_order_keep_counts_and_zeros(operations, density):
+    model = mlp(12, 10, 8, 4)
+    masking = masked(model, density=density, growth_mode="random", redistribution_mode="magnitude")
+    saved, steps = None, 0
+    for operation in operations:
+        if operation == "step":
+            train(model, masking, 1)
+        elif operation == "optimizer step":
+            train(model, masking.optimizer, 1)
+        elif operation == "update":
+            masking.at_end_of_epoch()
+        elif operation == "save":
+            saved, saved_steps = copy.deepcopy(masking.state_dict()), steps
+        elif operation == "load" and saved and saved["layers"].keys() == masking.masks.keys():
+            masking.load_state_dict(saved)
+            steps = saved_steps
+        elif operation == "remove" and len(masking.layers) > 1:
+            masking.remove_weight(masking.layers[0].name)
+        elif operation == "print":
+            masking.print_nonzero_counts()
+        steps += "step" in operation
+        assert_masks_hold(masking)
+        assert masking.total_nonzero == masking.baseline_nonzero
+        assert masking.steps == steps
 
 
 def test_masks_of_another_model_are_refused_and_the_difference_named():
