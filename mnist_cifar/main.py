@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -23,9 +24,18 @@ from sparselearning import checkpoint, models
 from sparselearning.core import CosineDecay, LinearDecay, Masking, add_sparse_args
 from sparselearning.experiments import data as datasets
 from sparselearning.experiments import features, plots
-from sparselearning.experiments.arguments import find_mode, fraction, positive_int
+from sparselearning.experiments.arguments import (
+    ArgumentParser,
+    fail,
+    find_mode,
+    fraction,
+    non_negative,
+    positive_int,
+    proper_fraction,
+    seed,
+)
 from sparselearning.experiments.bench import LayerBench
-from sparselearning.experiments.run_folder import RunFolder
+from sparselearning.experiments.run_folder import RunFolder, check_same_run
 from sparselearning.experiments.training import (
     ApexPrecision,
     NotFinite,
@@ -33,10 +43,12 @@ from sparselearning.experiments.training import (
     evaluate,
     find_apex,
     progress_bar,
+    seed_generators,
     train_epoch,
 )
 from sparselearning.functions import FunctionError
 from sparselearning.maskable import maskable_parameters
+from sparselearning.momentum import torch_optimizer
 
 IMAGE_SHAPES = {"digits": (1, 28, 28), "mnist": (1, 28, 28), "cifar": (3, 32, 32)}
 
@@ -44,7 +56,8 @@ logger = logging.getLogger("mnist_cifar")
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser("main.py", description=__doc__, formatter_class=form)
     add = parser.add_argument
     # fmt: off
     add("--data", choices=[*datasets.SOURCES], default="mnist", help="data set (default: mnist)")
@@ -54,17 +67,17 @@ def parse_arguments(argv=None):
     add("--epochs", type=positive_int, default=100, metavar="N", help="epochs to train (default: 100)")
     add("--start-epoch", type=positive_int, default=1, metavar="N", help="number of the first epoch (default: 1)")
     add("--optimizer", choices=["sgd", "adam"], default="sgd", help="sgd is Nesterov's (default: sgd)")
-    add("--lr", type=float, default=0.1, help="learning rate (default: 0.1)")
+    add("--lr", type=non_negative, default=0.1, help="learning rate (default: 0.1)")
     add("--momentum", type=fraction, default=0.9, help="momentum of sgd (default: 0.9)")
-    add("--l2", type=float, default=5e-4, help="weight decay (default: 5e-4)")
-    add("--l1", type=float, default=0.0, help="factor of the sum of |weights| in the loss (default: 0)")
+    add("--l2", type=non_negative, default=5e-4, help="weight decay (default: 5e-4)")
+    add("--l1", type=non_negative, default=0.0, help="factor of the sum of |weights| in the loss (default: 0)")
     add("--decay_frequency", type=positive_int, default=25000, metavar="STEPS",
         help="multiply lr by 0.1 every so many steps (default: 25000)")
     add("--decay-schedule", choices=["cosine", "linear"], default="cosine",
         help="how the prune rate decays over the run (default: cosine)")
-    add("--valid_split", type=fraction, default=0.1,
+    add("--valid_split", type=proper_fraction, default=0.1,
         help="last fraction of the training images, held out for validation (default: 0.1)")
-    add("--seed", type=int, default=17, help="random seed (default: 17)")
+    add("--seed", type=seed, default=17, help="random seed (default: 17)")
     add("--iters", type=positive_int, default=1, metavar="N",
         help="runs to make, with seeds seed, seed + 1, ... (default: 1)")
     add("--device", type=available_device, default="cuda" if torch.cuda.is_available() else "cpu",
@@ -95,7 +108,7 @@ def parse_arguments(argv=None):
 def available_device(text):
     """Parse the name of a device that this machine has."""
     try:
-        torch.empty(0, device=text)
+        torch.zeros(1, device=text).item()
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"no device {text!r} here: {str(error).splitlines()[0]}") from None
     return text
@@ -105,13 +118,23 @@ def check(parser, args):
     """End with one line and exit status 2 where arguments do not fit together."""
     sparse, modes = not args.dense, {args.growth, args.redistribution}
     no_momentum = args.optimizer == "sgd" and args.momentum == 0
-    if sparse and no_momentum and any("momentum" in mode for mode in modes):
+    if sparse and no_momentum and any("momentum" in mode for mode in modes if ":" not in mode):
         advice = "--momentum 0.9, or --growth random --redistribution nonzeros"
         parser.error(f"--growth momentum and --redistribution momentum need a momentum: {advice}")
     if sparse and args.optimizer != "adam" and {args.prune, args.redistribution} & {"magnitude_variance", "variance"}:
         parser.error("variance functions need Adam's second moment: add --optimizer adam --lr 0.001")
     if args.sparse_init == "resume" and not args.resume:
         parser.error("--sparse-init resume takes the nonzeros of a checkpoint: add --resume PATH")
+    if args.iters > 1 and args.resume and args.sparse_init != "resume":
+        parser.error("--resume goes on with one run: leave out --iters")
+    if args.iters > 1 and args.save_model:
+        parser.error("--save-model keeps one model: leave out --iters, every run keeps a checkpoint")
+    if args.save_model and not Path(args.save_model).absolute().parent.is_dir():
+        parser.error(f"--save-model {args.save_model}: there is no folder {Path(args.save_model).parent}")
+    if args.save_features and args.model == "lenet300-100":
+        parser.error("--save-features looks at the channels of convolutions, and lenet300-100 has none: --model lenet5")
+    if args.start_epoch > args.epochs:
+        parser.error(f"--start-epoch {args.start_epoch} is after the last of {args.epochs} epochs")
     try:
         models.check_input(args.model, IMAGE_SHAPES[args.data])
     except ValueError as error:
@@ -126,7 +149,10 @@ def run(args):
     """Make one run, and return its folder."""
     device = torch.device(args.device)
     torch.set_num_threads(min(args.max_threads, os.cpu_count() or 1))
-    torch.manual_seed(args.seed)
+    seed_generators(args.seed)
+    goes_on = args.resume and args.sparse_init != "resume"
+    if goes_on:
+        check_same_run(args.resume, checkpoint.read(args.resume).get("args", {}), args)
 
     data = datasets.load(args.data, args.data_dir, device, args.valid_split)
     look = dict(mean=data.mean, std=data.std, channels_last=device.type == "cuda")
@@ -141,19 +167,19 @@ def run(args):
     if args.compile:
         model.compile()
     optimizer = build_optimizer(args, model)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.decay_frequency, gamma=0.1)
     precision = Precision(args.amp, device)
     if args.amp == "apex":
         precision = ApexPrecision(model, optimizer)
         optimizer = precision.optimizer
+    scheduler = torch.optim.lr_scheduler.StepLR(torch_optimizer(optimizer), args.decay_frequency, gamma=0.1)
     weights = sum(weight.numel() for _, weight in maskable_parameters(model))
     mask = None if args.dense else build_mask(args, model, optimizer, args.epochs * steps_per_epoch)
 
-    parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, precision=precision)
+    parts = dict(model=model, optimizer=torch_optimizer(optimizer), scheduler=scheduler, precision=precision)
     if mask is not None:
         parts["mask"] = mask
     first_epoch, metrics = args.start_epoch, None
-    if args.resume and args.sparse_init != "resume":
+    if goes_on:
         saved = checkpoint.load(args.resume, device, **parts)
         first_epoch, metrics = saved["epoch"] + 1, saved["metrics"]
     folder = RunFolder(args, metrics)
@@ -173,11 +199,11 @@ def run(args):
                     loss = train_epoch(
                         model, batches, mask or optimizer, scheduler, precision, args.l1, report, args.log_interval
                     )
+                valid = None if data.valid is None else evaluate(model, in_order(data.valid), precision)
             except NotFinite as error:
                 raise NotFinite(f"Epoch {epoch}: {error}. {folder.kept(epoch)} Try a lower --lr.") from None
             record = dict(epoch=epoch, steps=epoch * steps_per_epoch, train_loss=loss)
-            if data.valid is not None:
-                valid = evaluate(model, in_order(data.valid), precision)
+            if valid is not None:
                 record |= dict(valid_loss=valid.loss, valid_accuracy=valid.accuracy)
             record |= dict(lr=scheduler.get_last_lr()[0], density=1.0, active_weights=weights)
             if mask is not None:
@@ -185,7 +211,10 @@ def run(args):
                 record |= dict(density=mask.density, active_weights=mask.total_nonzero, density_per_layer=densities)
                 record |= dict(prune_rate=mask.prune_rate)
                 if epoch < args.epochs:
-                    mask.at_end_of_epoch()
+                    try:
+                        mask.at_end_of_epoch()
+                    except ValueError as error:  # an importance is infinite
+                        raise NotFinite(f"Epoch {epoch}: {error} {folder.kept(epoch)}") from None
             folder.add(**record, seconds=time.perf_counter() - started)
             logger.info(folder.line())
             checkpoint.save(folder.checkpoint, **parts, epoch=epoch, metrics=folder.metrics, args=vars(args))
@@ -194,13 +223,15 @@ def run(args):
         folder.add(test_loss=test.loss, test_accuracy=test.accuracy, test_correct=test.correct, test_total=test.total)
         if args.save_model:
             checkpoint.write_atomically(args.save_model, lambda file: torch.save(model.state_dict(), file))
-        if args.save_features:
-            seen = features.collect(model, in_order(data.test), data.classes)
-            features.save(seen, folder.path / "features.npz")
-        if args.bench:
-            with LayerBench(model) as bench:
-                evaluate(model, in_order(data.test), precision)
-            logger.info(bench.table())
+        # A compiled model does not call hooks that come later.
+        with torch.compiler.set_stance("force_eager") if args.compile else nullcontext():
+            if args.save_features:
+                seen = features.collect(model, in_order(data.test), data.classes)
+                features.save(seen, folder.path / "features.npz")
+            if args.bench:
+                with LayerBench(model) as bench:
+                    evaluate(model, in_order(data.test), precision)
+                logger.info(bench.table())
         plots.plot_curves(folder.metrics, folder.path / "curves.png")
         if mask is not None:
             plots.plot_density(folder.metrics, folder.path / "density.png")
@@ -240,8 +271,7 @@ def main(argv=None):
             for i in range(args.iters):
                 run(argparse.Namespace(**{**vars(args), "seed": args.seed + i}))
     except (datasets.DataError, checkpoint.CheckpointError, NotFinite, FunctionError, OSError) as error:
-        print(f"main.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail("main.py", error)
 
 
 if __name__ == "__main__":

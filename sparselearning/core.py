@@ -15,7 +15,7 @@ One update of the masks (sparse momentum, Dettmers & Zettlemoyer 2019, https://a
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -231,7 +231,8 @@ class Masking:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the optimizer does."""
-        self.stepper.zero_grad(set_to_none=set_to_none)
+        # Apex's FP16_Optimizer names the argument otherwise, or has none.
+        self.stepper.zero_grad(*(() if set_to_none else (False,)))
 
     def step(self, closure: Callable | None = None) -> Any:
         """Step the optimizer; the masks are applied right after, as after any step of the optimizer."""
@@ -287,7 +288,7 @@ class Masking:
         self.apply_mask()
 
     def _measure_importance(self):
-        measured = [self.measure(self, layer.name, layer.master, layer.mask) for layer in self.layers]
+        measured = [self._measure(layer) for layer in self.layers]
         # NaN (a layer without active weights) and negative importance count as none.
         importance = [max(value, 0.0) if value == value else 0.0 for value in _to_numbers(measured)]
         total = sum(importance)
@@ -296,6 +297,13 @@ class Masking:
             raise ValueError(f"{name} has importance inf; expected a finite number. Training has probably diverged.")
         for layer, value in zip(self.layers, importance, strict=True):
             layer.importance = value / total if total else 1 / len(self.layers)
+
+    def _measure(self, layer):
+        value = self.measure(self, layer.name, layer.master, layer.mask)
+        if isinstance(value, SupportsFloat) and (not isinstance(value, Tensor) or value.numel() == 1):
+            return value
+        came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise FunctionError(f"Expected the importance of {layer.name}, a number or a 0-d tensor, got {came}.")
 
     def _set_prune_rates(self):
         rate = self.prune_rate

@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -17,6 +17,8 @@ NOT_IN_THE_NAME = {
     *("bench", "data_dir", "iters", "log_interval", "max_threads", "resume", "run_dir"),
     *("save_features", "save_model", "verbose"),
 }
+# They may differ when a run goes on: it becomes longer, or moves to another machine.
+MAY_CHANGE = {*NOT_IN_THE_NAME, "compile", "device", "epochs", "start_epoch", "test_batch_size"}
 FORMATS = {
     "train_loss": ".4f",
     "valid_loss": ".4f",
@@ -32,8 +34,8 @@ class RunFolder:
     """A run's folder, named after its arguments: <data>-<model>-<density>-<seed>-<hash>.
 
     The hash is over all arguments that change the result, so that a run finds its folder again. An interrupted run
-    goes on with its `metrics`; a new one finds the folder empty, for what an earlier run of the same arguments left
-    there is kept beside, as <name>.1, <name>.2, ...
+    goes on with its `metrics`, in its folder if that is where `args.resume` lies; any other finds the folder empty, for
+    what an earlier run of the same arguments left there is kept beside, as <name>.1, <name>.2, ...
 
     Raises:
         OSError: if the folder cannot be written.
@@ -42,13 +44,18 @@ class RunFolder:
     def __init__(self, args: argparse.Namespace, metrics: list[dict[str, Any]] | None = None):
         self.path = Path(args.run_dir) / _name(args)
         self.metrics = list(metrics or [])
-        if metrics is None and self.path.exists():
-            beside = (self.path.with_name(f"{self.path.name}.{i}") for i in count(1))
-            self.path.rename(next(path for path in beside if not path.exists()))
-        self.path.mkdir(parents=True, exist_ok=True)
+        goes_on_here = metrics is not None and Path(args.resume).resolve().parent == self.path.resolve()
         text = json.dumps(vars(args), indent=2, sort_keys=True) + "\n"
-        checkpoint.write_atomically(self.path / "args.json", lambda file: file.write(text.encode()))
-        self._write_metrics()
+        try:
+            if self.path.exists() and not goes_on_here:
+                beside = (self.path.with_name(f"{self.path.name}.{i}") for i in count(1))
+                self.path.rename(next(path for path in beside if not path.exists()))
+            self.path.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_atomically(self.path / "args.json", lambda file: file.write(text.encode()))
+            self._write_metrics()
+        except OSError as error:
+            hint = "Choose another place with --run-dir."
+            raise OSError(f"The run folder {self.path} cannot be written: {error}. {hint}") from error
 
     @property
     def checkpoint(self) -> Path:
@@ -89,6 +96,19 @@ class RunFolder:
         finally:
             logging.getLogger().removeHandler(handler)
             handler.close()
+
+
+def check_same_run(path: str | Path, saved: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """Check that the run in checkpoint `path`, which began with the arguments `saved`, goes on with the same.
+
+    Raises:
+        CheckpointError: if one differs that decides what is computed; names each.
+    """
+    here = vars(args)
+    different = [name for name in sorted(saved.keys() & here) if name not in MAY_CHANGE and saved[name] != here[name]]
+    if different:
+        there, now = (" ".join(f"{name}={run[name]}" for name in different) for run in (saved, here))
+        raise checkpoint.CheckpointError(f"{path} is of a run with {there}, not {now}. Go on with its arguments.")
 
 
 def _name(args):

@@ -1,10 +1,13 @@
 """Epoch functions: train once over the data, evaluate once over the data."""
 
+import math
+import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,7 +15,14 @@ from tqdm import tqdm
 
 
 class NotFinite(RuntimeError):
-    """The training loss became NaN or infinite."""
+    """The loss or a weight became NaN or infinite."""
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the generators of torch, numpy and Python; own functions may draw from any."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    random.seed(seed)
 
 
 @dataclass
@@ -69,11 +79,17 @@ class ApexPrecision:
         optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the loss scale is in the state of `optimizer`."""
-        return {}
+        """Return the fp32 master weights and the numbers of the loss scale, free of Apex's own classes."""
+        masters = [[master.detach() for master in group] for group in self.optimizer.fp32_from_fp16_groups]
+        return {"masters": masters, "loss_scale": dict(vars(self.optimizer.loss_scaler))}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take nothing."""
+        """Take the master weights and the loss scale."""
+        for group, saved in zip(self.optimizer.fp32_from_fp16_groups, state["masters"], strict=True):
+            for master, value in zip(group, saved, strict=True):
+                master.copy_(value)
+        vars(self.optimizer.loss_scaler).update(state["loss_scale"])
 
 
 def find_apex() -> Any:
@@ -105,7 +121,7 @@ def train_epoch(
         report: called with the number of steps and the mean loss since the last report.
 
     Raises:
-        NotFinite: if the loss is NaN or infinite; noticed at the next report.
+        NotFinite: if the loss is NaN or infinite, noticed at the next report, or a weight is after the last step.
     """
     model.train()
     losses: list[Tensor] = []
@@ -116,7 +132,7 @@ def train_epoch(
         values = torch.stack(losses).tolist()
         for value in values:
             done += 1
-            if value != value or abs(value) == float("inf"):
+            if not math.isfinite(value):
                 raise NotFinite(f"the loss is {value} at step {done} of the epoch")
         total += sum(values)
         losses.clear()
@@ -129,7 +145,8 @@ def train_epoch(
         with precision.autocast():
             loss = F.nll_loss(model(images).float(), labels)
             if l1:
-                loss = loss + l1 * torch.stack([weight.abs().sum() for weight in weights]).sum()
+                sums = [weight.abs().sum(dtype=torch.float32) for weight in weights]
+                loss = loss + l1 * torch.stack(sums).sum()
         precision.step(loss, optimizer)
         scheduler.step()
         losses.append(loss.detach())
@@ -137,6 +154,8 @@ def train_epoch(
             fetch()
     if losses:
         fetch()
+    if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
+        raise NotFinite(f"the weights are no longer finite after step {done} of the epoch")
     return total / max(done, 1)
 
 
@@ -171,7 +190,11 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precision: Any) -> Evaluation:
-    """Return mean loss and accuracy of the model over `batches` of images and labels."""
+    """Return mean loss and accuracy of the model over `batches` of images and labels.
+
+    Raises:
+        NotFinite: if the loss is NaN or infinite.
+    """
     model.eval()
     sums = []
     total = 0
@@ -182,4 +205,6 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precisi
         sums.append(torch.stack([loss.double(), (output.argmax(dim=1) == labels).sum().double()]))
         total += len(labels)
     loss, correct = torch.stack(sums).sum(dim=0).tolist()
+    if not math.isfinite(loss):
+        raise NotFinite(f"the loss is {loss} over {total} images that are evaluated")
     return Evaluation(loss / total, int(correct), total)
