@@ -10,7 +10,7 @@ from helpers import assert_masks_hold, backward, batch_for, masked, mlp, train
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparselearning import selection
+from sparselearning import selection, zero
 from sparselearning.selection import add_highest, drop_lowest
 from sparselearning.zero import zero_inactive
 
@@ -27,6 +27,16 @@ def synchronisations(monkeypatch):
     return Synchronisations
 
 
+@pytest.fixture(params=["kernel", "numpy"])
+def on_cpu(request, monkeypatch):
+    """Run a test with the compiled kernel and, as where there is no compiler, without."""
+    if request.param == "numpy":
+        monkeypatch.setattr(zero, "KERNEL", None)
+    elif zero.KERNEL is None:
+        pytest.skip("installed without a compiler")
+
+
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mask_layout", LAYOUTS)
@@ -61,6 +71,22 @@ def test_zero_inactive_in_one_grouped_call(synchronisations):
     assert all(torch.equal(tensor == 0, ~mask) for tensor, mask in zip(tensors, masks, strict=True))
 
 
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_zero_inactive_in_many_pieces(threads):
+    sizes = [1, 200_001, 0, 3, 65_536, 65_537, 131_072]
+    tensors = [torch.randn(size) for size in sizes]
+    masks = [torch.rand(size) < 0.5 for size in sizes]
+    expected = [tensor * mask for tensor, mask in zip(tensors, masks, strict=True)]
+    torch.set_num_threads(threads)
+    try:
+        zero_inactive(tensors, masks)
+    finally:
+        torch.set_num_threads(1)
+    assert all(map(torch.equal, tensors, expected))
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_a_step_allocates_nothing():
     model = mlp(1000, 1000)
     masking = masked(model)
