@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_masks_hold, masked, mlp, train
+from script import assert_equal
 from torch import nn
 
 from sparselearning import CosineDecay, checkpoint
@@ -39,24 +40,6 @@ def run(parts, epochs, steps=5):
 
 def frozen(parts):
     return copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
-
-
-def assert_equal(one, other, path=""):
-    """Two states are the same to the bit."""
-    assert type(one) is type(other), path
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype, path
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one:
-            assert_equal(one[key], other[key], f"{path}/{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), path
-        for i, pair in enumerate(zip(one, other, strict=True)):
-            assert_equal(*pair, f"{path}/{i}")
-    else:
-        assert one == other, path
 
 
 def draws():

@@ -145,7 +145,6 @@ def find_mode(argument: str, text: str, extensions: Mapping[str, Callable] | Non
     return function
 
 
-@cache
 def load_function(spec: str) -> Callable:
     """Return the function named by 'path/to/file.py:function'; the file is executed, once.
 
@@ -159,7 +158,7 @@ def load_function(spec: str) -> Callable:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path!r} to take the function {name!r} from")
     try:
-        function = getattr(_execute(path), name, None)
+        function = getattr(_execute(str(Path(path).absolute())), name, None)
     except Exception as error:
         raise FunctionError(_describe(path, path, error)) from error
     if not callable(function):
