@@ -5,7 +5,7 @@
     python main.py --data cifar --model wrn-16-8 --density 0.05 --amp bf16
 
 A run leaves runs/<data>-<model>-<density>-<seed>-<hash>/ with args.json, log.txt, metrics.jsonl, checkpoint.pt,
-curves.png and density.png. `--resume <that folder>` goes on where it was stopped.
+curves.png and density.png. `--resume <that folder>` goes on where it was stopped, with the same arguments.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from sparselearning.experiments.arguments import (
     seed,
 )
 from sparselearning.experiments.bench import LayerBench
-from sparselearning.experiments.run_folder import RunFolder, check_same_run
+from sparselearning.experiments.run_folder import MAY_CHANGE, RunFolder, check_same_run
 from sparselearning.experiments.training import (
     ApexPrecision,
     NotFinite,
@@ -91,7 +91,8 @@ def parse_arguments(argv=None):
         help="CPU threads, at most one a core (default: 10)")
     add("--data-dir", help="folder of the data files (default: $SPARSELEARNING_DATA or ./data)")
     add("--run-dir", default="runs", help="folder of the run folders (default: runs)")
-    add("--resume", metavar="PATH", help="run folder or checkpoint to go on from")
+    add("--resume", type=checkpoint_path, metavar="PATH",
+        help="run folder or checkpoint to go on from; the arguments default to those of its run then")
     add("--save-model", metavar="FILE", help="write the trained model's state_dict there too")
     add("--log-interval", type=positive_int, default=100, metavar="STEPS",
         help="steps between two losses shown (default: 100)")
@@ -101,8 +102,36 @@ def parse_arguments(argv=None):
     # fmt: on
     add_sparse_args(parser, EXTENSIONS)
     args = parser.parse_args(argv)
+    if goes_on(args):
+        take_defaults_of_run(parser, args)
+        args = parser.parse_args(argv)
     check(parser, args)
     return args
+
+
+def checkpoint_path(text):
+    """Return the path of a checkpoint, also for the run folder that holds it."""
+    return str(Path(text) / "checkpoint.pt") if Path(text).is_dir() else text
+
+
+def goes_on(args):
+    """Tell whether a run goes on, rather than begins (from weights that exist, perhaps)."""
+    return bool(args.resume) and args.sparse_init != "resume"
+
+
+def take_defaults_of_run(parser, args):
+    """Let the arguments of the run to be resumed be the defaults."""
+    try:
+        saved = checkpoint.read(args.resume).get("args", {})
+    except (checkpoint.CheckpointError, OSError) as error:
+        parser.error(str(error))
+    kept = vars(args).keys() - MAY_CHANGE | {"epochs"}
+    if saved.get("sparse_init") != "resume":
+        kept |= {"sparse_init"}
+    parser.set_defaults(**{name: saved[name] for name in kept & saved.keys()})
+    folder = Path(args.resume).parent
+    if (folder / "args.json").is_file():
+        parser.set_defaults(run_dir=str(folder.parent))
 
 
 def available_device(text):
@@ -125,7 +154,7 @@ def check(parser, args):
         parser.error("variance functions need Adam's second moment: add --optimizer adam --lr 0.001")
     if args.sparse_init == "resume" and not args.resume:
         parser.error("--sparse-init resume takes the nonzeros of a checkpoint: add --resume PATH")
-    if args.iters > 1 and args.resume and args.sparse_init != "resume":
+    if args.iters > 1 and goes_on(args):
         parser.error("--resume goes on with one run: leave out --iters")
     if args.iters > 1 and args.save_model:
         parser.error("--save-model keeps one model: leave out --iters, every run keeps a checkpoint")
@@ -139,8 +168,6 @@ def check(parser, args):
         models.check_input(args.model, IMAGE_SHAPES[args.data])
     except ValueError as error:
         parser.error(str(error))
-    if args.resume and Path(args.resume).is_dir():
-        args.resume = str(Path(args.resume) / "checkpoint.pt")
     if args.fp16:
         args.amp = "apex" if find_apex() else "fp16"
 
@@ -150,8 +177,7 @@ def run(args):
     device = torch.device(args.device)
     torch.set_num_threads(min(args.max_threads, os.cpu_count() or 1))
     seed_generators(args.seed)
-    goes_on = args.resume and args.sparse_init != "resume"
-    if goes_on:
+    if goes_on(args):
         check_same_run(args.resume, checkpoint.read(args.resume).get("args", {}), args)
 
     data = datasets.load(args.data, args.data_dir, device, args.valid_split)
@@ -179,7 +205,7 @@ def run(args):
     if mask is not None:
         parts["mask"] = mask
     first_epoch, metrics = args.start_epoch, None
-    if goes_on:
+    if goes_on(args):
         saved = checkpoint.load(args.resume, device, **parts)
         first_epoch, metrics = saved["epoch"] + 1, saved["metrics"]
     folder = RunFolder(args, metrics)

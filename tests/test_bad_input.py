@@ -92,7 +92,6 @@ def offline(monkeypatch):
         ("--save-features", "lenet300-100 has none: --model lenet5"),
         ("--save-model none/model.pt", "--save-model none/model.pt: there is no folder none"),
         ("--save-model model.pt --iters 2", "leave out --iters"),
-        ("--resume runs/x --iters 2", "leave out --iters"),
         ("--resume runs/none", "There is no checkpoint runs/none."),
         ("--sparse-init resume --resume runs/none", "There is no checkpoint runs/none."),
         ("--dense --sparse", "not allowed with"),
@@ -176,6 +175,7 @@ def saved(call, tmp_path):
         ("--dense", "dense=False, not dense=True"),
         ("--density 0.1 --lr 0.2", "density=0.05 lr=0.1, not density=0.1 lr=0.2"),
         ("--optimizer adam", "optimizer=sgd, not optimizer=adam"),
+        ("--iters 2", "--resume goes on with one run: leave out --iters"),
         ("--model lenet5 --sparse-init resume", "is of another model: conv1.weight is absent in the file"),
     ],
 )
@@ -186,7 +186,7 @@ def test_a_checkpoint_of_another_run_is_refused(refusal, saved, argv, words):
 def test_a_dense_checkpoint_is_no_sparse_one(call, refusal, tmp_path):
     call(f"{DIGITS} --dense")
     folder = run_folder(tmp_path / "runs")
-    assert "dense=True, not dense=False" in refusal(f"{DIGITS} --resume {folder}")
+    assert "dense=True, not dense=False" in refusal(f"{DIGITS} --resume {folder} --sparse")
 
 
 def test_a_checkpoint_of_release_1_0_has_no_masks(refusal):

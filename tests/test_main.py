@@ -195,6 +195,26 @@ def test_a_killed_run_goes_on_exactly(run, tmp_path):
     assert_same_run(run("--epochs", "30", "--resume", killed), run("--epochs", "30", place="whole"))
 
 
+def test_a_run_goes_on_with_its_own_arguments(run, interrupt, tmp_path, monkeypatch):
+    argv = ("--growth", "random", "--density", "0.1", "--lr", "0.05", "--sparse-init", "linear")
+    whole = run(*argv, place="whole")
+    interrupt(run, *argv)
+    folder = run_folder(tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    main.main(["--resume", str(folder), "--max-threads", "1"])
+    assert sorted(os.listdir()) == ["runs", "whole"]
+    assert run_folder(tmp_path / "runs") == folder
+    assert_same_run(folder, whole)
+
+
+def test_a_run_that_began_from_a_checkpoint_goes_on(run, interrupt, tmp_path):
+    save_release_1_0(tmp_path / "old.pt")
+    argv = ("--sparse-init", "resume", "--resume", tmp_path / "old.pt")
+    whole = run(*argv, place="whole")
+    interrupt(run, *argv)
+    assert_same_run(run("--resume", run_folder(tmp_path / "runs"), place="goes on"), whole)
+
+
 def test_a_finished_run_is_evaluated_again_and_not_doubled(run):
     folder = run()
     before = metrics_of(folder)

@@ -17,8 +17,8 @@ NOT_IN_THE_NAME = {
     *("bench", "data_dir", "iters", "log_interval", "max_threads", "resume", "run_dir"),
     *("save_features", "save_model", "verbose"),
 }
-# They may differ when a run goes on: it becomes longer, or moves to another machine.
-MAY_CHANGE = {*NOT_IN_THE_NAME, "compile", "device", "epochs", "start_epoch", "test_batch_size"}
+# They may differ when a run goes on: it becomes longer, or moves to another machine; its masks are there already.
+MAY_CHANGE = {*NOT_IN_THE_NAME, "compile", "device", "epochs", "sparse_init", "start_epoch", "test_batch_size"}
 FORMATS = {
     "train_loss": ".4f",
     "valid_loss": ".4f",
