@@ -123,6 +123,14 @@ def test_a_nearly_dense_layer_that_still_grows_is_pruned_by_its_sparsity():
     assert masking.name2removed == {"fc1.weight": 270, "fc2.weight": 27}
 
 
+def test_a_nearly_dense_layer_that_is_as_important_as_the_others_is_pruned_in_full():
+    model = mlp(20, 30, 10)
+    masking = masked(model, density=0.9, redistribution_mode="none")
+    train(model, masking)
+    masking.at_end_of_epoch()
+    assert masking.name2removed == {"fc1.weight": 270, "fc2.weight": 135}
+
+
 # Which weights
 
 
@@ -459,6 +467,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(prune_mode):
         return model, optimizer, masking
 
     model, optimizer, masking = build()
+    masking.prune_threshold = 0.003
     inputs = torch.randn(8, 20)
     train(model, masking, 5, inputs)
     saved = saved_and_loaded([model.state_dict(), optimizer.state_dict(), masking.state_dict()])
@@ -469,6 +478,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(prune_mode):
         part.load_state_dict(state)
     assert_masks_hold(parts[1])
     assert parts[1].steps == 5
+    assert parts[1].prune_threshold == saved[2]["prune_threshold"]
     train(resumed, parts[1], 7, inputs)
     assert same(model.state_dict(), resumed.state_dict())
     assert same(masking.masks, parts[1].masks)

@@ -38,7 +38,7 @@ def network(density):
     return model
 
 
-@pytest.mark.parametrize(("prune", "growth", "redistribution"), COMBINATIONS, ids="-".join)
+@pytest.mark.parametrize(("prune", "growth", "redistribution"), COMBINATIONS)
 def test_an_update_conserves_the_active_weights(prune, growth, redistribution):
     for init, density in itertools.product(INITS, DENSITIES):
         model = network(density)
@@ -70,7 +70,7 @@ LAYERWISE = [
 ]
 
 
-@pytest.mark.parametrize(("prune", "growth"), LAYERWISE, ids="-".join)
+@pytest.mark.parametrize(("prune", "growth"), LAYERWISE)
 def test_without_redistribution_every_layer_keeps_its_count(prune, growth):
     model = network(1.0)
     masking = masked(model, prune_mode=prune, growth_mode=growth, redistribution_mode="none")
