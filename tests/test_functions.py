@@ -132,10 +132,14 @@ def test_a_layer_without_active_weights_has_no_importance(measure):
     assert float(measure(masking, "weight", masking.layers[0].weight, masking.layers[0].mask)) == 0
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_means_do_not_overflow(dtype):
-    weight, mask = torch.ones(400, 400, dtype=dtype), torch.ones(400, 400, dtype=torch.bool)
-    assert float(magnitude_redistribution(None, "weight", weight, mask)) == 1
+    model = mlp(400, 400).to(dtype)
+    torch.nn.init.ones_(model.fc1.weight)
+    masking = masked(model, density=1.0)
+    layer = masking.layers[0]
+    assert float(magnitude_redistribution(masking, layer.name, layer.weight, layer.mask)) == 1
 
 
 # Grow
