@@ -1,0 +1,90 @@
+"""The Python blocks and the commands of the documents do what they say."""
+
+import inspect
+import re
+import shlex
+import textwrap
+from pathlib import Path
+
+import pytest
+from script import load_main, run_folder
+
+from sparselearning.experiments import plots
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ["How_to_add_your_own_algorithms.md", "README.md"]
+main = load_main()
+
+
+def python_blocks(text):
+    """Yield the number of the first line and the text of every Python block."""
+    for block in re.finditer(r"^( *)```python\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE):
+        yield text[: block.start(2)].count("\n"), textwrap.dedent(block[2])
+
+
+def files_of(text):
+    """Return name -> text of the blocks that begin with the name of a file."""
+    blocks = [re.match(r"# (\w+\.py)\n", block) and block for _, block in python_blocks(text)]
+    return {block.partition("\n")[0][2:]: block for block in blocks if block}
+
+
+def commands(document):
+    """Return the arguments of every `python main.py` in a document, without the comment behind them."""
+    text = (ROOT / document).read_text().replace("\\\n", " ")
+    lines = re.findall(r"^[ $]*python (?:mnist_cifar/)?main\.py(.*)$", text, re.MULTILINE)
+    return [line.partition(" # ")[0].strip() for line in lines]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "document"}
+    blocks = list(python_blocks((ROOT / document).read_text()))
+    assert blocks
+    for line, block in blocks:
+        exec(compile("\n" * line + block, ROOT / document, "exec"), namespace)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, caplog):
+    """An empty folder with the files that the documents show."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plots, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(plots, "plot_density", lambda *_: None)
+    for document in DOCUMENTS:
+        for name, text in files_of((ROOT / document).read_text()).items():
+            (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("document", "command"), [(d, command) for d in DOCUMENTS for command in commands(d)])
+def test_commands_are_understood(document, command, folder):
+    """Those on the digits are run, of the others the arguments are checked."""
+    argv = shlex.split(command)
+    if "--help" in argv:
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main.parse_arguments(argv)
+    elif "digits" in argv:
+        main.main([*argv, "--device", "cpu", "--max-threads", "1"])
+        assert (run_folder(folder / "runs") / "checkpoint.pt").is_file()
+    else:
+        main.parse_arguments(argv)
+
+
+def test_every_document_shows_commands():
+    assert all(commands(document) for document in DOCUMENTS)
+
+
+def test_worked_examples_are_those_of_extensions():
+    text = (ROOT / "How_to_add_your_own_algorithms.md").read_text()
+    extensions = inspect.getmodule(main.EXTENSIONS["prune_mode"]["magnitude_variance"])
+    for name in ("second_moment", "variance_redistribution", "magnitude_variance_pruning"):
+        assert inspect.getsource(getattr(extensions, name)) in text
+
+
+def test_every_built_in_mode_is_named_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        main.parse_arguments(["--help"])
+    text = capsys.readouterr().out
+    for name in ("magnitude_variance", "variance", "threshold", "momentum_neuron", "nonzeros", "erdos_renyi_kernel"):
+        assert name in text
