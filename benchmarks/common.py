@@ -1,6 +1,7 @@
-"""What the benchmarks share: alternating rounds, a report with its hardware, a count of synchronisations."""
+"""What the benchmarks share: alternating rounds, peak memory, a count of synchronisations, a report."""
 
 import argparse
+import ctypes
 import json
 import logging
 import os
@@ -24,16 +25,21 @@ RESULTS = Path(__file__).parent / "results"
 MODELS = ("lenet300-100", "vgg-d", "wrn-16-8", "resnet50")
 
 
-def parse(description: str | None, rounds: int, quick_rounds: int = 2) -> argparse.Namespace:
-    """Return the arguments that every benchmark takes; `rounds` is settled by --quick unless given."""
+def parse(description: str | None, rounds: int, **more: tuple[Any, str]) -> argparse.Namespace:
+    """Return the arguments that every benchmark takes, and `more`: name=(default, meaning).
+
+    `rounds` is the default of --rounds; with --quick it is 2.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes: small models, few rounds")
     parser.add_argument("--rounds", type=int, help=f"measurements of each kind (default: {rounds})")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--output", help="JSON file to write (default: results/<benchmark>-<device>.json)")
+    for name, (default, meaning) in more.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{meaning} (default: %(default)s)")
     args = parser.parse_args()
-    args.rounds = args.rounds or (quick_rounds if args.quick else rounds)
+    args.rounds = args.rounds or (2 if args.quick else rounds)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -46,17 +52,23 @@ def build(name: str, device: str | torch.device = "cpu") -> torch.nn.Module:
 
 
 def alternate(
-    kinds: Mapping[str, Callable[[], Any]], rounds: int, calls: int = 1, device: str = "cpu"
+    kinds: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    calls: int = 1,
+    device: str = "cpu",
+    prepare: Callable[[], Any] = lambda: None,
 ) -> dict[str, list[float]]:
     """Return the seconds per call of each kind, one figure a round; the kinds take turns, so that load hits all.
 
-    Every kind is called once before, unmeasured.
+    Every kind is called once before, unmeasured, as is `prepare` before every measurement.
     """
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for call in kinds.values():
+        prepare()
         call()
     for _ in range(rounds):
         for name, call in kinds.items():
+            prepare()
             wait(device)
             started = time.perf_counter()
             for _ in range(calls):
@@ -88,6 +100,29 @@ def show(label: str, seconds: Mapping[str, list[float]]) -> None:
     for kind, values in seconds.items():
         s = {name: 1e3 * value for name, value in summary(values).items()}
         logging.info("%-32s %-28s %9.3f ms  (%.3f to %.3f)", label, kind, s["median"], s["low"], s["high"])
+
+
+def peak_memory(call: Callable[[], Any], device: str) -> int:
+    """Return the bytes that a call needs at its worst moment, beside those in use before it.
+
+    Raises:
+        OSError: on a CPU where the kernel does not tell (it is Linux that does).
+    """
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the highest use so far
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def save(args: argparse.Namespace, benchmark: str, rows: list[dict[str, Any]]) -> None:

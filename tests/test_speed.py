@@ -1,5 +1,8 @@
 """What keeps masked training fast: nothing allocated, waited for or compiled anew. Times are in benchmarks/."""
 
+import importlib
+import json
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -19,12 +22,26 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
 @pytest.fixture
-def synchronisations(monkeypatch):
-    """The counter of the benchmarks, which are no package."""
+def benchmark(monkeypatch):
+    """Import a file of benchmarks/, which is no package."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    from common import Synchronisations
+    return importlib.import_module
 
-    return Synchronisations
+
+@pytest.fixture
+def synchronisations(benchmark):
+    return benchmark("common").Synchronisations
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.parametrize("name", ["step", "update", "epoch", "scaling"])
+def test_benchmarks_run(benchmark, name, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", [name, "--quick", "--threads", "1", "--output", str(tmp_path / "report.json")])
+    benchmark(name).main()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["benchmark"] == name
+    assert report["machine"]["torch"] == torch.__version__
+    assert report["rows"]
 
 
 @pytest.fixture(params=["kernel", "numpy"])

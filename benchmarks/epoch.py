@@ -1,0 +1,114 @@
+"""One epoch of main.py's loop, dense and sparse, against the same network in a minimal loop.
+
+    python benchmarks/epoch.py
+    python benchmarks/epoch.py --quick
+
+The minimal loop is what one would write by hand for one network and nothing else: images normalised once and kept as
+floats, a permutation, forward, backward, a fused step; no report, schedule or augmentation. main.py augments CIFAR-10,
+and the minimal loop does not. Images are random, of the size of MNIST and CIFAR-10. An epoch leaves out evaluation and
+checkpoint; a sparse epoch of MNIST ends with an update of the masks, of CIFAR-10 there is a part of an epoch only.
+"""
+
+import logging
+
+import torch
+from common import alternate, build, parse, ratio, save, show, summary
+from torch.nn import functional as F
+
+from sparselearning import CosineDecay, Masking
+from sparselearning.experiments import data as datasets
+from sparselearning.experiments.training import Precision, train_epoch
+
+DENSITY = 0.05
+BATCH = 100
+# Model -> shape of an image, images of an epoch (MNIST keeps 54,000 for training), statistics of a pixel.
+MNIST = ((1, 28, 28), (0.1307,), (0.3081,))
+CIFAR = ((3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+IMAGES = {"lenet300-100": (54_000, MNIST), "lenet5": (54_000, MNIST), "vgg-d": (1_000, CIFAR), "wrn-16-8": (300, CIFAR)}
+
+
+def main():
+    """Measure, log and save."""
+    args = parse(__doc__, rounds=7)
+    names = ["lenet300-100"] if args.quick else list(IMAGES)
+    save(args, "epoch", [measure(args, name) for name in names])
+
+
+def measure(args, name):
+    """Return a row: epochs of one network in the three loops."""
+    count, (shape, mean, std) = IMAGES[name]
+    count = count // 20 if args.quick else count
+    images = torch.randint(256, (count, *shape), dtype=torch.uint8, device=args.device)
+    split = datasets.Split(images, torch.randint(10, (count,), device=args.device))
+    look = dict(mean=mean, std=std, channels_last=args.device.startswith("cuda"), augment=shape[0] == 3)
+    precision = Precision("bf16" if args.device.startswith("cuda") else "none", torch.device(args.device))
+
+    def epoch_of_main(sparse):
+        model = build(name, args.device)
+        optimizer = sgd(model)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 25_000, gamma=0.1)
+        stepper = optimizer
+        if sparse:
+            stepper = Masking(optimizer, CosineDecay(0.5, 10_000))
+            stepper.add_module(model, DENSITY)
+
+        def run():
+            batches = datasets.batches(split, BATCH, shuffle=True, **look)
+            train_epoch(model, batches, stepper, scheduler, precision)
+            if sparse and shape == MNIST[0]:
+                stepper.at_end_of_epoch()
+
+        return run
+
+    kinds = {
+        "minimal loop, dense": minimal_epoch(name, split, mean, std, precision),
+        "main.py, dense": epoch_of_main(sparse=False),
+        "main.py, sparse": epoch_of_main(sparse=True),
+    }
+    seconds = alternate(kinds, args.rounds, device=args.device)
+    show(name, seconds)
+    row = {
+        "model": name,
+        "images": count,
+        "batch": BATCH,
+        "density": DENSITY,
+        "seconds": {kind: summary(values) for kind, values in seconds.items()},
+        "images per second": {kind: count / summary(values)["median"] for kind, values in seconds.items()},
+        "main.py dense / minimal": ratio(seconds["main.py, dense"], seconds["minimal loop, dense"]),
+        "main.py sparse / minimal": ratio(seconds["main.py, sparse"], seconds["minimal loop, dense"]),
+        "main.py sparse / dense": ratio(seconds["main.py, sparse"], seconds["main.py, dense"]),
+    }
+    for kind, rate in row["images per second"].items():
+        logging.info("%-32s %-28s %9.0f images/s", name, kind, rate)
+    for what, value in row.items():
+        if " / " in what:
+            logging.info("%-32s %s = %.3f", name, what, value)
+    return row
+
+
+def sgd(model):
+    """Return the optimizer of main.py."""
+    return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
+
+
+def minimal_epoch(name, split, mean, std, precision):
+    """Return a loop written for one network."""
+    model = build(name, split.images.device)
+    optimizer = sgd(model)
+    mean, std = (torch.tensor(values, device=split.images.device).view(-1, 1, 1) for values in (mean, std))
+    images, labels = (split.images / 255 - mean) / std, split.labels
+
+    def run():
+        model.train()
+        for part in torch.randperm(len(labels), device=labels.device).split(BATCH):
+            optimizer.zero_grad()
+            with precision.autocast():
+                loss = F.nll_loss(model(images[part]).float(), labels[part])
+            loss.backward()
+            optimizer.step()
+
+    return run
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""What one update of the masks costs, beside sorting every layer.
+
+    python benchmarks/update.py
+    python benchmarks/update.py --quick
+
+The library's sparse momentum against the same update as release 1.0 made it: a full sort of the magnitudes and one
+of the momentum per layer, and a count read from the device after each. Weights and masks are put back before every
+update. Seconds, the times that the host waits for the device, and the memory needed beside weights, momentum and masks.
+"""
+
+import logging
+import math
+
+import torch
+from common import MODELS, Synchronisations, alternate, build, parse, peak_memory, ratio, save, show, summary
+
+from sparselearning import CosineDecay, Masking
+from sparselearning.selection import apportion
+
+OPTIMIZERS = {
+    "SGD": lambda weights: torch.optim.SGD(weights, lr=1e-2, momentum=0.9, fused=True),
+    "AdamW": lambda weights: torch.optim.AdamW(weights, fused=True),
+}
+
+
+def main():
+    """Measure, log and save."""
+    args = parse(__doc__, rounds=9)
+    names = ["lenet300-100"] if args.quick else list(MODELS)
+    densities = [0.05] if args.quick else [0.05, 0.2]
+    rows = [measure(args, name, kind, density) for name in names for kind in OPTIMIZERS for density in densities]
+    save(args, "update", rows)
+
+
+def measure(args, name, kind, density):
+    """Return a row: the two updates of one network."""
+    model = build(name, args.device)
+    mask = Masking(OPTIMIZERS[kind](model.parameters()), CosineDecay(0.5, 10_000))
+    mask.add_module(model, density)
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter) * 1e-2
+        mask.step()
+    model.zero_grad()
+    before = [(layer.weight.detach().clone(), layer.mask.clone()) for layer in mask.layers]
+
+    @torch.no_grad()
+    def put_back():
+        for layer, (weight, active) in zip(mask.layers, before, strict=True):
+            layer.weight.copy_(weight)
+            layer.mask.copy_(active)
+            layer.nonzeros = int(active.count_nonzero())
+
+    kinds = {"library": mask.truncate_weights, "full sort": lambda: update_by_sorting(mask)}
+    seconds = alternate(kinds, args.rounds, device=args.device, prepare=put_back)
+    waits, memory = {}, {}
+    for update, run in kinds.items():
+        put_back()
+        memory[update] = peak_memory(run, args.device)
+        put_back()
+        with Synchronisations() as waited:
+            run()
+        waits[update] = waited.count
+    label = f"{name}, {kind}, {density}"
+    show(label, seconds)
+    row = {
+        "model": name,
+        "optimizer": kind,
+        "density": density,
+        "layers": len(mask.layers),
+        "weights": sum(layer.mask.numel() for layer in mask.layers),
+        "seconds": {update: summary(values) for update, values in seconds.items()},
+        "synchronisations": waits,
+        "peak extra bytes": memory,
+        "full sort / library": ratio(seconds["full sort"], seconds["library"]),
+    }
+    logging.info("%-32s synchronisations: %s; peak extra bytes: %s", label, waits, memory)
+    logging.info("%-32s full sort / library = %.1f", label, row["full sort / library"])
+    return row
+
+
+@torch.no_grad()
+def update_by_sorting(mask):
+    """Prune by magnitude, redistribute and grow by momentum, sorting all entries of every layer twice."""
+    importance, removed = [], []
+    for layer in mask.layers:
+        momentum = mask.get_momentum_for_weight(layer.weight)
+        importance.append(momentum[layer.mask].abs().mean().item())
+        nonzeros = layer.mask.sum().item()
+        k = math.ceil(mask.prune_rate * nonzeros)
+        _, order = torch.sort(layer.weight.abs().flatten())
+        layer.mask.flatten()[order[: layer.mask.numel() - nonzeros + k]] = False
+        removed.append(nonzeros - layer.mask.sum().item())
+    room = [int(0.99 * (layer.mask.numel() - layer.mask.sum().item())) for layer in mask.layers]
+    for layer, count in zip(mask.layers, apportion(sum(removed), importance, room), strict=True):
+        score = mask.get_momentum_for_weight(layer.weight).abs() * ~layer.mask
+        _, order = torch.sort(score.flatten(), descending=True)
+        layer.mask.flatten()[order[:count]] = True
+        layer.nonzeros = layer.mask.sum().item()
+    for layer in mask.layers:
+        layer.weight.mul_(layer.mask)
+
+
+if __name__ == "__main__":
+    main()
