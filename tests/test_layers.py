@@ -103,6 +103,15 @@ def test_biases_scalars_vectors_empty_and_frozen_parameters_stay_dense():
     assert [name for name, _ in maskable_parameters(Odd())] == ["weight", "bias_network.weight"]
 
 
+def test_positions_and_tokens_of_a_transformer_are_embeddings():
+    model = nn.Linear(6, 5)
+    model.pos_embedding = nn.Parameter(torch.ones(1, 4, 6))
+    model.class_token = nn.Parameter(torch.ones(1, 1, 6))
+    assert [name for name, _ in maskable_parameters(model)] == ["weight"]
+    asked_for = [name for name, _ in maskable_parameters(model, sparse_embeddings=True)]
+    assert asked_for == ["weight", "pos_embedding", "class_token"]
+
+
 def test_embeddings_are_masked_when_asked_for():
     model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4))
     masking = Masking(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), None)
