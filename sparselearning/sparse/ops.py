@@ -11,6 +11,8 @@ which the next sparse layer turns around again.
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,8 @@ library.define(f"conv2d_weight_gradient(Tensor dy, Tensor x, {INDICES}, {GEOMETR
 library.define(f"linear(Tensor x, Tensor value, Tensor? bias, {INDICES}, {TRANSPOSED}, bool relu) -> Tensor")
 library.define(f"linear_input_gradient(Tensor dy, Tensor value, {TRANSPOSED}) -> Tensor")
 library.define(f"linear_weight_gradient(Tensor dy, Tensor x, {INDICES}) -> Tensor")
+library.define("affine(Tensor x, Tensor scale, Tensor shift, bool relu) -> Tensor")
+library.define("max_pool2d(Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding) -> Tensor")
 
 
 def is_batch_last(batch: int) -> bool:
@@ -46,9 +50,9 @@ def to_batch_last(x: Tensor) -> Tensor:
     if turned.is_contiguous():
         return x
     x = x.contiguous()
-    turned = x.new_empty((*x.shape[1:], x.shape[0]))
+    turned = new_output(x, x.shape, True)
     kernels().call("transpose", x.dtype, x, x.shape[0], x[0].numel() if len(x) else 0, turned)
-    return turned.movedim(-1, 0)
+    return turned
 
 
 def in_order(x: Tensor, batch_last: bool) -> Tensor:
@@ -56,9 +60,13 @@ def in_order(x: Tensor, batch_last: bool) -> Tensor:
 
 
 def new_output(x: Tensor, shape, batch_last: bool) -> Tensor:
-    if batch_last:
-        return x.new_empty((*shape[1:], shape[0])).movedim(-1, 0)
-    return x.new_empty(shape)
+    """Return an empty tensor like x; not a view of one, for views must not be changed in place under autograd."""
+    if not batch_last:
+        return x.new_empty(shape)
+    strides = [shape[0]]
+    for size in reversed(shape[2:]):
+        strides.insert(0, strides[0] * size)
+    return x.new_empty_strided(shape, (1, *strides))
 
 
 def check(x: Tensor, value: Tensor, start: Tensor, column: Tensor) -> None:
@@ -120,9 +128,9 @@ def linear(x, value, bias, start, column, t_start, t_column, t_order, relu):
         x, y = x.contiguous(), x.new_empty(batch, outputs)
         kernels().call("few", x.dtype, x, batch, features, outputs, start, column, values, bias, relu, y)
         return y
-    x, y = to_batch_last(x), x.new_empty(outputs, batch)
+    x, y = to_batch_last(x), new_output(x, (batch, outputs), True)
     kernels().call("forward", x.dtype, row_shape(batch, features, outputs), x, start, column, values, bias, relu, y)
-    return from_columns(y)
+    return in_batch_order(y)
 
 
 def row_shape(batch, features, outputs):
@@ -131,19 +139,18 @@ def row_shape(batch, features, outputs):
     return conv_shape(1, features, 1, batch, outputs, one, one, zero, one, 1, False)[0]
 
 
-def from_columns(y: Tensor) -> Tensor:
-    """Return y, of shape (features, batch), as (batch, features) in the memory order of that batch."""
-    return y.t() if is_batch_last(y.shape[1]) else y.t().contiguous()
+def in_batch_order(y: Tensor) -> Tensor:
+    return y if is_batch_last(len(y)) else y.contiguous()
 
 
 def linear_input_gradient(dy, value, t_start, t_column, t_order):
     batch, outputs = dy.shape
     features = len(t_start) - 1
-    dy, dx = to_batch_last(dy), dy.new_empty(features, batch)
+    dy, dx = to_batch_last(dy), new_output(dy, (batch, features), True)
     shape = row_shape(batch, features, outputs)
     values = value.contiguous()
     kernels().call("input_gradient", dy.dtype, shape, dy, t_start, t_column, t_order, values, dx)
-    return from_columns(dx)
+    return in_batch_order(dx)
 
 
 def linear_weight_gradient(dy, x, start, column):
@@ -152,6 +159,45 @@ def linear_weight_gradient(dy, x, start, column):
     shape = row_shape(len(x), x.shape[1], dy.shape[1])
     kernels().call("weight_gradient", dy.dtype, shape, x, dy, start, column, gradient)
     return gradient
+
+
+def is_turned(x: Tensor) -> bool:
+    """Return whether the batch is the last dimension of x in memory (and not the only one)."""
+    return x.movedim(0, -1).is_contiguous() and not x.is_contiguous()
+
+
+def affine(x, scale, shift, relu):
+    """Return x * scale + shift per channel, rectified if asked for, in the memory order of x."""
+    turned = is_turned(x)
+    x = x if turned else x.contiguous()
+    y = new_output(x, x.shape, turned)
+    pixels = x[0, 0].numel() if x.numel() else 0
+    outer, inner = (1, pixels * len(x)) if turned else (len(x), pixels)
+    kernels().call("affine", x.dtype, x, outer, x.shape[1], inner, scale.contiguous(), shift.contiguous(), relu, y)
+    return y
+
+
+def fake_affine(x, scale, shift, relu):
+    return new_output(x, x.shape, is_turned(x))
+
+
+def pool_shape(x, kernel, stride, padding):
+    batch, channels, *size = x.shape
+    out = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, stride, padding, strict=True)]
+    return channels, *size, batch, *out, *kernel, *stride, *padding
+
+
+def max_pool2d(x, kernel, stride, padding):
+    """Return the largest of each window, of activations and in activations whose batch is last in memory."""
+    x = to_batch_last(x)
+    shape = pool_shape(x, kernel, stride, padding)
+    y = new_output(x, (len(x), x.shape[1], *shape[4:6]), True)
+    kernels().call("max_pool", x.dtype, (ctypes.c_int64 * len(shape))(*shape), x, y)
+    return y
+
+
+def fake_max_pool2d(x, kernel, stride, padding):
+    return new_output(x, (*x.shape[:2], *pool_shape(x, kernel, stride, padding)[4:6]), True)
 
 
 def fake_conv2d(x, value, bias, start, column, t_start, t_column, t_order, *rest):
@@ -212,13 +258,24 @@ def linear_backward(ctx, dy):
     return gradients(ctx, dy, ops.linear_input_gradient, ops.linear_weight_gradient)
 
 
-def register(name, kernel, fake, backward=None):
+def save_affine(ctx, inputs, output):
+    _, scale, _, relu = inputs
+    ctx.save_for_backward(scale, output if relu else None)
+
+
+def affine_backward(ctx, dy):
+    """Statistics and weights of a folded norm are fixed: only x has a gradient."""
+    scale, output = ctx.saved_tensors
+    if output is not None:
+        dy = dy * (output > 0)
+    return dy * scale.reshape(-1, *(1 for _ in dy.shape[2:])), None, None, None
+
+
+def register(name, kernel, fake, backward=None, save=save_for_backward):
     library.impl(name, kernel, "CPU")
     torch.library.register_fake(f"sparselearning::{name}", fake, lib=library)
     if backward is not None:
-        torch.library.register_autograd(
-            f"sparselearning::{name}", backward, setup_context=save_for_backward, lib=library
-        )
+        torch.library.register_autograd(f"sparselearning::{name}", backward, setup_context=save, lib=library)
 
 
 register("conv2d", conv2d, fake_conv2d, conv2d_backward)
@@ -227,6 +284,8 @@ register("conv2d_weight_gradient", conv2d_weight_gradient, fake_weight_gradient)
 register("linear", linear, fake_linear, linear_backward)
 register("linear_input_gradient", linear_input_gradient, fake_linear_input_gradient)
 register("linear_weight_gradient", linear_weight_gradient, fake_weight_gradient)
+register("affine", affine, fake_affine, affine_backward, save_affine)
+register("max_pool2d", max_pool2d, fake_max_pool2d)
 
 
 def transposed(start: Tensor, column: Tensor, shape) -> tuple[Tensor, Tensor, Tensor]:

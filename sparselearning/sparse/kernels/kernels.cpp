@@ -68,13 +68,17 @@ struct Kernels {
     decltype(&portable::weight_gradient<S, true>) weight_gradient[2];
     decltype(&portable::transpose<S>) transpose;
     decltype(&portable::multiply_few<S>) multiply_few;
+    decltype(&portable::affine<S>) affine;
+    decltype(&portable::max_pool<S>) max_pool;
 };
 
-#define KERNELS_OF(set)                                                                    \
-    {{set::convolve<S, false>, set::convolve<S, true>},                                     \
-     {set::weight_gradient<S, false>, set::weight_gradient<S, true>},                       \
-     set::transpose<S>,                                                                     \
-     set::multiply_few<S>}
+#define KERNELS_OF(set) \
+    {{set::convolve<S, false>, set::convolve<S, true>}, \
+     {set::weight_gradient<S, false>, set::weight_gradient<S, true>}, \
+     set::transpose<S>, \
+     set::multiply_few<S>, \
+     set::affine<S>, \
+     set::max_pool<S>}
 
 template <class S>
 const Kernels<S>& kernels(int instruction_set) {
@@ -247,6 +251,22 @@ EXPORT int sl_transpose_rows(const int64_t* shape, const int32_t* start, const i
                                    Fork fork) { \
         return guarded([&] { \
             kernels<S>(int(set)).transpose(from, rows, columns, to, Parallel{int(threads), fork}); \
+            return 0; \
+        }); \
+    } \
+    EXPORT int sl_affine_##name(const S* x, int64_t outer, int64_t channels, int64_t inner, const S* scale, \
+                                const S* shift, int64_t relu, S* y, int64_t set, int64_t threads, Fork fork) { \
+        return guarded([&] { \
+            const Parallel parallel{int(threads), fork}; \
+            kernels<S>(int(set)).affine(x, outer, channels, inner, scale, shift, relu != 0, y, parallel); \
+            return 0; \
+        }); \
+    } \
+    EXPORT int sl_max_pool_##name(const int64_t* shape, const S* x, S* y, int64_t set, int64_t threads, Fork fork) { \
+        return guarded([&] { \
+            Pool pool; \
+            std::memcpy(&pool, shape, sizeof pool); \
+            kernels<S>(int(set)).max_pool(pool, x, y, Parallel{int(threads), fork}); \
             return 0; \
         }); \
     }

@@ -1,0 +1,232 @@
+"""Turn a trained sparse model into one that runs faster for it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from sparselearning.sparse import ops
+from sparselearning.sparse.dataflow import Dataflow
+from sparselearning.sparse.library import available
+from sparselearning.sparse.modules import SparseConv2d, SparseLayer, SparseLinear
+
+logger = logging.getLogger(__name__)
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+SECONDS_PER_LAYER = 0.05
+
+
+@dataclass
+class LayerReport:
+    """One layer of a converted model; times in milliseconds for one call, nan where nothing was measured."""
+
+    name: str
+    density: float
+    dense_ms: float
+    sparse_ms: float
+    replaced: bool
+    note: str = ""
+
+
+@dataclass
+class Report:
+    """What `convert` did: every linear and convolution layer, and the whole model before and after."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    dense_ms: float = float("nan")
+    converted_ms: float = float("nan")
+
+    def __str__(self) -> str:
+        lines = [f"{'layer':30} {'density':>8} {'dense ms':>9} {'sparse ms':>9}  outcome"]
+        for layer in self.layers:
+            outcome = "replaced" if layer.replaced else "kept" + (f": {layer.note}" if layer.note else "")
+            times = f"{layer.dense_ms:9.3f} {layer.sparse_ms:9.3f}"
+            lines.append(f"{layer.name:30} {layer.density:8.3f} {times}  {outcome}")
+        lines.append(f"{'whole model':30} {'':8} {self.dense_ms:9.3f} {self.converted_ms:9.3f}")
+        return "\n".join(lines)
+
+
+def convert(model: nn.Module, example_input: Any, layout: str = "unstructured") -> tuple[nn.Module, Report]:
+    """Return a copy of `model` for inference that is no slower, and a report on its layers.
+
+    Each nn.Linear and nn.Conv2d becomes sparse where that is faster on the input it sees when the model runs on
+    `example_input` (a tensor, or a tuple of arguments); batch normalisation and ReLU after a layer are folded
+    into it. Times depend on the batch, so pass an example of the batch size to be served, and set
+    `torch.set_num_threads` first. Layers without zeros, and models on another device than a CPU, stay dense.
+
+    layout: 'unstructured' for the kernels of this package; '2:4' or 'bsr' for masks of that pattern on a GPU.
+    """
+    if layout != "unstructured":
+        from sparselearning.sparse.patterns import convert_pattern
+
+        return convert_pattern(model, layout)
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    dense = copy.deepcopy(model).eval()
+    report = Report()
+    if not available() or device != "cpu":
+        why = f"on a {device} unstructured weights stay dense" if available() else "built without sparse kernels"
+        logger.warning("convert leaves the model as it is: %s.", why)
+        return dense, report
+    holder = nn.Sequential(copy.deepcopy(dense))
+    flow = Dataflow(holder, example_input)
+    fused = fold_norms(holder, flow)
+    for name, layer in layers_of(holder):
+        if layer in flow.inputs:
+            entry, sparse = try_sparse(name.removeprefix("0."), layer, flow.inputs[layer], fused.get(layer))
+            report.layers.append(entry)
+            if entry.replaced and sparse is not None:
+                replace(holder, layer, sparse)
+                if layer in fused:
+                    replace(holder, fused[layer], nn.Identity())
+    if any(layer.replaced for layer in report.layers):
+        follow_layout(holder, flow)
+    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    report.dense_ms, report.converted_ms = compare([lambda: dense(*arguments), lambda: holder(*arguments)])
+    if report.converted_ms > report.dense_ms:
+        for layer in report.layers:
+            layer.replaced, layer.note = False, layer.note or "no gain in the whole model"
+        return dense, report
+    return holder[0], report
+
+
+def layers_of(model: nn.Module) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
+    """Return (name, layer) of every plain linear and convolution layer; subclasses may compute something else."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and type(module) in (nn.Linear, nn.Conv2d)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    ]
+
+
+def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` is."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            model.set_submodule(name, new)
+
+
+def fold_norms(model: nn.Module, flow: Dataflow) -> dict[nn.Module, nn.Module]:
+    """Fold batch norms into the layers before them, in place; return the ReLU that follows each layer, if any."""
+    relus = {}
+    for _, layer in layers_of(model):
+        reader = flow.only_reader(layer)
+        if isinstance(reader, NORMS) and reader.running_mean is not None:
+            is_conv = isinstance(layer, nn.Conv2d)
+            folded = fuse_conv_bn_eval(layer, reader) if is_conv else fuse_linear_bn_eval(layer, reader)
+            layer.weight = folded.weight
+            layer.register_parameter("bias", nn.Parameter(torch.as_tensor(folded.bias).detach()))
+            replace(model, reader, nn.Identity())
+            reader = flow.only_reader(reader)
+        if isinstance(reader, nn.ReLU):
+            relus[layer] = reader
+    return relus
+
+
+def sparse_form(layer: nn.Linear | nn.Conv2d) -> SparseLayer:
+    return SparseConv2d.from_dense(layer) if isinstance(layer, nn.Conv2d) else SparseLinear.from_dense(layer)
+
+
+def try_sparse(name, layer, seen: Tensor, relu) -> tuple[LayerReport, SparseLayer | None]:
+    """Return what a measurement says of `layer` on an input like `seen`, and its sparse form."""
+    nan = float("nan")
+    density = layer.weight.detach().count_nonzero().item() / layer.weight.numel()
+    try:
+        sparse = sparse_form(layer)
+    except ValueError as error:
+        return LayerReport(name, density, nan, nan, False, str(error)), None
+    if density == 1 or seen.dtype not in ops.DTYPES:
+        note = "no zeros" if density == 1 else f"no kernels for {seen.dtype}"
+        return LayerReport(name, density, nan, nan, False, note), None
+    sparse.relu = relu is not None
+    x = torch.ones(seen.shape, dtype=seen.dtype)
+    ready = x if x.dim() == 3 else ops.in_order(x, ops.is_batch_last(len(x)))
+    after = relu or nn.Identity()
+    choices = [lambda: after(layer(x)), lambda: sparse(ready)]
+    if x.dim() == 4:
+        turned, x_turned = copy.deepcopy(layer), x.to(memory_format=torch.channels_last)
+        nn.Module.to(turned, memory_format=torch.channels_last)
+        choices.append(lambda: after(turned(x_turned)))
+    dense_ms, sparse_ms, *others = compare(choices)
+    dense_ms = min(dense_ms, *others) if others else dense_ms
+    return LayerReport(name, density, dense_ms, sparse_ms, sparse_ms < dense_ms), sparse
+
+
+@torch.no_grad()
+def compare(choices: list[Callable[[], Any]], seconds: float = SECONDS_PER_LAYER) -> list[float]:
+    """Return the median milliseconds of each choice, called in turns so that disturbances meet all alike."""
+    times: list[list[float]] = [[] for _ in choices]
+    end = time.perf_counter() + seconds
+    while len(times[0]) < 3 or time.perf_counter() < end:
+        for call, record in zip(choices, times, strict=True):
+            call()
+            start = time.perf_counter()
+            call()
+            record.append((time.perf_counter() - start) * 1e3)
+    return [statistics.median(record) for record in times]
+
+
+def follow_layout(model: nn.Module, flow: Dataflow) -> None:
+    """Replace what would turn activations back to NCHW between sparse layers."""
+    for module in list(model.modules()):
+        if isinstance(module, NORMS) and module.running_mean is not None and module in flow.inputs:
+            reader = flow.only_reader(module)
+            replace(model, module, Affine(module, isinstance(reader, nn.ReLU)))
+            if isinstance(reader, nn.ReLU):
+                replace(model, reader, nn.Identity())
+        elif type(module) is nn.MaxPool2d and is_plain(module):
+            replace(model, module, BatchLastMaxPool2d(module))
+
+
+def is_plain(pool: nn.MaxPool2d) -> bool:
+    return not pool.ceil_mode and not pool.return_indices and pair(pool.dilation) == (1, 1)
+
+
+def pair(value) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+class Affine(nn.Module):
+    """A batch normalisation of fixed statistics, with the ReLU after it: act(x * scale + shift) per channel."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d, relu: bool):
+        super().__init__()
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = torch.rsqrt(norm.running_var + norm.eps) * (norm.weight.detach() if norm.affine else 1)
+        shift = (norm.bias.detach() if norm.affine else 0) - norm.running_mean * scale
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.sparselearning.affine(x, self.scale, self.shift, self.relu)
+
+
+class BatchLastMaxPool2d(nn.Module):
+    """Max-pooling that keeps the memory order of its input, where no gradient is asked for."""
+
+    def __init__(self, pool: nn.MaxPool2d):
+        super().__init__()
+        self.kernel, self.padding = pair(pool.kernel_size), pair(pool.padding)
+        self.stride = pair(pool.stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        trains = torch.is_grad_enabled() and x.requires_grad
+        if ops.is_turned(x) and not trains:
+            return torch.ops.sparselearning.max_pool2d(x, self.kernel, self.stride, self.padding)
+        return nn.functional.max_pool2d(x, self.kernel, self.stride, self.padding)

@@ -1,0 +1,193 @@
+"""`convert` keeps what a model computes, folds what it can, and explains itself."""
+
+import copy
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers_sparse import sparse_weight
+from torch import nn
+
+from sparselearning.models import build
+from sparselearning.sparse import SparseConv2d, SparseLinear, available, conversion, convert, library
+
+needs_kernels = pytest.mark.skipif(not available(), reason="built without sparse kernels")
+
+
+@pytest.fixture
+def always_faster(monkeypatch):
+    """Pretend that every sparse layer and every converted model is faster, whatever the machine is busy with."""
+
+    def compare(choices, seconds=0.0):
+        for call in choices:
+            call()
+        return [2.0, 1.0, *[2.0 for _ in choices[2:]]]
+
+    monkeypatch.setattr(conversion, "compare", compare)
+
+
+@pytest.fixture
+def never_faster(monkeypatch):
+    monkeypatch.setattr(conversion, "compare", lambda choices, seconds=0.0: [1.0, *[2.0 for _ in choices[1:]]])
+
+
+def sparsify(model, density=0.05):
+    """Zero most weights and give batch norms statistics of their own."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.weight.copy_(sparse_weight(module.weight.shape, density))
+                module.weight.mul_(1 / (density * module.weight[0].numel()) ** 0.5)
+            elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                for tensor in (module.running_mean, module.weight, module.bias):
+                    tensor.uniform_(-0.5, 1)
+                module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+class Residual(nn.Module):
+    """A convolution whose output is read twice, so its norm must not be folded into it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = self.conv(x)
+        y = y + self.relu(self.bn(y))
+        return self.fc(self.pool(y).mean((2, 3)))
+
+
+@needs_kernels
+@pytest.mark.usefixtures("always_faster")
+@pytest.mark.parametrize("batch", [1, 17, 32])
+@pytest.mark.parametrize("name", ["vgg-like", "wrn-28-2", "lenet5", "lenet300-100"])
+def test_converted_models_give_the_same_outputs(name, batch):
+    model = sparsify(build(name))
+    x = torch.randn(batch, 1, 28, 28) if name.startswith("lenet") else torch.randn(batch, 3, 32, 32)
+    before = copy.deepcopy(model.state_dict())
+    converted, report = convert(model, x)
+    assert all(layer.replaced for layer in report.layers)
+    with torch.no_grad():
+        assert (converted(x) - model(x)).abs().max() <= 1e-4
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in converted.modules())
+    folded = sum(isinstance(module, conversion.Affine) for module in converted.modules())
+    assert folded == {"vgg-like": 1, "wrn-28-2": 13}.get(name, 0)  # after a ReLU; before one, on a sum
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in before.items())
+
+
+@needs_kernels
+@pytest.mark.usefixtures("always_faster")
+@pytest.mark.parametrize("batch", [2, 16])
+def test_a_layer_read_twice_keeps_its_norm_apart(batch):
+    model = sparsify(Residual(), 0.5)
+    x = torch.randn(batch, 3, 9, 9)
+    converted, _ = convert(model, x)
+    torch.testing.assert_close(converted(x), model(x), atol=1e-5, rtol=1e-5)
+    assert isinstance(converted.bn, conversion.Affine)
+    assert not converted.conv.relu
+
+
+@needs_kernels
+@pytest.mark.usefixtures("always_faster")
+def test_norm_and_relu_are_folded_into_the_layer():
+    model = sparsify(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2)), 0.3)
+    x = torch.randn(16, 3, 8, 8)
+    converted, _ = convert(model, x)
+    assert [type(module) for module in converted] == [
+        SparseConv2d,
+        nn.Identity,
+        nn.Identity,
+        conversion.BatchLastMaxPool2d,
+    ]
+    torch.testing.assert_close(converted(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("never_faster")
+def test_nothing_slower_is_put_in():
+    model = sparsify(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    x = torch.randn(2, 3, 8, 8)
+    converted, report = convert(model, x)
+    assert [type(module) for module in converted] == [nn.Conv2d, nn.BatchNorm2d]
+    assert not report.layers[0].replaced
+    assert torch.equal(converted(x), model(x))
+
+
+@needs_kernels
+@pytest.mark.usefixtures("always_faster")
+def test_report_names_layers_and_why_they_stay():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Conv2d(1, 1, 2, padding_mode="circular", padding=1))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.eye(4))
+    _, report = convert(model, torch.randn(1, 1, 4, 4))
+    assert [(layer.name, layer.replaced, layer.density) for layer in report.layers] == [
+        ("0", False, 1.0),
+        ("1", True, 0.25),
+        ("2", False, 1.0),
+    ]
+    text = str(report)
+    assert "kept: no zeros" in text
+    assert "circular" in text
+    assert "whole model" in text
+
+
+@needs_kernels
+@pytest.mark.usefixtures("always_faster")
+def test_one_layer_alone_converts():
+    layer = nn.Linear(6, 4)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(4, 6))
+    converted, _ = convert(layer, torch.randn(3, 6))
+    assert isinstance(converted, SparseLinear)
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("always_faster")
+def test_converted_models_export():
+    model = sparsify(Residual(), 0.5)
+    x = torch.randn(16, 3, 8, 8)
+    converted, _ = convert(model, x)
+    with torch.no_grad():
+        program = torch.export.export(converted, (x,))
+        torch.testing.assert_close(program.module()(x), converted(x))
+
+
+def test_without_kernels_the_model_stays_dense_and_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(library, "LIBRARY", None)
+    model = nn.Sequential(nn.Linear(4, 4))
+    with caplog.at_level(logging.WARNING):
+        converted, report = convert(model, torch.randn(2, 4))
+    assert type(converted[0]) is nn.Linear
+    assert report.layers == []
+    assert "built without sparse kernels" in caplog.text
+
+
+@pytest.mark.parametrize("layout", ["2:4", "bsr"])
+def test_patterns_need_a_gpu(layout):
+    with pytest.raises(ValueError, match=f"layout='{layout}' needs a model on a GPU, got one on 'cpu'"):
+        convert(nn.Linear(4, 4), torch.randn(2, 4), layout=layout)
+
+
+def test_unknown_layout_is_refused():
+    with pytest.raises(ValueError, match=r"Unknown layout 'csr'. Choose from unstructured, 2:4, bsr"):
+        convert(nn.Linear(4, 4), torch.randn(2, 4), layout="csr")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("layout", ["2:4", "bsr"])
+def test_patterns_compute_the_same_on_a_gpu(layout):
+    linear = nn.Linear(128, 128, dtype=torch.float16, device="cuda")
+    mask = torch.tensor([1, 1, 0, 0]).repeat(32) if layout == "2:4" else torch.arange(128) % 64 < 16
+    with torch.no_grad():
+        linear.weight.mul_(mask.to(linear.weight))
+    x = torch.randn(64, 128, dtype=torch.float16, device="cuda")
+    converted, report = convert(linear, x, layout=layout)
+    assert report.layers[0].replaced
+    torch.testing.assert_close(converted(x), F.linear(x, linear.weight, linear.bias), atol=1e-2, rtol=1e-2)
