@@ -296,7 +296,7 @@ def main(argv=None):
         with logging_redirect_tqdm():
             for i in range(args.iters):
                 run(argparse.Namespace(**{**vars(args), "seed": args.seed + i}))
-    except (datasets.DataError, checkpoint.CheckpointError, NotFinite, FunctionError, OSError) as error:
+    except (datasets.DataError, checkpoint.CheckpointError, NotFinite, FunctionError, OSError, ValueError) as error:
         fail("main.py", error)
 
 

@@ -95,12 +95,20 @@ def offline(monkeypatch):
         ("--resume runs/none", "There is no checkpoint runs/none."),
         ("--sparse-init resume --resume runs/none", "There is no checkpoint runs/none."),
         ("--dense --sparse", "not allowed with"),
+        ("--density 1e-9", "A density of 1e-09 leaves none of 266200 weights."),
+        ("--valid_split 0.9999", "holds out all 1438 training images. Take a smaller one."),
         ("--unknown", "unrecognized arguments: --unknown"),
     ],
 )
 def test_a_mistake_ends_before_anything_is_written(refusal, tmp_path, argv, words):
     assert words in refusal(f"{DIGITS} {argv}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_too_small_for_normalisation(refusal, tmp_path):
+    write_cifar_records(tmp_path / "data")
+    line = refusal("--data cifar --model alexnet-s --data-dir data --batch-size 1")
+    assert "Expected more than 1 value per channel when training" in line
 
 
 def test_momentum_in_the_name_of_an_own_file_needs_none(call, tmp_path):
