@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from sparselearning.sparse import ops
-from sparselearning.sparse.dataflow import Dataflow
+from sparselearning.sparse.dataflow import Dataflow, Seen
 from sparselearning.sparse.library import available
 from sparselearning.sparse.modules import SparseConv2d, SparseLayer, SparseLinear
 
@@ -138,7 +138,7 @@ def sparse_form(layer: nn.Linear | nn.Conv2d) -> SparseLayer:
     return SparseConv2d.from_dense(layer) if isinstance(layer, nn.Conv2d) else SparseLinear.from_dense(layer)
 
 
-def try_sparse(name, layer, seen: Tensor, relu) -> tuple[LayerReport, SparseLayer | None]:
+def try_sparse(name, layer, seen: Seen, relu) -> tuple[LayerReport, SparseLayer | None]:
     """Return what a measurement says of `layer` on an input like `seen`, and its sparse form."""
     nan = float("nan")
     density = layer.weight.detach().count_nonzero().item() / layer.weight.numel()

@@ -53,6 +53,9 @@ class SparseLayer(nn.Module):
     def conv_shape(self):
         raise NotImplementedError
 
+    def to_dense(self) -> nn.Module:
+        raise NotImplementedError
+
     @property
     def density(self) -> float:
         """The share of active weights."""
