@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := setup.py $(wildcard sparselearning/sparse/*.cpp sparselearning/sparse/*.h)
+SOURCES := setup.py $(wildcard sparselearning/*.cpp sparselearning/sparse/kernels/*)
 
 .PHONY: demo test lint clean
 
