@@ -16,6 +16,8 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads: spinning threads fight for shared cores
+
 import torch
 from extensions import EXTENSIONS
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -181,13 +183,13 @@ def run(args):
         check_same_run(args.resume, checkpoint.read(args.resume).get("args", {}), args)
 
     data = datasets.load(args.data, args.data_dir, device, args.valid_split)
-    look = dict(mean=data.mean, std=data.std, channels_last=device.type == "cuda")
+    look = dict(mean=data.mean, std=data.std, channels_last=True)
     steps_per_epoch = datasets.count_batches(data.train, args.batch_size)
 
     def in_order(split):
         return datasets.batches(split, args.test_batch_size, **look)
 
-    model = models.build(args.model).to(device)
+    model = models.build(args.model).to(device, memory_format=torch.channels_last)
     if args.sparse_init == "resume":
         checkpoint.load_weights(args.resume, model)
     if args.compile:
