@@ -38,7 +38,7 @@ def save(path: str | Path, **parts: Any) -> None:
     """
     stateful = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
     state = parts | {name: part.state_dict() for name, part in stateful.items()}
-    kinds = {name: type(part).__name__ for name, part in stateful.items()}
+    kinds = {name: _kind(part) for name, part in stateful.items()}
     state |= {"format": FORMAT, "kinds": kinds, "random": random_state()}
     write_atomically(path, lambda file: torch.save(state, file))
 
@@ -169,10 +169,14 @@ def _check_fit(path, state, parts):
     for name, part in parts.items():
         if isinstance(part, nn.Module):
             _check_same_model(path, state[name], part.state_dict())
-        elif state["kinds"].get(name) != type(part).__name__:
+        elif state["kinds"].get(name) != _kind(part):
             # Optimizers take each other's state, and fail at the next step.
-            kinds = f"{state['kinds'].get(name)} in the file and {type(part).__name__} here"
+            kinds = f"{state['kinds'].get(name)} in the file and {_kind(part)} here"
             raise CheckpointError(f"The {name} of checkpoint {path} does not fit: it is {kinds}.")
+
+
+def _kind(part):
+    return getattr(part, "kind", type(part).__name__)
 
 
 def _check_same_model(path, saved, here):

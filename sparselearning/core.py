@@ -32,6 +32,7 @@ from sparselearning.prune import PRUNE_FUNCTIONS
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS, no_redistribution
 from sparselearning.schedules import Constant, CosineDecay, LinearDecay
 from sparselearning.selection import add_highest, apportion
+from sparselearning.sharded import add_up, count_active, is_sharded, shard_of, uniform_like
 from sparselearning.zero import zero_inactive
 
 __all__ = ["CosineDecay", "LinearDecay", "Masking", "add_sparse_args"]
@@ -133,7 +134,8 @@ class Masking:
             sparse_init: how they are divided among layers: 'constant' (the same density), 'linear'
                 (Erdos-Renyi), 'erdos_renyi_kernel', a function from a weight's shape to its share, or
                 'resume', which takes the nonzero weights as they are and ignores `density`.
-            remove_param_names: weights whose name contains one of these (or this string) stay dense.
+            remove_param_names: weights whose name contains one of these (or this string) stay dense; the whole name
+                of a weight means that one alone.
             sparse_embeddings: mask embeddings too.
 
         Raises:
@@ -162,11 +164,11 @@ class Masking:
                 size = sum(layer.mask.numel() for layer in new)
                 raise ValueError(f"A density of {density} leaves none of {size} weights. Pass a larger one.")
             for layer, count in zip(new, counts, strict=True):
-                score = torch.rand(layer.mask.shape, device=layer.mask.device)
-                layer.mask.copy_(add_highest(score, torch.zeros_like(layer.mask), count))
+                layer.mask.copy_(add_highest(uniform_like(layer.mask), torch.zeros_like(layer.mask), count))
         self.modules.append(module)
         self.layers += new
         self._agree_and_count()
+        self._check_agreement()
         self.baseline_nonzero = self.total_nonzero
         self.apply_mask()
         if self.verbose:
@@ -177,9 +179,11 @@ class Masking:
         stepped = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         taken = set(self.masks)
         layers = []
-        for name, weight in maskable_parameters(module, sparse_embeddings=sparse_embeddings):
+        weights = dict(maskable_parameters(module, sparse_embeddings=sparse_embeddings))
+        parts = [part for part in skip if part not in weights]
+        for name, weight in weights.items():
             master = self._masters.get(id(weight), weight)
-            if id(weight) in known or id(master) not in stepped or any(part in name for part in skip):
+            if id(weight) in known or id(master) not in stepped or name in skip or any(part in name for part in parts):
                 continue
             while name in taken:  # a second module may use the names of the first
                 name = f"{len(self.modules)}.{name}"
@@ -273,6 +277,7 @@ class Masking:
         """
         if not self.layers:
             return
+        self._check_agreement()
         before = [layer.mask.clone() for layer in self.layers]
         try:
             self._measure_importance()
@@ -368,8 +373,12 @@ class Masking:
             distributed.broadcast_masks([layer.mask for layer in self.layers])
         self._count()
 
+    def _check_agreement(self):
+        if distributed.in_process_group():
+            distributed.check_agreement([layer.mask for layer in self.layers])
+
     def _count(self):
-        counts = _to_numbers([layer.mask.count_nonzero() for layer in self.layers])
+        counts = _to_numbers([count_active(layer.mask) for layer in self.layers])
         for layer, count in zip(self.layers, counts, strict=True):
             layer.nonzeros = int(count)
 
@@ -473,7 +482,7 @@ class Masking:
         _check_same_layers({name: entry["mask"].shape for name, entry in saved.items()}, self.layers)
         for layer in self.layers:
             entry = saved[layer.name]
-            layer.mask.copy_(entry["mask"])
+            layer.mask.copy_(shard_of(entry["mask"], layer.mask) if is_sharded(layer.mask) else entry["mask"])
             layer.removed, layer.importance = entry["removed"], entry["importance"]
             layer.prune_rate = entry["prune_rate"]
         self.steps = state["steps"]
@@ -485,6 +494,7 @@ class Masking:
 
 def _to_numbers(values: list) -> list[float]:
     """Return Python numbers for numbers and 0-d tensors, fetched in one synchronisation per device."""
+    values = add_up(values)
     tensors = [value.detach() for value in values if isinstance(value, Tensor)]
     if not tensors:
         return [float(value) for value in values]

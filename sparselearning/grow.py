@@ -5,6 +5,7 @@ from torch import Tensor
 
 from sparselearning.functions import network_wide
 from sparselearning.selection import add_highest, add_highest_jointly, apportion
+from sparselearning.sharded import uniform_like
 
 
 def momentum_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
@@ -14,8 +15,7 @@ def momentum_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, w
 
 def random_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
     """Add inactive weights at random, each with the same chance (Mocanu et al. 2018)."""
-    score = torch.rand(new_mask.shape, device=new_mask.device)
-    return add_highest(score, new_mask, total_regrowth)
+    return add_highest(uniform_like(new_mask), new_mask, total_regrowth)
 
 
 def momentum_neuron_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:

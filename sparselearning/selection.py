@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparselearning import sharded
+from sparselearning.sharded import is_sharded
+
 SAMPLE = 1 << 14  # entries that a bound is judged by
 CHUNK = 1 << 18  # entries that fit in a core's cache
 
@@ -52,6 +55,8 @@ def _mark_lowest(scores, candidates, k, *, negate) -> list[Tensor]:
     """Mark the k candidates of lowest score (highest, if `negate`), earlier entries first among equals."""
     if k <= 0:
         return [torch.zeros_like(among) for among in candidates]
+    if any(map(is_sharded, candidates)):
+        return sharded.mark_lowest(scores, candidates, k, negate=negate)
     scores = [score.detach() if score.dtype in (torch.float32, torch.float64) else score.detach().float()
               for score in scores]  # fmt: skip
     on_cpu = all(score.device.type == "cpu" for score in scores)

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from sparselearning import checkpoint
+from sparselearning.distributed import rank
 
 # They change where a run is kept or what it shows, not what it computes.
 NOT_IN_THE_NAME = {
     *("bench", "data_dir", "iters", "log_interval", "max_threads", "resume", "run_dir"),
     *("save_features", "save_model", "verbose"),
+    *("accumulate", "bench_iterations", "bench_warmup", "evaluate", "fsdp", "gather_checkpoints"),
+    *("print_freq", "workers"),
 }
 # They may differ when a run goes on: it becomes longer, or moves to another machine; its masks are there already.
 MAY_CHANGE = {*NOT_IN_THE_NAME, "compile", "device", "epochs", "sparse_init", "start_epoch", "test_batch_size"}
@@ -23,9 +26,11 @@ FORMATS = {
     "train_loss": ".4f",
     "valid_loss": ".4f",
     "valid_accuracy": ".4f",
+    "valid_accuracy_5": ".4f",
     "lr": ".3g",
     "prune_rate": ".4f",
     "density": ".4f",
+    "images_per_second": ".1f",
     "seconds": ".1f",
 }
 
@@ -35,7 +40,8 @@ class RunFolder:
 
     The hash is over all arguments that change the result, so that a run finds its folder again. An interrupted run
     goes on with its `metrics`, in its folder if that is where `args.resume` lies; any other finds the folder empty, for
-    what an earlier run of the same arguments left there is kept beside, as <name>.1, <name>.2, ...
+    what an earlier run of the same arguments left there is kept beside, as <name>.1, <name>.2, ... Of several
+    processes the first one alone writes.
 
     Raises:
         OSError: if the folder cannot be written.
@@ -44,6 +50,9 @@ class RunFolder:
     def __init__(self, args: argparse.Namespace, metrics: list[dict[str, Any]] | None = None):
         self.path = Path(args.run_dir) / _name(args)
         self.metrics = list(metrics or [])
+        self.writes = rank() == 0
+        if not self.writes:
+            return
         goes_on_here = metrics is not None and Path(args.resume).resolve().parent == self.path.resolve()
         text = json.dumps(vars(args), indent=2, sort_keys=True) + "\n"
         try:
@@ -82,13 +91,15 @@ class RunFolder:
         return "There is no checkpoint yet."
 
     def _write_metrics(self):
+        if not self.writes:
+            return
         lines = "".join(json.dumps(record) + "\n" for record in self.metrics)
         checkpoint.write_atomically(self.path / "metrics.jsonl", lambda file: file.write(lines.encode()))
 
     @contextmanager
     def log(self) -> Iterator[None]:
         """Copy what is logged to log.txt."""
-        handler = logging.FileHandler(self.path / "log.txt")
+        handler = logging.FileHandler(self.path / "log.txt") if self.writes else logging.NullHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logging.getLogger().addHandler(handler)
         try:
@@ -115,4 +126,5 @@ def _name(args):
     settings = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_IN_THE_NAME}
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
     density = 1.0 if args.dense else args.density
-    return f"{args.data}-{args.model}-{density:g}-{args.seed}-{digest}"
+    model = args.model.replace(":", "-").replace("/", "-")
+    return f"{args.data}-{model}-{density:g}-{args.seed}-{digest}"

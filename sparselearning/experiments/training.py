@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from sparselearning.distributed import add_up, processes, without_sync
+from sparselearning.sharded import local_part
+
+LossFunction = Callable[..., Tensor]
+
 
 class NotFinite(RuntimeError):
     """The loss or a weight became NaN or infinite."""
@@ -29,25 +34,31 @@ def seed_generators(seed: int) -> None:
 class Precision:
     """How a step computes: in what precision, and with what loss scale.
 
-    amp: 'none' (fp32), 'bf16' or 'fp16' by torch.amp; fp16 comes with a GradScaler.
+    amp: 'none' (fp32), 'bf16' or 'fp16' by torch.amp; fp16 comes with a GradScaler, which adapts the loss scale
+    unless there is a static one.
     """
 
     amp: str
     device: torch.device
+    static_loss_scale: float | None = None
 
     def __post_init__(self):
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
+        scale = self.static_loss_scale or 2.0**16
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=scale, enabled=self.amp == "fp16")
 
     def autocast(self) -> AbstractContextManager:
         """Return the context for the forward pass."""
         dtype = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
         return torch.autocast(self.device.type, dtype, enabled=self.amp != "none")
 
-    def step(self, loss: Tensor, optimizer: Any) -> None:
-        """Backpropagate the loss and step; an overflow in fp16 skips the step."""
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Add the gradients of the loss to those there are; `last` before the next step."""
         self.scaler.scale(loss).backward()
+
+    def step(self, optimizer: Any) -> None:
+        """Step with the gradients; an overflow in fp16 skips the step."""
         self.scaler.step(optimizer)
-        self.scaler.update()
+        self.scaler.update(self.static_loss_scale)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the loss scale."""
@@ -73,9 +84,12 @@ class ApexPrecision:
         """Return the context for the forward pass: none is needed."""
         return nullcontext()
 
-    def step(self, loss: Tensor, optimizer: Any) -> None:
-        """Backpropagate the loss and step `optimizer`, the FP16_Optimizer or a Masking of it."""
-        self.optimizer.backward(loss)
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Add the gradients of the loss to those there are; the last time those of the master weights follow."""
+        self.optimizer.backward(loss, **({} if last else {"update_master_grads": False}))
+
+    def step(self, optimizer: Any) -> None:
+        """Step `optimizer`, the FP16_Optimizer or a Masking of it; an overflow skips the step."""
         optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -110,15 +124,19 @@ def train_epoch(
     l1: float = 0.0,
     report: Callable[[int, float], None] | None = None,
     report_every: int = 100,
+    loss_function: LossFunction = F.nll_loss,
+    accumulate: int = 1,
 ) -> float:
-    """Train once over `batches` of images and labels; return the mean loss of the steps.
+    """Train once over `batches` of images and labels; return the mean loss of the steps, over all processes.
 
     Args:
         optimizer: a torch optimizer or a Masking.
         scheduler: stepped after every step.
-        precision: a `Precision`, or what offers the same two methods.
+        precision: a `Precision`, or what offers the same methods.
         l1: factor of the sum of |weights| that is added to the loss, biases and 1-d parameters excepted.
         report: called with the number of steps and the mean loss since the last report.
+        loss_function: of the model's output in fp32 and the labels; a mean over images.
+        accumulate: batches whose mean gradient makes a step.
 
     Raises:
         NotFinite: if the loss is NaN or infinite, noticed at the next report, or a weight is after the last step.
@@ -129,7 +147,8 @@ def train_epoch(
 
     def fetch():  # the only time the host waits for the device
         nonlocal total, done
-        values = torch.stack(losses).tolist()
+        of_batches = add_up(torch.stack(losses)) / processes()
+        values = of_batches.view(-1, accumulate).mean(dim=1).tolist()
         for value in values:
             done += 1
             if not math.isfinite(value):
@@ -140,21 +159,26 @@ def train_epoch(
             report(done, sum(values) / len(values))
 
     weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    for images, labels in batches:
-        optimizer.zero_grad()
-        with precision.autocast():
-            loss = F.nll_loss(model(images).float(), labels)
-            if l1:
-                sums = [weight.abs().sum(dtype=torch.float32) for weight in weights]
-                loss = loss + l1 * torch.stack(sums).sum()
-        precision.step(loss, optimizer)
-        scheduler.step()
+    for i, (images, labels) in enumerate(batches):
+        first, last = i % accumulate == 0, (i + 1) % accumulate == 0
+        if first:
+            optimizer.zero_grad()
+        with nullcontext() if last else without_sync(model):
+            with precision.autocast():
+                loss = loss_function(model(images).float(), labels)
+                if l1:
+                    sums = [weight.abs().sum(dtype=torch.float32) for weight in weights]
+                    loss = loss + l1 * torch.stack(sums).sum()
+            precision.backward(loss / accumulate if accumulate > 1 else loss, last)
         losses.append(loss.detach())
-        if len(losses) == report_every:
+        if last:
+            precision.step(optimizer)
+            scheduler.step()
+        if len(losses) == report_every * accumulate:
             fetch()
     if losses:
         fetch()
-    if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
+    if not torch.stack([local_part(parameter).isfinite().all() for parameter in model.parameters()]).all():
         raise NotFinite(f"the weights are no longer finite after step {done} of the epoch")
     return total / max(done, 1)
 
@@ -178,6 +202,7 @@ class Evaluation:
     loss: float
     correct: int
     total: int
+    correct_in_5: int = 0  # images whose class is among the five most likely
 
     @property
     def accuracy(self) -> float:
@@ -189,22 +214,28 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precision: Any) -> Evaluation:
-    """Return mean loss and accuracy of the model over `batches` of images and labels.
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    precision: Any,
+    loss_function: LossFunction = F.nll_loss,
+) -> Evaluation:
+    """Return mean loss and accuracy of the model over the `batches` of all processes; a label -1 does not count.
 
     Raises:
         NotFinite: if the loss is NaN or infinite.
     """
     model.eval()
     sums = []
-    total = 0
     for images, labels in batches:
         with precision.autocast():
             output = model(images).float()
-        loss = F.nll_loss(output, labels, reduction="sum")
-        sums.append(torch.stack([loss.double(), (output.argmax(dim=1) == labels).sum().double()]))
-        total += len(labels)
-    loss, correct = torch.stack(sums).sum(dim=0).tolist()
+        loss = loss_function(output, labels, reduction="sum", ignore_index=-1)
+        first, first_5 = output.argmax(dim=1), output.topk(min(5, output.shape[1])).indices
+        counts = (first == labels).sum(), (first_5 == labels[:, None]).sum(), (labels >= 0).sum()
+        sums.append(torch.stack([value.double() for value in (loss, *counts)]))
+    loss, *counts = add_up(torch.stack(sums).sum(dim=0)).tolist()
+    correct, correct_in_5, total = map(int, counts)
     if not math.isfinite(loss):
         raise NotFinite(f"the loss is {loss} over {total} images that are evaluated")
-    return Evaluation(loss / total, int(correct), total)
+    return Evaluation(loss / total, correct, total, correct_in_5)

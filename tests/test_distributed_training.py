@@ -1,0 +1,168 @@
+"""Replicas (DDP) and shards (FSDP2) train the network that one process trains."""
+
+from itertools import combinations
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import mlp
+from processes import run
+from torch import nn
+
+from sparselearning import CosineDecay, Masking, distributed
+from sparselearning.experiments.training import Precision
+from sparselearning.sharded import Whole, unsharded
+
+GROWTHS = ("momentum", "random", "global_momentum")
+UPDATES = 200
+
+
+def train(growth, dtype=torch.float32, wrap=None, divided=False):
+    """Train a small network, a mask update per step, and return its state."""
+    torch.manual_seed(0)
+    model = mlp(12, 21, 5).to(dtype)
+    inputs, targets = torch.randn(8, 12, dtype=dtype), torch.randn(8, 5, dtype=dtype)
+    network = wrap(model) if wrap else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    masking = Masking(optimizer, CosineDecay(0.5, UPDATES), growth_mode=growth)
+    masking.add_module(model, density=0.2)
+    mine = slice(distributed.rank(), None, distributed.processes()) if divided else slice(None)
+    for _ in range(UPDATES):
+        optimizer.zero_grad()
+        (network(inputs[mine]) - targets[mine]).square().mean().backward()
+        masking.step()
+        masking.at_end_of_epoch()
+    return unsharded({"model": model.state_dict(), "mask": masking.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+def shard(model):
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(model)
+
+
+def train_replicas(dtype, divided):
+    return [train(growth, dtype, distributed.replicate, divided) for growth in GROWTHS]
+
+
+def train_shards():
+    return [train(growth, wrap=shard) for growth in GROWTHS]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_replicas_that_divide_the_batches_end_with_the_masks_of_one_process(processes):
+    # In float64 sums of another order hardly differ.
+    alone = [train(growth, torch.float64) for growth in GROWTHS]
+    for replica in run(train_replicas, processes, torch.float64, True):
+        for expected, found in zip(alone, replica, strict=True):
+            torch.testing.assert_close(found, expected)
+            assert same_masks(found, expected)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one process trains in float32, for each growth."""
+    return [train(growth) for growth in GROWTHS]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_shards_train_the_network_of_one_process_to_the_bit(processes, alone):
+    # With the same batch on 2 or 4 processes the mean of the gradients is exact.
+    for trained in run(train_shards, processes):
+        for expected, found in zip(alone, trained, strict=True):
+            for part in ("model", "optimizer"):
+                torch.testing.assert_close(found[part], expected[part], rtol=0, atol=0)
+            assert same_masks(found, expected)
+            torch.testing.assert_close(found["mask"], expected["mask"])  # its importances to 1e-16
+
+
+def same_masks(state, other):
+    layers, others = state["mask"]["layers"], other["mask"]["layers"]
+    return all(torch.equal(layers[name]["mask"], others[name]["mask"]) for name in others)
+
+
+def go_on_in_shards(state):
+    """Load a whole state into a sharded network and train on; return what was loaded, and the active weights."""
+    torch.manual_seed(0)
+    model = shard(mlp(12, 21, 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    masking = Masking(optimizer, None, growth_mode="momentum")
+    masking.add_module(model, density=0.2)
+    parts = {"model": Whole(model), "optimizer": Whole(optimizer), "mask": Whole(masking)}
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    loaded = {name: part.state_dict() for name, part in parts.items()}
+    model(torch.ones(2, 12)).sum().backward()
+    masking.step()
+    masking.at_end_of_epoch()
+    return loaded, masking.total_nonzero
+
+
+def test_shards_go_on_from_the_checkpoint_of_one_process(alone):
+    for loaded, nonzeros in run(go_on_in_shards, 2, alone[0]):
+        torch.testing.assert_close(loaded, {name: alone[0][name] for name in loaded}, rtol=0, atol=0)
+        assert nonzeros == alone[0]["mask"]["baseline_nonzero"]
+
+
+def diverge():
+    model = mlp(8, 8)
+    masking = Masking(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), None)
+    masking.add_module(model, density=0.5)
+    mask = masking.masks["fc1.weight"]
+    if distributed.rank() == 1:
+        mask.copy_(mask.flip(0))
+    try:
+        masking.truncate_weights()
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_every_process_raises_where_masks_diverged():
+    for message in run(diverge, 3):
+        assert message.startswith("The masks of rank 1 differ from those of rank 0.")
+
+
+def test_a_checksum_sees_every_swap():
+    orders = [list(range(6))]
+    for i, j in combinations(range(6), 2):
+        orders.append(list(range(6)))
+        orders[-1][i], orders[-1][j] = j, i
+    mask = torch.eye(6, dtype=torch.bool)
+    assert len({int(distributed.checksum(mask[order])) for order in orders}) == len(orders) == 16
+    assert distributed.checksum(torch.zeros(3, dtype=torch.bool)) != distributed.checksum(torch.zeros(4).bool())
+
+
+def overflow():
+    torch.manual_seed(0)
+    model = mlp(6, 4)
+    network = distributed.replicate(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    masking = Masking(optimizer, None, prune_every_k_steps=1)
+    masking.add_module(model, density=0.5)
+    precision = Precision("fp16", torch.device("cpu"))
+    states = []
+    for factor in (1.0, float("inf") if distributed.rank() else 1.0, 1.0):
+        masking.zero_grad()
+        precision.backward(network(torch.ones(2, 6)).square().mean() * factor)
+        precision.step(masking)
+        momenta = [entry["momentum_buffer"] for entry in optimizer.state.values()]
+        states.append([masking.steps, *masking.masks.values(), *model.state_dict().values(), *momenta])
+        states[-1] = [value.clone() if isinstance(value, torch.Tensor) else value for value in states[-1]]
+    return states
+
+
+def test_an_overflow_on_one_process_is_skipped_by_all():
+    for before, skipped, after in run(overflow, 2):
+        torch.testing.assert_close(skipped, before, rtol=0, atol=0)
+        assert (before[0], after[0]) == (1, 2)
+
+
+def average():
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
+    model[0].running_mean.fill_(float(dist.get_rank()))
+    distributed.average_buffers(model)
+    return model[0].running_mean.tolist(), model[0].num_batches_tracked.item()
+
+
+def test_statistics_of_batchnorm_are_averaged():
+    assert run(average, 2) == [([0.5, 0.5], 0)] * 2
