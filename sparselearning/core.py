@@ -20,7 +20,7 @@ from typing import Any, SupportsFloat
 import torch
 from torch import Tensor, nn
 
-from sparselearning import distributed
+from sparselearning import distributed, invariants
 from sparselearning.distributions import DISTRIBUTIONS, Distribution, active_counts
 from sparselearning.experiments.arguments import add_sparse_args
 from sparselearning.functions import FunctionError, is_network_wide, resolve
@@ -113,7 +113,15 @@ class Masking:
         modes = (growth_mode, redistribution_mode)
         if any("momentum" in mode for mode in modes if isinstance(mode, str)):
             keeps_momentum(self.optimizer, required=True)
+        self._watch_steps()
+
+    def _watch_steps(self):
         self.optimizer.register_step_post_hook(lambda *_: self._after_step())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy (deepcopy, pickle): an optimizer's copy has lost its hooks, and would train unmasked."""
+        self.__dict__.update(state)
+        self._watch_steps()
 
     # Which weights are sparse
 
@@ -182,7 +190,7 @@ class Masking:
         weights = dict(maskable_parameters(module, sparse_embeddings=sparse_embeddings))
         parts = [part for part in skip if part not in weights]
         for name, weight in weights.items():
-            master = self._masters.get(id(weight), weight)
+            master = self._masters.get(weight, weight)
             if id(weight) in known or id(master) not in stepped or name in skip or any(part in name for part in parts):
                 continue
             while name in taken:  # a second module may use the names of the first
@@ -263,6 +271,9 @@ class Masking:
 
     def apply_mask(self) -> None:
         """Set all inactive weights to zero, in place; also where they are infinite or NaN."""
+        for layer in self.layers:
+            if layer.mask.device != layer.weight.device:  # the model was moved
+                layer.mask = layer.mask.to(layer.weight.device)
         halves = [layer for layer in self.layers if layer.weight is not layer.master]
         tensors = [layer.master for layer in self.layers] + [layer.weight for layer in halves]
         zero_inactive(tensors, [layer.mask for layer in [*self.layers, *halves]])
@@ -274,9 +285,13 @@ class Masking:
         """Move the masks once: prune, redistribute, grow. The number of active weights stays.
 
         If a function fails, the masks are as before.
+
+        Raises:
+            NonFiniteError: if a weight or its momentum is NaN or infinite.
         """
         if not self.layers:
             return
+        invariants.refuse_non_finite(self)
         self._check_agreement()
         before = [layer.mask.clone() for layer in self.layers]
         try:
@@ -382,11 +397,19 @@ class Masking:
         for layer, count in zip(self.layers, counts, strict=True):
             layer.nonzeros = int(count)
 
+    def check(self) -> None:
+        """Verify that masks, weights and optimizer belong together; see `invariants.check`.
+
+        Raises:
+            InvariantError: with one line for each thing that is wrong, and what to do.
+        """
+        invariants.check(self)
+
     # What functions read
 
     def get_momentum_for_weight(self, weight: Tensor) -> Tensor:
         """Return the momentum of a weight, a tensor of its shape; see `momentum.momentum_of`."""
-        return momentum_of(self.optimizer, self._masters.get(id(weight), weight))
+        return momentum_of(self.optimizer, self._masters.get(weight, weight))
 
     @property
     def prune_rate(self) -> float:

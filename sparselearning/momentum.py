@@ -74,8 +74,8 @@ def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def master_weights(optimizer: Any, required: bool = False) -> dict[int, Tensor]:
-    """Return id of each fp16 weight -> the fp32 copy that is stepped in its place.
+def master_weights(optimizer: Any, required: bool = False) -> dict[Tensor, Tensor]:
+    """Return each fp16 weight -> the fp32 copy that is stepped in its place.
 
     Read from the public interface of Apex's FP16_Optimizer; empty for other optimizers.
 
@@ -90,7 +90,7 @@ def master_weights(optimizer: Any, required: bool = False) -> dict[int, Tensor]:
             f"{type(optimizer).__name__}. With torch.amp the weights are fp32 already: leave fp16=False."
         )
     return {
-        id(half): master
+        half: master
         for halves, masters in zip(fp16_groups, fp32_groups, strict=True)
         for half, master in zip(halves, masters, strict=True)
     }

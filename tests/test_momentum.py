@@ -121,7 +121,7 @@ def test_master_weights_are_found_by_the_half_precision_weight():
     half, master = torch.zeros(2, dtype=torch.float16), torch.zeros(2)
     wrapper = Wrapper(None)
     wrapper.fp16_groups, wrapper.fp32_from_fp16_groups = [[half]], [[master]]
-    assert master_weights(wrapper, required=True) == {id(half): master}
+    assert master_weights(wrapper, required=True) == {half: master}
     assert master_weights(Wrapper(None)) == {}
 
 

@@ -136,7 +136,7 @@ def test_synchronisations_are_the_same_for_any_number_of_layers(synchronisations
     with synchronisations() as per_update:
         masking.at_end_of_epoch()
     assert per_step.count == 0
-    assert per_update.count == 3  # importances; counts after pruning; counts after growing
+    assert per_update.count == 4  # all finite; importances; counts after pruning; counts after growing
     assert_masks_hold(masking)
 
 
