@@ -300,6 +300,9 @@ def main(argv=None):
                 run(argparse.Namespace(**{**vars(args), "seed": args.seed + i}))
     except (datasets.DataError, checkpoint.CheckpointError, NotFinite, FunctionError, OSError, ValueError) as error:
         fail("main.py", error)
+    except KeyboardInterrupt:
+        print("main.py: interrupted; --resume RUN_FOLDER goes on after the last whole epoch", file=sys.stderr)
+        sys.exit(130)  # what a shell reports for SIGINT
 
 
 if __name__ == "__main__":

@@ -301,3 +301,14 @@ def test_a_process_ends_with_one_line_and_status_2(tmp_path, argv):
     assert process.stderr.startswith("main.py: error: ")
     assert process.stderr.count("\n") == 1
     assert "Traceback" not in process.stdout
+
+
+def test_an_interrupt_ends_in_one_line_too(call, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "train_epoch", interrupt)
+    with pytest.raises(SystemExit) as end:
+        call(DIGITS)
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "main.py: interrupted; --resume RUN_FOLDER goes on after the last whole epoch\n"
