@@ -1,0 +1,252 @@
+"""imagenet/main.py: recipes, networks, a run that is resumed, several processes."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from photographs import write_folder
+from processes import run
+from torch import nn
+
+from sparselearning import distributed
+
+SCRIPT = Path(__file__).parents[2] / "imagenet" / "main.py"
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("imagenet_main", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("photographs"))
+
+
+def arguments(folder, place, *more):
+    small = "--arch resnet18 --image-size 32 --batch-size 8 --workers 0 --print-freq 1 --epochs 3"
+    return [str(folder), "--run-dir", str(place), *small.split(), *map(str, more)]
+
+
+def train(folder, place, *more):
+    """Train in this process; return the run folder's path and its metrics."""
+    result = script.run(script.parse_arguments(arguments(folder, place, *more)))
+    return result.path, [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(metrics):
+    return [{k: v for k, v in record.items() if k not in ("seconds", "images_per_second")} for record in metrics]
+
+
+def same_state(one, other):
+    one, other = (torch.load(path, weights_only=True) for path in (one, other))
+    torch.testing.assert_close(
+        {name: one[name] for name in ("model", "optimizer", "mask")},
+        {name: other[name] for name in ("model", "optimizer", "mask")},
+        rtol=0,
+        atol=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole_run(folder, tmp_path_factory):
+    """A run of three epochs, with the checkpoint of each."""
+    torch.manual_seed(0)
+    return train(folder, tmp_path_factory.mktemp("whole"), "--gather-checkpoints")
+
+
+def test_a_run_leaves_its_files_and_keeps_its_density(whole_run):
+    path, metrics = whole_run
+    names = {"args.json", "checkpoint-1.pt", "checkpoint-2.pt", "checkpoint-3.pt", "checkpoint-best.pt"}
+    assert {file.name for file in path.iterdir()} == names | {
+        *("checkpoint.pt", "curves.png", "density.png", "log.txt", "metrics.jsonl")
+    }
+    assert [record["epoch"] for record in metrics] == [1, 2, 3]
+    assert len({record["active_weights"] for record in metrics}) == 1
+    assert {round(record["density"], 6) for record in metrics} == {0.1}
+    assert metrics[0]["density_per_layer"] != metrics[2]["density_per_layer"]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(whole_run, folder, tmp_path):
+    path, metrics = whole_run
+    more = ["--resume", path / "checkpoint-1.pt", "--gather-checkpoints"]
+    again, resumed = train(folder, tmp_path, *more)
+    assert without_times(resumed) == without_times(metrics)
+    same_state(again / "checkpoint.pt", path / "checkpoint.pt")
+
+
+def test_evaluation_alone_gives_the_accuracy_of_the_run(whole_run, folder, tmp_path):
+    path, metrics = whole_run
+    _, (*_, evaluated) = train(folder, tmp_path, "--resume", path, "--evaluate")
+    assert evaluated["valid_accuracy"] == metrics[-1]["valid_accuracy"]
+    assert evaluated["valid_total"] == 7
+    _, (alone,) = train(folder, tmp_path, "--pretrained-weights", path / "checkpoint.pt", "--evaluate", "--dense")
+    assert alone["valid_loss"] == evaluated["valid_loss"]
+
+
+def train_together(*given):
+    """Train on this process's share; return the metrics of the last epoch."""
+    os.environ["WORLD_SIZE"] = str(distributed.processes())
+    folder = script.run(script.parse_arguments(list(given)))
+    return without_times(folder.metrics), str(folder.path)
+
+
+@pytest.mark.parametrize("more", [(), ("--fsdp",)])
+def test_processes_go_on_with_a_run_of_one(whole_run, folder, tmp_path, more):
+    path, metrics = whole_run
+    given = arguments(folder, tmp_path, "--resume", path / "checkpoint-2.pt", *more)
+    (first, place), (second, _) = run(train_together, 2, *given)
+    assert first == second, "both know the accuracy of all images"
+    assert first[:2] == without_times(metrics[:2])
+    assert first[2]["active_weights"] == metrics[2]["active_weights"]
+    saved = torch.load(Path(place) / "checkpoint.pt", weights_only=True)
+    masks = {name: entry["mask"] for name, entry in saved["mask"]["layers"].items()}
+    assert sum(mask.sum() for mask in masks.values()) == metrics[2]["active_weights"]
+    assert all(saved["model"][name][~mask].abs().sum() == 0 for name, mask in masks.items())
+    train(folder, tmp_path, "--resume", place, "--evaluate")  # one process reads what two wrote
+
+
+@pytest.mark.parametrize("more", [("--accumulate", "2"), ("--dense", "--accumulate", "2")])
+def test_accumulated_gradients_make_the_same_number_of_steps(folder, tmp_path, more):
+    _, metrics = train(folder, tmp_path, *more, "--epochs", "1")
+    assert metrics[0]["steps"] == 2
+
+
+def test_benchmarks_and_the_profile_end_without_training(folder, tmp_path):
+    few = ["--bench-iterations", "1", "--bench-warmup", "1"]
+    _, metrics = train(folder, tmp_path, "--benchmark-training", "--benchmark-inference", *few)
+    assert [record["benchmark"] for record in metrics] == ["training", "inference"]
+    assert all(record["images_per_second"] > 0 for record in metrics)
+    path, metrics = train(folder, tmp_path, "--prof")
+    assert (path / "trace.json").stat().st_size > 1000
+    assert metrics == []
+
+
+def parsed(*given):
+    return script.parse_arguments(["data", *given])
+
+
+def test_recipes_are_those_of_the_papers():
+    baseline, tuned = parsed("--recipe", "baseline"), parsed("--recipe", "tuned")
+    assert (baseline.epochs, baseline.decay_epochs, baseline.warmup, baseline.stride_in) == (
+        100,
+        [30, 60, 90],
+        0,
+        "1x1",
+    )
+    assert (tuned.epochs, tuned.decay_epochs, tuned.warmup, tuned.stride_in) == (90, [30, 60, 80], 5, "3x3")
+    assert (tuned.label_smoothing, baseline.label_smoothing) == (0.1, 0)
+    assert baseline.lr == tuned.lr == 0.1
+    assert baseline.prune_rate == tuned.prune_rate == 0.2
+
+
+def test_flags_override_the_recipe_and_a_short_run_keeps_its_shape():
+    args = parsed("--recipe", "tuned", "--epochs", "9", "--label-smoothing", "0", "--bn-weight-decay")
+    assert args.warmup == 0.5
+    assert args.decay_epochs == pytest.approx([3, 6, 8])
+    assert args.label_smoothing == 0
+    assert args.bn_weight_decay
+    assert parsed("--epochs", "9", "--decay-epochs", "2", "4").decay_epochs == [2, 4]
+
+
+def test_the_learning_rate_warms_up_and_falls():
+    args = parsed("--epochs", "90", "--batch-size", "512")
+    factor = script.learning_rate(args, steps_per_epoch=10)
+    assert [factor(step) for step in (0, 24, 49, 50, 299)] == pytest.approx([0.02, 0.5, 1, 1, 1])
+    assert [factor(step) for step in (300, 600, 800, 899)] == pytest.approx([0.1, 0.01, 0.001, 0.001])
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    conv, rest = script.build_optimizer(args, model).param_groups
+    assert (conv["lr"], conv["weight_decay"], rest["weight_decay"]) == (0.2, 1e-4, 0)
+
+
+@pytest.mark.parametrize(("density", "millions"), [(0.1, 5.1), (0.2, 7.4)])
+def test_the_baseline_has_the_size_that_was_published(density, millions):
+    # Mostafa and Wang 2019, table 2: 5.1 and 7.3 million parameters with 90% and 80% of the sparse layers pruned.
+    args = parsed("--recipe", "baseline", "--density", str(density))
+    model = script.build_model(args, 1000)
+    optimizer = script.build_optimizer(args, model)
+    mask = script.build_mask(args, model, optimizer, 100)
+    left = sum(parameter.numel() for parameter in model.parameters()) - mask.total_zero
+    assert left / 1e6 == pytest.approx(millions, abs=0.05)
+    dense = {name for name, weight in model.named_parameters() if weight.dim() > 1 and name not in mask.masks}
+    assert dense == {"conv1.weight", *(f"layer{i}.0.downsample.0.weight" for i in range(1, 5))}
+
+
+@pytest.mark.parametrize("recipe", ["baseline", "tuned"])
+def test_resnet50_takes_a_step(recipe):
+    args = parsed("--recipe", recipe, "--density", "0.1")
+    model = script.build_model(args, 10)
+    mask = script.build_mask(args, model, script.build_optimizer(args, model), 100)
+    active = mask.total_nonzero
+    nn.functional.cross_entropy(model(torch.randn(2, 3, 64, 64)), torch.tensor([1, 2])).backward()
+    mask.step()
+    mask.at_end_of_epoch()
+    assert mask.total_nonzero == active
+
+
+def test_networks_of_torchvision_and_timm_are_built(tmp_path):
+    model = script.build_model(parsed("--arch", "torchvision:mobilenet_v3_small"), 7)
+    assert model(torch.ones(2, 3, 64, 64)).shape == (2, 7)
+    pytest.importorskip("timm")
+    args = parsed("--arch", "timm:vit_tiny_patch16_224", "--recipe", "baseline")
+    model = script.build_model(args, 7)
+    mask = script.build_mask(args, model, script.build_optimizer(args, model), 100)
+    assert "blocks.0.attn.qkv.weight" in mask.masks
+    assert args.dense_layers == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--arch", "resnet51"], "argument -a/--arch: expected resnet18, .*, torchvision:NAME or timm:NAME, got"),
+        (["--batch-size", "10", "--accumulate", "4"], "10 cannot be divided evenly among 1 processes x 4 parts"),
+        (["--fsdp"], "--fsdp shards among processes: start it with torchrun"),
+        (["--sparse-init", "resume"], "add --pretrained-weights FILE"),
+        (["--momentum", "0"], "need a momentum: --momentum 0.9, or"),
+        (["--start-epoch", "100"], "--start-epoch 100 is after the last of 90 epochs"),
+    ],
+)
+def test_mistakes_end_in_one_line(given, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parsed(*given)
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("main.py: error: ")
+    assert re.search(message, line)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--arch", "torchvision:resnet1"], "--arch torchvision:resnet1 cannot be built for images of 32x32: Unknown"),
+        (["--batch-size", "32"], "--batch-size 32 is more than the 16 images of"),
+        (["--resume", "nowhere"], "There is no checkpoint nowhere"),
+    ],
+)
+def test_mistakes_that_show_later_are_one_line_too(folder, tmp_path, given, message):
+    with pytest.raises(script.USER_ERRORS, match=message):
+        train(folder, tmp_path, *given)
+
+
+def test_torchrun_starts_it(folder, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    given = arguments(folder, tmp_path, "--epochs", "1", "--device", "cpu")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*torchrun, str(SCRIPT), *given], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 processes on cpu, 2 steps an epoch" in done.stdout
+    assert done.stdout.count("epoch 1") == 1, "one process speaks"
+    assert len(list(tmp_path.iterdir())) == 1
