@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as main.py does, before torch loads
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -142,6 +144,7 @@ def machine(device: str) -> dict[str, Any]:
         cores=os.cpu_count(),
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         load_average=os.getloadavg()[0],
+        omp_wait_policy=os.environ["OMP_WAIT_POLICY"],
         torch=torch.__version__,
         numpy=np.__version__,
         python=platform.python_version(),

@@ -11,8 +11,8 @@ checkpoint; a sparse epoch of MNIST ends with an update of the masks, of CIFAR-1
 
 import logging
 
+import common
 import torch
-from common import alternate, build, parse, ratio, save, show, summary
 from torch.nn import functional as F
 
 from sparselearning import CosineDecay, Masking
@@ -29,9 +29,9 @@ IMAGES = {"lenet300-100": (54_000, MNIST), "lenet5": (54_000, MNIST), "vgg-d": (
 
 def main():
     """Measure, log and save."""
-    args = parse(__doc__, rounds=7)
+    args = common.parse(__doc__, rounds=7)
     names = ["lenet300-100"] if args.quick else list(IMAGES)
-    save(args, "epoch", [measure(args, name) for name in names])
+    common.save(args, "epoch", [measure(args, name) for name in names])
 
 
 def measure(args, name):
@@ -40,11 +40,11 @@ def measure(args, name):
     count = count // 20 if args.quick else count
     images = torch.randint(256, (count, *shape), dtype=torch.uint8, device=args.device)
     split = datasets.Split(images, torch.randint(10, (count,), device=args.device))
-    look = dict(mean=mean, std=std, channels_last=args.device.startswith("cuda"), augment=shape[0] == 3)
+    look = dict(mean=mean, std=std, channels_last=True, augment=shape[0] == 3)
     precision = Precision("bf16" if args.device.startswith("cuda") else "none", torch.device(args.device))
 
     def epoch_of_main(sparse):
-        model = build(name, args.device)
+        model = common.build(name, args.device).to(memory_format=torch.channels_last)
         optimizer = sgd(model)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 25_000, gamma=0.1)
         stepper = optimizer
@@ -65,18 +65,18 @@ def measure(args, name):
         "main.py, dense": epoch_of_main(sparse=False),
         "main.py, sparse": epoch_of_main(sparse=True),
     }
-    seconds = alternate(kinds, args.rounds, device=args.device)
-    show(name, seconds)
+    seconds = common.alternate(kinds, args.rounds, device=args.device)
+    common.show(name, seconds)
     row = {
         "model": name,
         "images": count,
         "batch": BATCH,
         "density": DENSITY,
-        "seconds": {kind: summary(values) for kind, values in seconds.items()},
-        "images per second": {kind: count / summary(values)["median"] for kind, values in seconds.items()},
-        "main.py dense / minimal": ratio(seconds["main.py, dense"], seconds["minimal loop, dense"]),
-        "main.py sparse / minimal": ratio(seconds["main.py, sparse"], seconds["minimal loop, dense"]),
-        "main.py sparse / dense": ratio(seconds["main.py, sparse"], seconds["main.py, dense"]),
+        "seconds": {kind: common.summary(values) for kind, values in seconds.items()},
+        "images per second": {kind: count / common.summary(values)["median"] for kind, values in seconds.items()},
+        "main.py dense / minimal": common.ratio(seconds["main.py, dense"], seconds["minimal loop, dense"]),
+        "main.py sparse / minimal": common.ratio(seconds["main.py, sparse"], seconds["minimal loop, dense"]),
+        "main.py sparse / dense": common.ratio(seconds["main.py, sparse"], seconds["main.py, dense"]),
     }
     for kind, rate in row["images per second"].items():
         logging.info("%-32s %-28s %9.0f images/s", name, kind, rate)
@@ -93,7 +93,7 @@ def sgd(model):
 
 def minimal_epoch(name, split, mean, std, precision):
     """Return a loop written for one network."""
-    model = build(name, split.images.device)
+    model = common.build(name, split.images.device)
     optimizer = sgd(model)
     mean, std = (torch.tensor(values, device=split.images.device).view(-1, 1, 1) for values in (mean, std))
     images, labels = (split.images / 255 - mean) / std, split.labels

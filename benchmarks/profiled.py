@@ -10,8 +10,8 @@ selects, and by torch.profiler on a GPU.
 import cProfile
 import pstats
 
+import common
 import torch
-from common import MODELS, build, parse
 from step import OPTIMIZERS, masked
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -19,10 +19,12 @@ from torch.profiler import ProfilerActivity, profile
 
 def main():
     """Profile, print."""
-    args = parse(__doc__, rounds=1, model=("vgg-d", f"one of {', '.join(MODELS)}"), images=(100, "images of the step"))
+    args = common.parse(
+        __doc__, rounds=1, model=("vgg-d", f"one of {', '.join(common.MODELS)}"), images=(100, "images of the step")
+    )
     name = "lenet300-100" if args.quick else args.model
     on_gpu = args.device.startswith("cuda")
-    model = build(name, args.device)
+    model = common.build(name, args.device)
     _, mask = masked(model, OPTIMIZERS["SGD fused"])
     size = {"lenet300-100": (1, 28, 28), "resnet50": (3, 224, 224)}.get(name, (3, 32, 32))
     inputs = torch.randn(args.images, *size, device=args.device)

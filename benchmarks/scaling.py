@@ -6,15 +6,15 @@
 
 Layers of at most 2^26 weights with random weights and momenta, no gradients. The exponent is the slope of a line
 through the logarithms: 1 is linear. Memory is what an update needs beside weights, momenta and masks. The last row
-is one layer that holds all of the largest number of weights alone.
+is one layer of a third of the largest number of weights, for the memory grows with the largest layer.
 """
 
 import gc
 import logging
 
+import common
 import numpy as np
 import torch
-from common import alternate, parse, peak_memory, save, show, summary
 from torch import nn
 
 from sparselearning import CosineDecay, Masking
@@ -25,33 +25,35 @@ DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 def main():
     """Measure, log and save."""
-    args = parse(__doc__, rounds=5, largest=(1e9, "weights in the largest network"))
+    args = common.parse(__doc__, rounds=5, largest=(1e9, "weights in the largest network"))
     args.largest = 1e5 if args.quick else args.largest
-    sizes = [int(10 ** (half / 2)) for half in range(10, 19) if 10 ** (half / 2) <= args.largest * 1.001]
+    sizes = [round(10 ** (half / 2)) for half in range(10, 19) if 10 ** (half / 2) <= args.largest * 1.001]
     rows = [measure(args, size, 0.05) for size in sizes]
     linear = [row for row in rows if row["weights"] >= 1e6]
     if len(linear) > 1:
         log_exponent(linear, "weights")
     by_density = [measure(args, min(sizes[-1], 31_622_776), density) for density in DENSITIES]
     log_exponent(by_density, "density")
-    alone = measure(args, sizes[-1], 0.05, largest_layer=sizes[-1])
-    save(args, "scaling", [*rows, *by_density, alone])
+    alone = measure(args, sizes[-1] // 3, 0.05, largest_layer=sizes[-1])
+    common.save(args, "scaling", [*rows, *by_density, alone])
 
 
 def measure(args, size, density, largest_layer=LAYER):
     """Return a row: the update of a network of `size` weights."""
     gc.collect()
     mask = network(args.device, size, density, largest_layer)
-    memory = peak_memory(mask.truncate_weights, args.device)
+    memory = common.peak_memory(mask.truncate_weights, args.device)
     rounds = args.rounds if size < 1e8 else 2
-    seconds = alternate({"update": mask.truncate_weights}, rounds, device=args.device, prepare=lambda: rewrite(mask))
-    show(f"{size:.3g} weights, density {density}", seconds)
+    seconds = common.alternate(
+        {"update": mask.truncate_weights}, rounds, device=args.device, prepare=lambda: rewrite(mask)
+    )
+    common.show(f"{size:.3g} weights, density {density}", seconds)
     logging.info("%-32s peak extra memory %.2f GiB, %.2f bytes per weight", "", memory / 2**30, memory / size)
     return {
         "weights": size,
         "layers": len(mask.layers),
         "density": density,
-        "seconds": summary(seconds["update"]),
+        "seconds": common.summary(seconds["update"]),
         "peak extra bytes": memory,
         "peak extra bytes per weight": memory / size,
     }

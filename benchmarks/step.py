@@ -11,8 +11,8 @@ training, dense and masked: forward, backward and step.
 
 import logging
 
+import common
 import torch
-from common import MODELS, alternate, build, parse, ratio, save, show, summary
 from torch.nn import functional as F
 
 from sparselearning import CosineDecay, Masking
@@ -34,13 +34,13 @@ TRAINED = {
 
 def main():
     """Measure, log and save."""
-    args = parse(__doc__, rounds=30)
+    args = common.parse(__doc__, rounds=30)
     device = args.device.partition(":")[0]
-    names = ["lenet300-100"] if args.quick else list(MODELS)
+    names = ["lenet300-100"] if args.quick else list(common.MODELS)
     rows = [measure_optimizer(args, name, kind) for name in names for kind in OPTIMIZERS]
     trained = {"lenet300-100": 100} if args.quick else TRAINED[device]
     rows += [measure_training(args, name, images) for name, images in trained.items()]
-    save(args, "step", rows)
+    common.save(args, "step", rows)
 
 
 def masked(model, make_optimizer):
@@ -60,9 +60,9 @@ def with_gradients(model):
 
 def measure_optimizer(args, name, kind):
     """Return a row: the optimizer's step with and without masks."""
-    dense = OPTIMIZERS[kind](with_gradients(build(name, args.device)).parameters())
-    _, mask = masked(with_gradients(build(name, args.device)), OPTIMIZERS[kind])
-    old_model = with_gradients(build(name, args.device))
+    dense = OPTIMIZERS[kind](with_gradients(common.build(name, args.device)).parameters())
+    _, mask = masked(with_gradients(common.build(name, args.device)), OPTIMIZERS[kind])
+    old_model = with_gradients(common.build(name, args.device))
     old = OPTIMIZERS[kind](old_model.parameters())
     old_masks = {
         weight: (torch.rand_like(weight) < DENSITY).float() for weight in old_model.parameters() if weight.dim() > 1
@@ -83,20 +83,20 @@ def measure_optimizer(args, name, kind):
         "apply_mask alone": mask.apply_mask,
     }
     calls = 50 if name == "lenet300-100" else 2
-    seconds = alternate(kinds, args.rounds, calls, args.device)
+    seconds = common.alternate(kinds, args.rounds, calls, args.device)
     label = f"{name}, {kind}"
-    show(label, seconds)
+    common.show(label, seconds)
     added = [one - other for one, other in zip(seconds["masked"], seconds["dense"], strict=True)]
     row = {
         "model": name,
         "optimizer": kind,
         "density": DENSITY,
         "weights": sum(layer.mask.numel() for layer in mask.layers),
-        "seconds": {kind: summary(values) for kind, values in seconds.items()},
-        "masked / dense": ratio(seconds["masked"], seconds["dense"]),
-        "release 1.0 / dense": ratio(seconds["as release 1.0"], seconds["dense"]),
-        "added / _foreach_mul_": ratio(added, seconds["_foreach_mul_ alone"]),
-        "apply_mask / _foreach_mul_": ratio(seconds["apply_mask alone"], seconds["_foreach_mul_ alone"]),
+        "seconds": {kind: common.summary(values) for kind, values in seconds.items()},
+        "masked / dense": common.ratio(seconds["masked"], seconds["dense"]),
+        "release 1.0 / dense": common.ratio(seconds["as release 1.0"], seconds["dense"]),
+        "added / _foreach_mul_": common.ratio(added, seconds["_foreach_mul_ alone"]),
+        "apply_mask / _foreach_mul_": common.ratio(seconds["apply_mask alone"], seconds["_foreach_mul_ alone"]),
     }
     log_ratios(label, row)
     return row
@@ -111,7 +111,7 @@ def measure_training(args, name, images):
         inputs = inputs.to(memory_format=torch.channels_last)
 
     def make():
-        model = build(name, args.device)
+        model = common.build(name, args.device)
         return model.to(memory_format=torch.channels_last) if on_gpu else model
 
     def step(model, stepper):
@@ -130,16 +130,16 @@ def measure_training(args, name, images):
         "masked": step(sparse, masked(sparse, OPTIMIZERS["SGD fused"])[1]),
     }
     calls = 20 if name == "lenet300-100" else 1
-    seconds = alternate(kinds, args.rounds, calls, args.device)
+    seconds = common.alternate(kinds, args.rounds, calls, args.device)
     label = f"training {name}, {images} images"
-    show(label, seconds)
+    common.show(label, seconds)
     row = {
         "training step of": name,
         "images": images,
         "precision": "bf16" if on_gpu else "fp32",
         "density": DENSITY,
-        "seconds": {kind: summary(values) for kind, values in seconds.items()},
-        "masked / dense": ratio(seconds["masked"], seconds["dense"]),
+        "seconds": {kind: common.summary(values) for kind, values in seconds.items()},
+        "masked / dense": common.ratio(seconds["masked"], seconds["dense"]),
     }
     log_ratios(label, row)
     return row

@@ -11,8 +11,8 @@ update. Seconds, the times that the host waits for the device, and the memory ne
 import logging
 import math
 
+import common
 import torch
-from common import MODELS, Synchronisations, alternate, build, parse, peak_memory, ratio, save, show, summary
 
 from sparselearning import CosineDecay, Masking
 from sparselearning.selection import apportion
@@ -25,16 +25,16 @@ OPTIMIZERS = {
 
 def main():
     """Measure, log and save."""
-    args = parse(__doc__, rounds=9)
-    names = ["lenet300-100"] if args.quick else list(MODELS)
+    args = common.parse(__doc__, rounds=9)
+    names = ["lenet300-100"] if args.quick else list(common.MODELS)
     densities = [0.05] if args.quick else [0.05, 0.2]
     rows = [measure(args, name, kind, density) for name in names for kind in OPTIMIZERS for density in densities]
-    save(args, "update", rows)
+    common.save(args, "update", rows)
 
 
 def measure(args, name, kind, density):
     """Return a row: the two updates of one network."""
-    model = build(name, args.device)
+    model = common.build(name, args.device)
     mask = Masking(OPTIMIZERS[kind](model.parameters()), CosineDecay(0.5, 10_000))
     mask.add_module(model, density)
     for _ in range(3):
@@ -52,27 +52,27 @@ def measure(args, name, kind, density):
             layer.nonzeros = int(active.count_nonzero())
 
     kinds = {"library": mask.truncate_weights, "full sort": lambda: update_by_sorting(mask)}
-    seconds = alternate(kinds, args.rounds, device=args.device, prepare=put_back)
+    seconds = common.alternate(kinds, args.rounds, device=args.device, prepare=put_back)
     waits, memory = {}, {}
     for update, run in kinds.items():
         put_back()
-        memory[update] = peak_memory(run, args.device)
+        memory[update] = common.peak_memory(run, args.device)
         put_back()
-        with Synchronisations() as waited:
+        with common.Synchronisations() as waited:
             run()
         waits[update] = waited.count
     label = f"{name}, {kind}, {density}"
-    show(label, seconds)
+    common.show(label, seconds)
     row = {
         "model": name,
         "optimizer": kind,
         "density": density,
         "layers": len(mask.layers),
         "weights": sum(layer.mask.numel() for layer in mask.layers),
-        "seconds": {update: summary(values) for update, values in seconds.items()},
+        "seconds": {update: common.summary(values) for update, values in seconds.items()},
         "synchronisations": waits,
         "peak extra bytes": memory,
-        "full sort / library": ratio(seconds["full sort"], seconds["library"]),
+        "full sort / library": common.ratio(seconds["full sort"], seconds["library"]),
     }
     logging.info("%-32s synchronisations: %s; peak extra bytes: %s", label, waits, memory)
     logging.info("%-32s full sort / library = %.1f", label, row["full sort / library"])
