@@ -16,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from sparselearning.sparse import ops
 from sparselearning.sparse.dataflow import Dataflow, Seen
+from sparselearning.sparse.layout import keep_order
 from sparselearning.sparse.library import available
 from sparselearning.sparse.modules import SparseConv2d, SparseLayer, SparseLinear
 
@@ -178,23 +179,14 @@ def compare(choices: list[Callable[[], Any]], seconds: float = SECONDS_PER_LAYER
 
 
 def follow_layout(model: nn.Module, flow: Dataflow) -> None:
-    """Replace what would turn activations back to NCHW between sparse layers."""
+    """Let what lies between sparse layers keep the memory order that they work in."""
     for module in list(model.modules()):
         if isinstance(module, NORMS) and module.running_mean is not None and module in flow.inputs:
             reader = flow.only_reader(module)
             replace(model, module, Affine(module, isinstance(reader, nn.ReLU)))
             if isinstance(reader, nn.ReLU):
                 replace(model, reader, nn.Identity())
-        elif type(module) is nn.MaxPool2d and is_plain(module):
-            replace(model, module, BatchLastMaxPool2d(module))
-
-
-def is_plain(pool: nn.MaxPool2d) -> bool:
-    return not pool.ceil_mode and not pool.return_indices and pair(pool.dilation) == (1, 1)
-
-
-def pair(value) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+    keep_order(model)
 
 
 class Affine(nn.Module):
@@ -215,18 +207,3 @@ class Affine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.sparselearning.affine(x, self.scale, self.shift, self.relu)
-
-
-class BatchLastMaxPool2d(nn.Module):
-    """Max-pooling that keeps the memory order of its input, where no gradient is asked for."""
-
-    def __init__(self, pool: nn.MaxPool2d):
-        super().__init__()
-        self.kernel, self.padding = pair(pool.kernel_size), pair(pool.padding)
-        self.stride = pair(pool.stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        trains = torch.is_grad_enabled() and x.requires_grad
-        if ops.is_turned(x) and not trains:
-            return torch.ops.sparselearning.max_pool2d(x, self.kernel, self.stride, self.padding)
-        return nn.functional.max_pool2d(x, self.kernel, self.stride, self.padding)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparselearning.sparse.conversion import Affine, BatchLastMaxPool2d, replace
+from sparselearning.sparse.conversion import Affine, replace
+from sparselearning.sparse.layout import forget_order
 from sparselearning.sparse.modules import SparseLayer
 
 ESCAPE = 255
@@ -109,8 +110,7 @@ def to_dense(model: nn.Module) -> nn.Module:
             replace(holder, module, nn.Sequential(dense, nn.ReLU()) if module.relu else dense)
         elif isinstance(module, Affine):
             replace(holder, module, DenseAffine(module))
-        elif isinstance(module, BatchLastMaxPool2d):
-            replace(holder, module, nn.MaxPool2d(module.kernel, module.stride, module.padding))
+    forget_order(holder)
     return holder[0]
 
 

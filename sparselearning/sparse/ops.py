@@ -11,8 +11,6 @@ which the next sparse layer turns around again.
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
@@ -36,12 +34,16 @@ library.define(f"linear(Tensor x, Tensor value, Tensor? bias, {INDICES}, {TRANSP
 library.define(f"linear_input_gradient(Tensor dy, Tensor value, {TRANSPOSED}) -> Tensor")
 library.define(f"linear_weight_gradient(Tensor dy, Tensor x, {INDICES}) -> Tensor")
 library.define("affine(Tensor x, Tensor scale, Tensor shift, bool relu) -> Tensor")
-library.define("max_pool2d(Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding) -> Tensor")
 
 
 def is_batch_last(batch: int) -> bool:
     """Return whether activations of this many images are kept with the batch last in memory."""
     return batch >= LANES and -(-batch // LANES) * LANES * 5 <= batch * 7
+
+
+def is_turned(x: Tensor) -> bool:
+    """Return whether the batch is the last dimension of x in memory (and not the only one)."""
+    return x.movedim(0, -1).is_contiguous() and not x.is_contiguous()
 
 
 def to_batch_last(x: Tensor) -> Tensor:
@@ -55,8 +57,17 @@ def to_batch_last(x: Tensor) -> Tensor:
     return turned
 
 
+def to_batch_first(x: Tensor) -> Tensor:
+    """Return x with its dimensions in memory as in its shape."""
+    if not is_turned(x):
+        return x.contiguous()
+    plain = x.new_empty(x.shape)
+    kernels().call("transpose", x.dtype, x, x[0].numel(), x.shape[0], plain)
+    return plain
+
+
 def in_order(x: Tensor, batch_last: bool) -> Tensor:
-    return to_batch_last(x) if batch_last else x.contiguous()
+    return to_batch_last(x) if batch_last else to_batch_first(x)
 
 
 def new_output(x: Tensor, shape, batch_last: bool) -> Tensor:
@@ -140,7 +151,7 @@ def row_shape(batch, features, outputs):
 
 
 def in_batch_order(y: Tensor) -> Tensor:
-    return y if is_batch_last(len(y)) else y.contiguous()
+    return y if is_batch_last(len(y)) else to_batch_first(y)
 
 
 def linear_input_gradient(dy, value, t_start, t_column, t_order):
@@ -161,11 +172,6 @@ def linear_weight_gradient(dy, x, start, column):
     return gradient
 
 
-def is_turned(x: Tensor) -> bool:
-    """Return whether the batch is the last dimension of x in memory (and not the only one)."""
-    return x.movedim(0, -1).is_contiguous() and not x.is_contiguous()
-
-
 def affine(x, scale, shift, relu):
     """Return x * scale + shift per channel, rectified if asked for, in the memory order of x."""
     turned = is_turned(x)
@@ -179,25 +185,6 @@ def affine(x, scale, shift, relu):
 
 def fake_affine(x, scale, shift, relu):
     return new_output(x, x.shape, is_turned(x))
-
-
-def pool_shape(x, kernel, stride, padding):
-    batch, channels, *size = x.shape
-    out = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, stride, padding, strict=True)]
-    return channels, *size, batch, *out, *kernel, *stride, *padding
-
-
-def max_pool2d(x, kernel, stride, padding):
-    """Return the largest of each window, of activations and in activations whose batch is last in memory."""
-    x = to_batch_last(x)
-    shape = pool_shape(x, kernel, stride, padding)
-    y = new_output(x, (len(x), x.shape[1], *shape[4:6]), True)
-    kernels().call("max_pool", x.dtype, (ctypes.c_int64 * len(shape))(*shape), x, y)
-    return y
-
-
-def fake_max_pool2d(x, kernel, stride, padding):
-    return new_output(x, (*x.shape[:2], *pool_shape(x, kernel, stride, padding)[4:6]), True)
 
 
 def fake_conv2d(x, value, bias, start, column, t_start, t_column, t_order, *rest):
@@ -285,7 +272,6 @@ register("linear", linear, fake_linear, linear_backward)
 register("linear_input_gradient", linear_input_gradient, fake_linear_input_gradient)
 register("linear_weight_gradient", linear_weight_gradient, fake_weight_gradient)
 register("affine", affine, fake_affine, affine_backward, save_affine)
-register("max_pool2d", max_pool2d, fake_max_pool2d)
 
 
 def transposed(start: Tensor, column: Tensor, shape) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from helpers_sparse import sparse_weight
 from torch import nn
 
 from sparselearning.models import build
-from sparselearning.sparse import SparseConv2d, SparseLinear, available, conversion, convert, library
+from sparselearning.sparse import SparseConv2d, SparseLinear, available, conversion, convert, layout, library
 
 needs_kernels = pytest.mark.skipif(not available(), reason="built without sparse kernels")
 
@@ -103,7 +103,7 @@ def test_norm_and_relu_are_folded_into_the_layer():
         SparseConv2d,
         nn.Identity,
         nn.Identity,
-        conversion.BatchLastMaxPool2d,
+        layout.BatchLastMaxPool2d,
     ]
     torch.testing.assert_close(converted(x), model(x), atol=1e-5, rtol=1e-5)
 

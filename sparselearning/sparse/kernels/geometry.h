@@ -22,11 +22,6 @@ struct Conv {
     int64_t taps() const { return kernel_y * kernel_x; }
 };
 
-struct Pool {
-    int64_t channels, height, width, batch, out_height, out_width;
-    int64_t kernel_y, kernel_x, stride_y, stride_x, pad_y, pad_x;
-};
-
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
 struct Tap {

@@ -69,7 +69,6 @@ struct Kernels {
     decltype(&portable::transpose<S>) transpose;
     decltype(&portable::multiply_few<S>) multiply_few;
     decltype(&portable::affine<S>) affine;
-    decltype(&portable::max_pool<S>) max_pool;
 };
 
 #define KERNELS_OF(set) \
@@ -77,8 +76,7 @@ struct Kernels {
      {set::weight_gradient<S, false>, set::weight_gradient<S, true>}, \
      set::transpose<S>, \
      set::multiply_few<S>, \
-     set::affine<S>, \
-     set::max_pool<S>}
+     set::affine<S>}
 
 template <class S>
 const Kernels<S>& kernels(int instruction_set) {
@@ -259,14 +257,6 @@ EXPORT int sl_transpose_rows(const int64_t* shape, const int32_t* start, const i
         return guarded([&] { \
             const Parallel parallel{int(threads), fork}; \
             kernels<S>(int(set)).affine(x, outer, channels, inner, scale, shift, relu != 0, y, parallel); \
-            return 0; \
-        }); \
-    } \
-    EXPORT int sl_max_pool_##name(const int64_t* shape, const S* x, S* y, int64_t set, int64_t threads, Fork fork) { \
-        return guarded([&] { \
-            Pool pool; \
-            std::memcpy(&pool, shape, sizeof pool); \
-            kernels<S>(int(set)).max_pool(pool, x, y, Parallel{int(threads), fork}); \
             return 0; \
         }); \
     }
