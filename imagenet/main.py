@@ -17,7 +17,6 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -82,7 +81,7 @@ RECIPES = {
     ),
 }
 FAN = {"classic": "fan_out", "fanin": "fan_in"}
-USER_ERRORS = (DataError, checkpoint.CheckpointError, NotFinite, FunctionError, OSError)
+USER_ERRORS = (DataError, checkpoint.CheckpointError, NotFinite, FunctionError, OSError, ValueError)
 
 logger = logging.getLogger("imagenet")
 
@@ -223,12 +222,12 @@ def run(args):
     steps_per_epoch = len(batches) // args.accumulate
 
     def loaded(loader):
-        return images.on_device(loader, device, channels_last=device.type == "cuda")
+        return images.on_device(loader, device, channels_last=True)
 
     model = build_model(args, len(train_source.classes))
     if args.pretrained_weights:
         checkpoint.load_weights(args.pretrained_weights, model)
-    model = model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
+    model = model.to(device, memory_format=torch.channels_last)
     if args.compile:
         model.compile()
     if args.fsdp:
@@ -294,9 +293,7 @@ def run(args):
             started = time.perf_counter()
             batches.epoch = epoch
             try:
-                # One process of many shows a bar.
-                bar = progress_bar(f"epoch {epoch}", steps_per_epoch) if rank == 0 else nullcontext()
-                with bar as report:
+                with progress_bar(f"epoch {epoch}", steps_per_epoch) as report:
                     loss = train(loaded(train_loader), report)
                 training_seconds = time.perf_counter() - started
                 distributed.average_buffers(model)
@@ -447,8 +444,8 @@ def profile(folder, device, work):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s", stream=sys.stdout)
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR  # one process of many speaks
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
     # The schedule follows the data: it steps also where fp16 overflowed, so perhaps before the optimizer.
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
     try:
@@ -456,6 +453,9 @@ def main(argv=None):
             run(args)
     except USER_ERRORS as error:
         fail("main.py", error)
+    except KeyboardInterrupt:
+        print("main.py: interrupted; --resume RUN_FOLDER goes on after the last whole epoch", file=sys.stderr)
+        sys.exit(130)  # what a shell reports for SIGINT
     finally:
         distributed.stop()
 

@@ -3,6 +3,7 @@
     python main.py --data digits --model lenet300-100 --density 0.05
     python main.py --data mnist --model lenet5 --density 0.05
     python main.py --data cifar --model wrn-16-8 --density 0.05 --amp bf16
+    torchrun --nproc_per_node 2 main.py --data cifar --model wrn-16-8 --density 0.05 --amp bf16
 
 A run leaves runs/<data>-<model>-<density>-<seed>-<hash>/ with args.json, log.txt, metrics.jsonl, checkpoint.pt,
 curves.png and density.png. `--resume <that folder>` goes on where it was stopped, with the same arguments.
@@ -22,7 +23,7 @@ import torch
 from extensions import EXTENSIONS
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from sparselearning import checkpoint, models
+from sparselearning import checkpoint, distributed, models
 from sparselearning.core import CosineDecay, LinearDecay, Masking, add_sparse_args
 from sparselearning.experiments import data as datasets
 from sparselearning.experiments import features, plots
@@ -170,13 +171,18 @@ def check(parser, args):
         models.check_input(args.model, IMAGE_SHAPES[args.data])
     except ValueError as error:
         parser.error(str(error))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % processes:
+        parser.error(f"--batch-size {args.batch_size} cannot be divided evenly among {processes} processes")
+    if processes > 1 and (args.save_features or args.bench):
+        parser.error("--save-features and --bench look at one process: --resume the run without torchrun for them")
     if args.fp16:
         args.amp = "apex" if find_apex() else "fp16"
 
 
 def run(args):
     """Make one run, and return its folder."""
-    device = torch.device(args.device)
+    device = distributed.start(args.device)
     torch.set_num_threads(min(args.max_threads, os.cpu_count() or 1))
     seed_generators(args.seed)
     if goes_on(args):
@@ -187,7 +193,7 @@ def run(args):
     steps_per_epoch = datasets.count_batches(data.train, args.batch_size)
 
     def in_order(split):
-        return datasets.batches(split, args.test_batch_size, **look)
+        return datasets.share(datasets.batches(split, args.test_batch_size, **look))
 
     model = models.build(args.model).to(device, memory_format=torch.channels_last)
     if args.sparse_init == "resume":
@@ -211,6 +217,7 @@ def run(args):
         saved = checkpoint.load(args.resume, device, **parts)
         first_epoch, metrics = saved["epoch"] + 1, saved["metrics"]
     folder = RunFolder(args, metrics)
+    network = distributed.replicate(model)
 
     with folder.log():
         logger.info("%s: %s", folder.path, " ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
@@ -222,11 +229,13 @@ def run(args):
         for epoch in range(first_epoch, args.epochs + 1):
             started = time.perf_counter()
             batches = datasets.batches(data.train, args.batch_size, shuffle=True, augment=data.augment, **look)
+            batches = datasets.share(batches, evenly=True)
             try:
                 with progress_bar(f"epoch {epoch}", steps_per_epoch) as report:
                     loss = train_epoch(
-                        model, batches, mask or optimizer, scheduler, precision, args.l1, report, args.log_interval
+                        network, batches, mask or optimizer, scheduler, precision, args.l1, report, args.log_interval
                     )
+                distributed.average_buffers(model)
                 valid = None if data.valid is None else evaluate(model, in_order(data.valid), precision)
             except NotFinite as error:
                 raise NotFinite(f"Epoch {epoch}: {error}. {folder.kept(epoch)} Try a lower --lr.") from None
@@ -245,10 +254,13 @@ def run(args):
                         raise NotFinite(f"Epoch {epoch}: {error} {folder.kept(epoch)}") from None
             folder.add(**record, seconds=time.perf_counter() - started)
             logger.info(folder.line())
-            checkpoint.save(folder.checkpoint, **parts, epoch=epoch, metrics=folder.metrics, args=vars(args))
+            if folder.writes:
+                checkpoint.save(folder.checkpoint, **parts, epoch=epoch, metrics=folder.metrics, args=vars(args))
 
         test = evaluate(model, in_order(data.test), precision)
         folder.add(test_loss=test.loss, test_accuracy=test.accuracy, test_correct=test.correct, test_total=test.total)
+        if not folder.writes:
+            return folder
         if args.save_model:
             checkpoint.write_atomically(args.save_model, lambda file: torch.save(model.state_dict(), file))
         # A compiled model does not call hooks that come later.
@@ -293,7 +305,8 @@ def build_mask(args, model, optimizer, steps):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR  # one process of many speaks
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
     try:
         with logging_redirect_tqdm():
             for i in range(args.iters):
@@ -303,6 +316,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("main.py: interrupted; --resume RUN_FOLDER goes on after the last whole epoch", file=sys.stderr)
         sys.exit(130)  # what a shell reports for SIGINT
+    finally:
+        distributed.stop()
 
 
 if __name__ == "__main__":

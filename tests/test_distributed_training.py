@@ -7,9 +7,11 @@ import torch
 import torch.distributed as dist
 from helpers import mlp
 from processes import run
+from script import load_main
 from torch import nn
 
 from sparselearning import CosineDecay, Masking, distributed
+from sparselearning.experiments.data import share
 from sparselearning.experiments.training import Precision
 from sparselearning.sharded import Whole, unsharded
 
@@ -166,3 +168,35 @@ def average():
 
 def test_statistics_of_batchnorm_are_averaged():
     assert run(average, 2) == [([0.5, 0.5], 0)] * 2
+
+
+def train_digits(place, *more):
+    """Run mnist_cifar/main.py on this process's share of each batch; return its metrics, without seconds."""
+    script = load_main()
+    given = "--data digits --epochs 2 --batch-size 30 --test-batch-size 71 --max-threads 1 --device cpu --run-dir"
+    folder = script.run(script.parse_arguments([*given.split(), str(place), *more]))
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in folder.metrics]
+
+
+@pytest.mark.parametrize("growth", ["momentum", "random"])
+def test_digits_are_learned_by_two_processes_as_by_one(tmp_path, growth):
+    more = "--growth", growth
+    alone = train_digits(tmp_path / "alone", *more)
+    first, second = run(train_digits, 2, tmp_path / "together", *more)
+    assert first == second, "all processes know the accuracy of all images"
+    assert len(list((tmp_path / "together").iterdir())) == 1, "one process writes"
+    assert first[-1]["test_total"] == alone[-1]["test_total"] == 359
+    assert first[-1]["test_accuracy"] == pytest.approx(alone[-1]["test_accuracy"], abs=0.03)
+    assert [record["train_loss"] for record in first[:2]] == pytest.approx(
+        [record["train_loss"] for record in alone[:2]], rel=0.02
+    )
+
+
+def deal(count, evenly):
+    numbers = torch.arange(count)
+    return [labels.tolist() for _, labels in share([(numbers, numbers), (numbers[:1], numbers[:1])], evenly)]
+
+
+def test_a_batch_is_dealt_out():
+    assert run(deal, 2, 5, False) == [[[0, 2, 4], [0]], [[1, 3], []]]
+    assert run(deal, 2, 5, True) == [[[0, 2]], [[1, 3]]]

@@ -4,7 +4,7 @@ Decoded once, kept as uint8 on the device, normalised and augmented there a batc
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparselearning import distributed
 from sparselearning.experiments.datafiles import Arrays, DataError, read_cifar, read_mnist
 
 
@@ -121,6 +122,19 @@ def batches(
         images = images.to(torch.float32).mul_(scale).add_(shift)
         # Converted last: per-channel arithmetic is ten times slower in this layout.
         yield (images.contiguous(memory_format=torch.channels_last) if channels_last else images), labels
+
+
+def share(batches: Iterable[tuple[Tensor, Tensor]], evenly: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this process's share of each batch; all of it where there is one process.
+
+    With `evenly` all processes get as many, and the images that are left over (fewer than there are processes) go.
+    The batches have to be the same on all processes, as they are after the same seed.
+    """
+    rank, processes = distributed.rank(), distributed.processes()
+    for images, labels in batches:
+        end = len(labels) // processes * processes if evenly else len(labels)
+        if end:
+            yield images[rank:end:processes], labels[rank:end:processes]
 
 
 def draw_crops(count: int, device: torch.device, pad: int = 4) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from sparselearning.distributed import add_up, processes, without_sync
+from sparselearning.distributed import add_up, processes, rank, without_sync
 from sparselearning.sharded import local_part
 
 LossFunction = Callable[..., Tensor]
@@ -185,8 +185,11 @@ def train_epoch(
 
 @contextmanager
 def progress_bar(title: str, steps: int) -> Iterator[Callable[[int, float], None]]:
-    """Show a bar on a terminal, nothing elsewhere; yield the function that moves it to (steps done, loss)."""
-    with tqdm(total=steps, desc=title, leave=False, disable=None) as bar:
+    """Show a bar on a terminal, nothing elsewhere; yield the function that moves it to (steps done, loss).
+
+    Of several processes the first one alone shows it.
+    """
+    with tqdm(total=steps, desc=title, leave=False, disable=True if rank() else None) as bar:
 
         def report(done: int, loss: float) -> None:
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
