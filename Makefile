@@ -4,10 +4,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py $(wildcard sparselearning/*.cpp sparselearning/sparse/kernels/*)
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-imagenet test lint clean
 
 demo: .venv/installed
 	$(BIN)/python mnist_cifar/demo.py
+
+# DIR=folder takes photographs of your own.
+demo-imagenet: .venv/installed
+	$(BIN)/python imagenet/demo.py $(DIR)
 
 # One thread a process: two OpenMP pools on the same cores wait for each other.
 test: .venv/installed

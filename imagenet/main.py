@@ -227,7 +227,8 @@ def run(args):
     model = build_model(args, len(train_source.classes))
     if args.pretrained_weights:
         checkpoint.load_weights(args.pretrained_weights, model)
-    model = model.to(device, memory_format=torch.channels_last)
+    # fully_shard takes no weights in channels_last; images in it make the convolutions compute so.
+    model = model.to(device, memory_format=torch.contiguous_format if args.fsdp else torch.channels_last)
     if args.compile:
         model.compile()
     if args.fsdp:
