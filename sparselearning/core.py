@@ -33,6 +33,7 @@ from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS, no_redistribut
 from sparselearning.schedules import Constant, CosineDecay, LinearDecay
 from sparselearning.selection import add_highest, apportion
 from sparselearning.sharded import add_up, count_active, is_sharded, shard_of, uniform_like
+from sparselearning.sparse.training import SparseTraining
 from sparselearning.zero import zero_inactive
 
 __all__ = ["CosineDecay", "LinearDecay", "Masking", "add_sparse_args"]
@@ -67,6 +68,8 @@ class Masking:
         verbose: log the active weights of every layer after an update.
         fp16: the model is in half precision and the optimizer wrapper keeps fp32 master weights
             (Apex's FP16_Optimizer); found without asking where the wrapper shows them.
+        sparse_backend: 'cpu' trains linear and convolution layers on the sparse kernels, in time that follows
+            their active weights; sparse/training.py says how its momentum differs from the paper's.
 
     Raises:
         ValueError: for an unknown mode.
@@ -88,6 +91,7 @@ class Masking:
         prune_every_k_steps: int = 0,
         verbose: bool = False,
         fp16: bool = False,
+        sparse_backend: str | None = None,
     ):
         if prune_rate_decay is not None and not callable(prune_rate_decay):
             raise TypeError(
@@ -113,6 +117,7 @@ class Masking:
         modes = (growth_mode, redistribution_mode)
         if any("momentum" in mode for mode in modes if isinstance(mode, str)):
             keeps_momentum(self.optimizer, required=True)
+        self.sparse_training = SparseTraining(self.optimizer, sparse_backend)
         self._watch_steps()
 
     def _watch_steps(self):
@@ -178,6 +183,7 @@ class Masking:
         self._agree_and_count()
         self._check_agreement()
         self.baseline_nonzero = self.total_nonzero
+        self.sparse_training.add(module, new)
         self.apply_mask()
         if self.verbose:
             self.print_nonzero_counts()
@@ -231,6 +237,7 @@ class Masking:
         removed = [layer for layer in self.layers if unwanted(layer)]
         self.layers = [layer for layer in self.layers if not unwanted(layer)]
         self.baseline_nonzero -= sum(layer.nonzeros for layer in removed)
+        self.sparse_training.release(removed)
         for layer in removed:
             logger.info("%s stays dense: %d weights.", layer.name, layer.mask.numel())
 
@@ -257,6 +264,7 @@ class Masking:
             return
         self.steps += 1
         self.apply_mask()
+        self.sparse_training.stepped(self.prune_every_k_steps)
         if self.prune_every_k_steps and self.steps % self.prune_every_k_steps == 0:
             self._update()
 
@@ -274,9 +282,10 @@ class Masking:
         for layer in self.layers:
             if layer.mask.device != layer.weight.device:  # the model was moved
                 layer.mask = layer.mask.to(layer.weight.device)
-        halves = [layer for layer in self.layers if layer.weight is not layer.master]
-        tensors = [layer.master for layer in self.layers] + [layer.weight for layer in halves]
-        zero_inactive(tensors, [layer.mask for layer in [*self.layers, *halves]])
+        masked = self.sparse_training.apply(self.layers)
+        halves = [layer for layer in masked if layer.weight is not layer.master]
+        tensors = [layer.master for layer in masked] + [layer.weight for layer in halves]
+        zero_inactive(tensors, [layer.mask for layer in [*masked, *halves]])
 
     # One update of the masks
 
@@ -306,6 +315,7 @@ class Masking:
             raise
         self._agree_and_count()
         self.apply_mask()
+        self.sparse_training.updated()
 
     def _measure_importance(self):
         measured = [self._measure(layer) for layer in self.layers]
@@ -409,6 +419,9 @@ class Masking:
 
     def get_momentum_for_weight(self, weight: Tensor) -> Tensor:
         """Return the momentum of a weight, a tensor of its shape; see `momentum.momentum_of`."""
+        trained_sparsely = self.sparse_training.momentum_of(weight)
+        if trained_sparsely is not None:
+            return trained_sparsely
         return momentum_of(self.optimizer, self._masters.get(weight, weight))
 
     @property
@@ -512,6 +525,7 @@ class Masking:
         self.baseline_nonzero = state["baseline_nonzero"]
         self.prune_threshold = state["prune_threshold"]
         self._count()
+        self.sparse_training.loaded()
         self.apply_mask()
 
 

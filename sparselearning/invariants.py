@@ -27,6 +27,7 @@ def check(masking) -> None:
     """
     owned = {id(parameter) for module in masking.modules for parameter in module.parameters()}
     stepped = {id(parameter) for group in masking.optimizer.param_groups for parameter in group["params"]}
+    stepped |= masking.sparse_training.stepped_weights()
     problems = [problem for layer in masking.layers for problem in _problems(layer, owned, stepped)]
     active = sum(int(count_active(layer.mask)) for layer in masking.layers)
     if active != masking.baseline_nonzero:

@@ -1,0 +1,303 @@
+"""Train on sparse kernels: forward and both gradients touch active weights only.
+
+Differences from exact sparse momentum (Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/1907.04840), whose momentum
+is dense: here the optimizer keeps state for active weights alone. An inactive weight is scored for growth by the mean
+of its gradient over the last `WINDOW` steps before an update (as RigL does with one step, Evci et al. 2020,
+https://arxiv.org/abs/1911.11134), and starts with zero momentum when it grows. Pruning and redistribution, which read
+active weights, are the paper's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparselearning import distributed
+from sparselearning.layer import SparseLayer
+from sparselearning.momentum import momentum_of
+from sparselearning.sparse import ops
+from sparselearning.sparse.layout import forget_order, keep_order
+from sparselearning.sparse.library import conv_shape, kernels
+from sparselearning.sparse.modules import numeric_padding
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 10  # steps before an update whose dense gradients are averaged
+EVERY = 10  # until the first update has shown how far apart updates are, one step in so many
+
+
+class Trained(nn.Module):
+    """What a linear or convolution layer needs to train on its active weights.
+
+    `value` (nonzeros,) is the parameter that is trained. `weight` stays, with zeros, for whoever reads it: it follows
+    `value` after each step, and is what a state_dict holds.
+    """
+
+    weight: Tensor
+    value: nn.Parameter
+    position: Tensor  # of each value in the flattened weight
+    indices: tuple[Tensor, ...]  # start, column, t_start, t_column, t_order
+
+    def begin(self) -> None:
+        self.weight.requires_grad_(False)
+        self.value = nn.Parameter(self.weight.new_empty(0))
+        self.observing, self.observed = False, 0
+        self.gradient: Tensor | None = None  # sum of dense gradients over `observed` steps
+
+    @torch.no_grad()
+    def follow(self, mask: Tensor) -> None:
+        """Take the weights that `mask` marks as the new values; set the others to zero."""
+        rows = mask.flatten(1)
+        self.position = rows.flatten().nonzero().flatten()
+        start = F.pad(rows.sum(1).cumsum(0), (1, 0)).int()
+        column = (self.position % rows.shape[1]).int()
+        self.indices = (start, column, *ops.transposed(start, column, self.conv_shape()))
+        self.read()
+        self.weight.zero_()
+        self.write()
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """Set the values to those of the dense weight."""
+        self.value.data = self.weight.flatten()[self.position]
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Set the active places of the dense weight to the values."""
+        self.weight.reshape(-1).scatter_(0, self.position, self.value.detach())
+
+    def conv_shape(self):
+        raise NotImplementedError
+
+    def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def watch(self, x: Tensor, y: Tensor) -> Tensor:
+        """Let the backward pass of y add the dense gradient, if this step is observed."""
+        if self.observing and y.requires_grad:
+            x = x.detach()
+            y.register_hook(lambda dy: self.collect(x, dy))
+        return y
+
+    @torch.no_grad()
+    def collect(self, x: Tensor, dy: Tensor) -> None:
+        gradient = self.weight_gradient(x, dy)
+        self.gradient = gradient if self.gradient is None else self.gradient.add_(gradient)
+
+    def arguments(self):
+        start, column, *turned = self.indices
+        return self.value, self.bias, start, column, *turned
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + "value"]
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        value = self._parameters.pop("value")
+        super()._load_from_state_dict(*args, **kwargs)
+        self.register_parameter("value", value)
+        self.read()
+
+
+class TrainedLinear(Trained, nn.Linear):
+    """nn.Linear that trains on its active weights."""
+
+    def conv_shape(self):
+        return ops.row_shape(1, self.in_features, self.out_features)
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.reshape(-1, input.shape[-1])
+        y = self.watch(rows, torch.ops.sparselearning.linear(rows, *self.arguments(), False))
+        return y if input.dim() == 2 else y.reshape(*input.shape[:-1], y.shape[-1])
+
+    def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
+        return dy.t() @ x
+
+
+class TrainedConv2d(Trained, nn.Conv2d):
+    """nn.Conv2d that trains on its active weights."""
+
+    def geometry(self):
+        return self.kernel_size, self.stride, numeric_padding(self), self.dilation, self.groups
+
+    def conv_shape(self):
+        kernel, stride, padding, dilation, groups = self.geometry()
+        shape = (1, self.in_channels, *kernel, self.out_channels)
+        return conv_shape(*shape, kernel, stride, padding, dilation, groups, False)[0]
+
+    def forward(self, input: Tensor) -> Tensor:
+        images = input if input.dim() == 4 else input.unsqueeze(0)
+        y = self.watch(images, torch.ops.sparselearning.conv2d(images, *self.arguments(), *self.geometry(), False))
+        return y if input.dim() == 4 else y.squeeze(0)
+
+    def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
+        _, stride, padding, dilation, groups = self.geometry()
+        x, dy = ops.to_batch_first(x), ops.to_batch_first(dy)
+        settings = (None, stride, padding, dilation, False, (0, 0), groups, (False, True, False))
+        return torch.ops.aten.convolution_backward(dy, x, self.weight, *settings)[1]
+
+
+KINDS = {nn.Linear: TrainedLinear, nn.Conv2d: TrainedConv2d}
+
+
+class SparseTraining:
+    """The layers of a Masking that train on sparse kernels, and the optimizer's state of their active weights."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, backend: str | None):
+        if backend not in (None, "cpu"):
+            raise ValueError(f"Unknown sparse_backend {backend!r}. Choose 'cpu', or None to train with masks.")
+        if backend == "cpu":
+            kernels()  # says so if there are none
+        self.optimizer = optimizer
+        self.active = backend == "cpu"
+        self.roots: list[nn.Module] = []
+        self.trained: dict[str, Trained] = {}  # by the layer's name
+        self.versions: dict[str, int] = {}  # of the mask that a layer's values follow
+        self.since_update = 0
+        self.interval: int | None = None  # steps between the last two updates
+        self.carry = True
+
+    def add(self, root: nn.Module, layers: Sequence[SparseLayer]) -> None:
+        """Train `layers`, masked weights inside `root`, on the kernels wherever there are some.
+
+        Weights of other modules, tied weights, and dtypes without kernels stay masked, and are named in the log.
+        """
+        if not self.active:
+            return
+        if distributed.in_process_group():
+            raise ValueError("sparse_backend='cpu' trains in one process; leave it out under torchrun.")
+        owners: dict[int, list[nn.Module]] = {}
+        for module in root.modules():
+            for parameter in module.parameters(recurse=False):
+                owners.setdefault(id(parameter), []).append(module)
+        for layer in layers:
+            reason = why_not(layer, owners[id(layer.weight)])
+            if reason:
+                logger.info("%s trains masked, not on sparse kernels: %s.", layer.name, reason)
+                continue
+            (module,) = owners[id(layer.weight)]
+            module.__class__ = KINDS[type(module)]
+            assert isinstance(module, Trained)
+            module.begin()
+            self.trained[layer.name] = module
+            self.exchange(layer.weight, module.value)
+        self.roots.append(root)
+        keep_order(root)
+
+    def exchange(self, old: Tensor, new: Tensor) -> None:
+        """Let the optimizer step `new` in place of `old`, and move its state."""
+        for group in self.optimizer.param_groups:
+            group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+        if old in self.optimizer.state:
+            self.optimizer.state[new] = self.optimizer.state.pop(old)
+
+    def release(self, layers: Sequence[SparseLayer]) -> None:
+        """Train these weights densely again."""
+        for layer in layers:
+            module = self.trained.pop(layer.name, None)
+            if module is None:
+                continue
+            self.versions.pop(layer.name)
+            self.exchange(module.value, layer.weight)
+            for key, tensor in self.vectors(layer.weight, len(module.value)):
+                self.optimizer.state[layer.weight][key] = spread(tensor, module.position, layer.weight)
+            del module.value
+            module.weight.requires_grad_(True)
+            module.__class__ = next(kind for kind, trained in KINDS.items() if trained is type(module))
+        if not self.trained:
+            for root in self.roots:
+                forget_order(root)
+
+    def stepped_weights(self) -> set[int]:
+        """Return the ids of the dense weights whose values the optimizer steps."""
+        return {id(module.weight) for module in self.trained.values()}
+
+    def loaded(self) -> None:
+        """Expect masks, weights and optimizer state from a checkpoint, which belong together already."""
+        self.carry = False
+
+    def vectors(self, parameter: Tensor, size: int) -> list[tuple[Any, Tensor]]:
+        """Return the optimizer's state of a parameter that has an entry for each of `size` values."""
+        state = self.optimizer.state.get(parameter, {})
+        return [(key, item) for key, item in state.items() if isinstance(item, Tensor) and item.shape == (size,)]
+
+    def apply(self, layers: Sequence[SparseLayer]) -> list[SparseLayer]:
+        """Make weights and values agree after a step or a move of masks; return the layers not trained here."""
+        for layer in layers:
+            module = self.trained.get(layer.name)
+            if module is None:
+                continue
+            if self.versions.get(layer.name) != layer.mask._version:
+                self.move(layer, module)
+            else:
+                module.write()
+        self.carry = True
+        return [layer for layer in layers if layer.name not in self.trained]
+
+    def move(self, layer: SparseLayer, module: Trained) -> None:
+        """Let values and optimizer state follow a mask."""
+        size, position = len(module.value), getattr(module, "position", None)
+        module.follow(layer.mask)
+        state = self.optimizer.state.get(module.value, {})
+        if self.carry and position is not None:
+            for key, tensor in self.vectors(module.value, size):
+                state[key] = spread(tensor, position, layer.weight)
+        for key, tensor in state.items():
+            if isinstance(tensor, Tensor) and tensor.shape == layer.weight.shape:
+                state[key] = tensor.flatten()[module.position]
+        module.value.grad = None
+        self.versions[layer.name] = layer.mask._version
+
+    def stepped(self, every: int) -> None:
+        """Count a step; decide whether the next one observes dense gradients, with an update every `every` steps."""
+        self.since_update += 1
+        for module in self.trained.values():
+            module.observed += module.observing
+        interval = every or self.interval
+        sampled = self.since_update % EVERY == EVERY - 1
+        observe = sampled if interval is None else self.since_update >= interval - WINDOW
+        for module in self.trained.values():
+            module.observing = observe
+
+    def updated(self) -> None:
+        """Forget the gradients seen; an update of the masks is over."""
+        self.interval, self.since_update = self.since_update, 0
+        for module in self.trained.values():
+            module.gradient, module.observed = None, 0
+            module.observing = self.interval <= WINDOW
+
+    def momentum_of(self, weight: Tensor) -> Tensor | None:
+        """Return momentum where `weight` is active and the mean of its observed gradients elsewhere."""
+        module = next((module for module in self.trained.values() if module.weight is weight), None)
+        if module is None:
+            return None
+        momentum = momentum_of(self.optimizer, module.value)
+        seen = torch.zeros_like(weight) if module.gradient is None else module.gradient / max(module.observed, 1)
+        return seen.reshape(-1).scatter(0, module.position, momentum).reshape(weight.shape)
+
+
+def why_not(layer: SparseLayer, owners: Sequence[nn.Module]) -> str:
+    """Return why a weight cannot be trained on the kernels, or nothing if it can."""
+    weight = layer.weight
+    if weight.device.type != "cpu" or weight.dtype not in ops.DTYPES:
+        return f"no kernels for {weight.dtype} on {weight.device.type}"
+    if weight is not layer.master or not weight.is_contiguous() or len(owners) != 1:
+        return "it is tied, a copy, or not contiguous"
+    if type(owners[0]) not in KINDS:
+        return f"it belongs to a {type(owners[0]).__name__}"
+    if isinstance(owners[0], nn.Conv2d):
+        try:
+            numeric_padding(owners[0])
+        except ValueError as error:
+            return str(error).rstrip(".")
+    return ""
+
+
+def spread(values: Tensor, position: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor like `like` with `values` at `position` of its flattened form, zero elsewhere."""
+    return values.new_zeros(like.numel()).scatter(0, position, values).reshape(like.shape)

@@ -1,0 +1,195 @@
+"""Training on sparse kernels is masked training, with growth scored by gradients of the last steps."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sparselearning import invariants
+from sparselearning.core import CosineDecay, Masking
+from sparselearning.sparse import available
+from sparselearning.sparse.training import WINDOW, TrainedConv2d, TrainedLinear
+
+pytestmark = pytest.mark.skipif(not available(), reason="built without sparse kernels")
+
+
+def network():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),  # before a norm a bias has no gradient but rounding
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 4, 10),
+    )
+
+
+def masked(backend, optimizer="sgd", **kwargs):
+    torch.manual_seed(0)
+    model = network()
+    if optimizer == "sgd":
+        stepper = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+    else:
+        stepper = torch.optim.AdamW(model.parameters(), lr=0.01)
+    mask = Masking(stepper, CosineDecay(0.5, 1000), sparse_backend=backend, **kwargs)
+    mask.add_module(model, density=0.3)
+    return model, stepper, mask
+
+
+def train(model, stepper, mask, steps, batch=32, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for _ in range(steps):
+        x, target = torch.randn(batch, 3, 8, 8, generator=generator), torch.randint(10, (batch,), generator=generator)
+        stepper.zero_grad()
+        loss = F.cross_entropy(model(x), target)
+        loss.backward()
+        mask.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("batch", [4, 32])
+def test_between_updates_it_is_masked_training(batch, optimizer):
+    exact, sparse = masked(None, optimizer), masked("cpu", optimizer)
+    losses = [train(*run, steps=8, batch=batch) for run in (exact, sparse)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    state = exact[0].state_dict()
+    assert state.keys() == sparse[0].state_dict().keys()
+    for name, tensor in sparse[0].state_dict().items():
+        torch.testing.assert_close(tensor, state[name], atol=1e-4, rtol=1e-3)
+
+
+def test_layers_and_optimizer_hold_active_weights_only():
+    model, stepper, mask = masked("cpu")
+    train(model, stepper, mask, 2)
+    assert [type(model[i]) for i in (0, 4, 7)] == [TrainedConv2d, TrainedConv2d, TrainedLinear]
+    for index, layer in zip((0, 4, 7), mask.layers, strict=True):
+        value = model[index].value
+        assert len(value) == layer.nonzeros
+        assert stepper.state[value]["momentum_buffer"].shape == value.shape
+        assert model[index].weight not in stepper.state
+    invariants.check(mask)
+
+
+@pytest.mark.parametrize("growth", ["momentum", "random", "momentum_neuron", "global_momentum"])
+def test_updates_conserve_weights_and_carry_state(growth):
+    model, stepper, mask = masked("cpu", growth_mode=growth)
+    train(model, stepper, mask, 12)
+    before = {
+        layer.name: (layer.mask.clone(), mask.get_momentum_for_weight(layer.weight).clone()) for layer in mask.layers
+    }
+    weights = {layer.name: layer.weight.clone() for layer in mask.layers}
+    total = mask.total_nonzero
+    mask.at_end_of_epoch()
+    assert mask.total_nonzero == total
+    invariants.check(mask)
+    for layer in mask.layers:
+        old, momentum = before[layer.name]
+        assert not torch.equal(layer.mask, old)
+        kept, grown = layer.mask & old, layer.mask & ~old
+        now = mask.get_momentum_for_weight(layer.weight)
+        assert torch.equal(now[kept], momentum[kept])
+        assert now[grown].eq(0).all()
+        assert torch.equal(layer.weight[kept], weights[layer.name][kept])
+        assert layer.weight[grown].eq(0).all()
+    assert train(model, stepper, mask, 5)[-1] < 10
+
+
+def test_inactive_weights_are_scored_by_the_mean_of_observed_gradients():
+    model, stepper, mask = masked("cpu", prune_every_k_steps=3)  # all three steps lie in the window
+    model[0].observing = True
+    for module in mask.sparse_training.trained.values():
+        module.observing = True
+    train(model, stepper, mask, 2)
+    exact, exact_stepper, exact_mask = masked(None)
+    sums = [torch.zeros_like(layer.weight) for layer in exact_mask.layers]
+    for step in range(2):
+        # The same batches, one at a time, to look at the gradients in between.
+        generator = torch.Generator().manual_seed(1)
+        batches = [
+            (torch.randn(32, 3, 8, 8, generator=generator), torch.randint(10, (32,), generator=generator))
+            for _ in range(2)
+        ]
+        exact_stepper.zero_grad()
+        F.cross_entropy(exact(batches[step][0]), batches[step][1]).backward()
+        for total, layer in zip(sums, exact_mask.layers, strict=True):
+            total += layer.weight.grad
+        exact_mask.step()
+    for total, layer in zip(sums, mask.layers, strict=True):
+        score = mask.get_momentum_for_weight(layer.weight)
+        torch.testing.assert_close(score[~layer.mask], (total / 2)[~layer.mask], atol=1e-4, rtol=1e-3)
+
+
+def test_dense_gradients_are_taken_just_before_updates_only():
+    model, stepper, mask = masked("cpu")
+    observed = []
+    model[0].register_forward_hook(lambda module, *_: observed.append(module.observing))
+    train(model, stepper, mask, 30)
+    assert sum(observed) == 3  # the distance between updates is not known yet
+    mask.at_end_of_epoch()
+    observed.clear()
+    train(model, stepper, mask, 30)
+    assert observed == [False] * (30 - WINDOW) + [True] * WINDOW
+
+
+def test_resumed_training_is_the_uninterrupted_one():
+    model, stepper, mask = masked("cpu")
+    train(model, stepper, mask, 12)
+    mask.at_end_of_epoch()
+    saved = copy.deepcopy([part.state_dict() for part in (model, stepper, mask)])
+    expected = train(model, stepper, mask, 5, seed=2)
+    torch.manual_seed(99)
+    other = network()
+    again = torch.optim.SGD(other.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+    again_mask = Masking(again, CosineDecay(0.5, 1000), sparse_backend="cpu")
+    again_mask.add_module(other, density=0.3)
+    for part, state in zip((other, again, again_mask), saved, strict=True):
+        part.load_state_dict(state)
+    assert train(other, again, again_mask, 5, seed=2) == expected
+
+
+def test_a_removed_weight_trains_densely_with_its_state():
+    model, stepper, mask = masked("cpu")
+    train(model, stepper, mask, 3)
+    momentum = mask.get_momentum_for_weight(mask.layers[0].weight)
+    mask.remove_weight("0")
+    assert type(model[0]) is nn.Conv2d
+    assert torch.equal(stepper.state[model[0].weight]["momentum_buffer"] != 0, momentum != 0)
+    train(model, stepper, mask, 2)
+    assert model[0].weight.count_nonzero() == model[0].weight.numel()
+    mask.remove_weight_partial_name("")
+    assert [type(module) for module in model] == [type(module) for module in network()]
+
+
+def test_layers_without_kernels_stay_masked():
+    model = nn.Sequential(nn.Conv1d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 6, 5))
+    stepper = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    mask = Masking(stepper, None, sparse_backend="cpu")
+    mask.add_module(model, density=0.5)
+    for _ in range(2):
+        model(torch.randn(4, 3, 8)).square().sum().backward()
+        mask.step()
+    assert type(model[0]) is nn.Conv1d
+    assert type(model[2]) is TrainedLinear
+    invariants.check(mask)
+
+
+def test_a_deep_copy_trains_on_its_own():
+    model, stepper, mask = masked("cpu")
+    train(model, stepper, mask, 3)
+    copied = copy.deepcopy((model, stepper, mask))
+    weights = copy.deepcopy(model.state_dict())
+    expected = train(*copied, steps=4)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert train(model, stepper, mask, 4) == expected
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match=r"Unknown sparse_backend 'gpu'. Choose 'cpu', or None"):
+        masked("gpu")
