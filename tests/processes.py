@@ -27,10 +27,11 @@ def run(function, processes, *arguments):
             context.Process(target=_work, args=(function, arguments, rank, processes, folder, pipe))
             for rank, (_, pipe) in enumerate(pipes)
         ]
-        for process in started:
+        for process, (_, theirs) in zip(started, pipes, strict=True):
             process.start()
+            theirs.close()  # so that its end is seen when the process ends
         try:
-            answers = [pipe.recv() if pipe.poll(300) else ("silent for 300 s", None) for pipe, _ in pipes]
+            answers = [_answer(ours) for ours, _ in pipes]
         finally:
             for process in started:
                 process.join(5)
@@ -41,13 +42,20 @@ def run(function, processes, *arguments):
     return [torch.load(io.BytesIO(result), weights_only=False) for _, result in answers]
 
 
+def _answer(pipe):
+    try:
+        return pipe.recv() if pipe.poll(120) else ("silent for 120 s", None)
+    except EOFError:
+        return "ended without an answer", None
+
+
 def _work(function, arguments, rank, processes, folder, pipe):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
         store = dist.FileStore(os.path.join(folder, "store"), processes)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=300))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=120))
         result = io.BytesIO()  # not as a tensor in shared memory, which ends with this process
         torch.save(function(*arguments), result)
         pipe.send((None, result.getvalue()))
