@@ -9,6 +9,7 @@ root = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (root / "sparselearning/__init__.py").read_text())[1]
 
 scripts = ["torchvision", "scikit-learn", "matplotlib", "tqdm", "tabulate"]
+export = ["onnx", "onnxscript", "safetensors"]
 test = ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright"]
 
 # Plain C++ behind a C interface, loaded with ctypes: one build serves every Python and torch. Optional: without a
@@ -44,5 +45,5 @@ setup(
     ext_modules=[sparse_kernels, zero_kernel],
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
     install_requires=["torch>=2.6", "numpy"],
-    extras_require={"scripts": scripts, "test": scripts + test},
+    extras_require={"scripts": scripts, "export": export, "test": scripts + export + test},
 )

@@ -162,7 +162,7 @@ def interrupt(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(main, "train_epoch", train_two)
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(SystemExit):
                 run(*argv)
 
     return interrupt

@@ -226,8 +226,10 @@ class SparseTraining:
         state = self.optimizer.state.get(parameter, {})
         return [(key, item) for key, item in state.items() if isinstance(item, Tensor) and item.shape == (size,)]
 
-    def apply(self, layers: Sequence[SparseLayer]) -> list[SparseLayer]:
+    def apply(self, layers: list[SparseLayer]) -> list[SparseLayer]:
         """Make weights and values agree after a step or a move of masks; return the layers not trained here."""
+        if not self.trained:
+            return layers
         for layer in layers:
             module = self.trained.get(layer.name)
             if module is None:
@@ -255,6 +257,8 @@ class SparseTraining:
 
     def stepped(self, every: int) -> None:
         """Count a step; decide whether the next one observes dense gradients, with an update every `every` steps."""
+        if not self.trained:
+            return
         self.since_update += 1
         for module in self.trained.values():
             module.observed += module.observing
@@ -266,6 +270,8 @@ class SparseTraining:
 
     def updated(self) -> None:
         """Forget the gradients seen; an update of the masks is over."""
+        if not self.trained:
+            return
         self.interval, self.since_update = self.since_update, 0
         for module in self.trained.values():
             module.gradient, module.observed = None, 0
