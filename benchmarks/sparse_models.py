@@ -1,0 +1,102 @@
+"""Whole sparse networks after `sparselearning.sparse.convert`, and training on the sparse backend.
+
+    python benchmarks/sparse_models.py
+    python benchmarks/sparse_models.py --quick
+
+Inference: images per second of the dense model (the faster of contiguous and channels_last, float32) and of the
+converted one. Training: steps of masked training (dense kernels) and of sparse_backend="cpu". Weights are random, at
+the density given; the kinds take turns, and a ratio is the median over rounds, printed last.
+"""
+
+import copy
+import logging
+
+import common
+import torch
+from torch.nn import functional as F
+
+from sparselearning import CosineDecay, Masking
+from sparselearning.models import build
+from sparselearning.sparse import convert
+
+MODELS = ["vgg-d", "wrn-16-8"]
+
+
+def main():
+    """Measure, log and save."""
+    more = dict(density=(0.05, "of the weights"), images=(32, "images per step of training"))
+    args = common.parse(__doc__, rounds=11, **more)
+    threads = [args.threads] if args.quick or args.threads == 1 else [1, args.threads]
+    rows = []
+    for count in threads:
+        torch.set_num_threads(count)
+        for name in MODELS[: 1 if args.quick else None]:
+            for batch in (32, 1):
+                rows.append(measure_inference(args, name, batch) | dict(threads=count))
+            rows.append(measure_training(args, name) | dict(threads=count))
+    common.save(args, "sparse_models", rows)
+    for row in rows:
+        label = f"{row['model']} {row['what']} batch {row['batch']}"
+        logging.info("%-32s %d threads: %.2fx", label, row["threads"], row["ratio"])
+
+
+def masked(name, density, backend=None):
+    """Return a model with masks on it, and its optimizer."""
+    torch.manual_seed(0)
+    model = build(name)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    mask = Masking(optimizer, CosineDecay(0.5, 10_000), sparse_backend=backend)
+    mask.add_module(model, density)
+    return model, optimizer, mask
+
+
+def measure_inference(args, name, batch):
+    """Return times, their ratio and the largest difference of outputs."""
+    model = masked(name, args.density)[0]
+    images = torch.randn(batch, 3, 32, 32)
+    with torch.no_grad():
+        for _ in range(3):  # statistics for the batch norms
+            model(torch.randn(32, 3, 32, 32))
+    model.eval()
+    converted, report = convert(model, images)
+    logging.info("%s, batch %d\n%s", name, batch, report)
+    turned, turned_images = copy.deepcopy(model), images.to(memory_format=torch.channels_last)
+    turned = turned.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        kinds = {
+            "contiguous": lambda: model(images),
+            "channels_last": lambda: turned(turned_images),
+            "converted": lambda: converted(images),
+        }
+        seconds = common.alternate(kinds, args.rounds, calls=3)
+        difference = (model(images) - converted(images)).abs().max().item()
+    common.show(f"{name} batch {batch}", seconds)
+    dense = [min(pair) for pair in zip(seconds["contiguous"], seconds["channels_last"], strict=True)]
+    row = {f"{kind}_ms": 1e3 * common.summary(values)["median"] for kind, values in seconds.items()}
+    row |= dict(model=name, what="inference", batch=batch, largest_difference=difference)
+    return row | dict(ratio=common.ratio(dense, seconds["converted"]))
+
+
+def measure_training(args, name):
+    """Return times of one step of masked and of sparse training, and their ratio."""
+    images, labels = torch.randn(args.images, 3, 32, 32), torch.randint(10, (args.images,))
+
+    def step_of(backend):
+        model, optimizer, mask = masked(name, args.density, backend)
+
+        def step():
+            optimizer.zero_grad()
+            F.nll_loss(model(images), labels).backward()
+            mask.step()
+
+        return step
+
+    seconds = common.alternate({"masked": step_of(None), "sparse": step_of("cpu")}, args.rounds)
+    common.show(f"{name} training batch {args.images}", seconds)
+    row = {f"{kind}_ms": 1e3 * common.summary(values)["median"] for kind, values in seconds.items()}
+    row |= dict(model=name, what="training", batch=args.images)
+    return row | dict(ratio=common.ratio(seconds["masked"], seconds["sparse"]))
+
+
+if __name__ == "__main__":
+    main()
