@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from sparselearning.functions import network_wide
+from sparselearning.functions import FunctionError, network_wide
 from sparselearning.selection import add_highest, add_highest_jointly, apportion
-from sparselearning.sharded import uniform_like
+from sparselearning.sharded import is_sharded, uniform_like
 
 
 def momentum_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
@@ -24,6 +24,11 @@ def momentum_neuron_growth(masking, name: str, new_mask: Tensor, total_regrowth:
     A neuron (output channel) is a slice along the first dimension. A full neuron's surplus goes to the
     others, so that exactly `total_regrowth` weights grow.
     """
+    if is_sharded(new_mask):
+        raise FunctionError(
+            "growth_mode='momentum_neuron' expects whole neurons, and sharded weights may hold parts of them. "
+            "Use growth_mode='momentum', or DistributedDataParallel."
+        )
     score = masking.get_momentum_for_weight(weight).abs().flatten(start_dim=1).float().nan_to_num(0)
     mask = new_mask.flatten(start_dim=1)
     room = (~mask).sum(dim=1)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparselearning.functions import network_wide
 from sparselearning.selection import apportion, drop_lowest, drop_lowest_jointly
+from sparselearning.sharded import add_up, highest, local_part
 
 
 def magnitude_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
@@ -22,7 +23,7 @@ def magnitude_and_negativity_prune(masking, mask: Tensor, weight: Tensor, name: 
     """
     negative = mask & (weight < 0)
     positive = mask & ~negative
-    available = torch.stack([positive.sum(), negative.sum()]).tolist()
+    available = [int(count) for count in torch.stack(add_up([positive.sum(), negative.sum()])).tolist()]
     half = apportion(_count_to_remove(masking, name), [1, 1], available)
     return drop_lowest(weight, positive, half[0]) | drop_lowest(-weight, negative, half[1])
 
@@ -49,8 +50,9 @@ def threshold_prune(masking) -> dict[str, Tensor]:
     if abs(removed - expected) <= masking.tolerance * expected:
         return kept
     exact = global_magnitude_prune(masking)
-    dropped = [layer.master[layer.mask & ~exact[layer.name]].abs() for layer in masking.layers]
-    masking.prune_threshold = max((part.max().item() for part in dropped if part.numel()), default=0.0)
+    dropped = [local_part(layer.master)[local_part(layer.mask & ~exact[layer.name])].abs() for layer in masking.layers]
+    here = max((part.max().item() for part in dropped if part.numel()), default=0.0)
+    masking.prune_threshold = highest(here, masking.layers[0].master)
     return exact
 
 

@@ -93,6 +93,16 @@ def add_up(values: list) -> list:
     return [next(sums) if is_sharded(value) else value for value in values]
 
 
+def highest(value: float, weight: Any) -> float:
+    """Return the highest value of all processes that share a sharded weight; the value itself for a whole one."""
+    if not is_sharded(weight):
+        return value
+    values = torch.tensor(value, dtype=torch.float64, device=weight.device)
+    for dim in range(weight.device_mesh.ndim):
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=weight.device_mesh.get_group(dim))
+    return values.item()
+
+
 def uniform_like(mask: Tensor) -> Tensor:
     """Return random numbers in [0, 1) of the mask's shape, float32.
 

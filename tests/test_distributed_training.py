@@ -13,23 +13,23 @@ from torch import nn
 from sparselearning import CosineDecay, Masking, distributed
 from sparselearning.experiments.data import share
 from sparselearning.experiments.training import Precision
+from sparselearning.functions import FunctionError
 from sparselearning.sharded import Whole, unsharded
 
 GROWTHS = ("momentum", "random", "global_momentum")
-UPDATES = 200
 
 
-def train(growth, dtype=torch.float32, wrap=None, divided=False):
+def train(growth, dtype=torch.float32, wrap=None, divided=False, updates=20, **modes):
     """Train a small network, a mask update per step, and return its state."""
     torch.manual_seed(0)
     model = mlp(12, 21, 5).to(dtype)
     inputs, targets = torch.randn(8, 12, dtype=dtype), torch.randn(8, 5, dtype=dtype)
     network = wrap(model) if wrap else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    masking = Masking(optimizer, CosineDecay(0.5, UPDATES), growth_mode=growth)
+    masking = Masking(optimizer, CosineDecay(0.5, updates), growth_mode=growth, **modes)
     masking.add_module(model, density=0.2)
     mine = slice(distributed.rank(), None, distributed.processes()) if divided else slice(None)
-    for _ in range(UPDATES):
+    for _ in range(updates):
         optimizer.zero_grad()
         (network(inputs[mine]) - targets[mine]).square().mean().backward()
         masking.step()
@@ -43,39 +43,68 @@ def shard(model):
     return fully_shard(model)
 
 
-def train_replicas(dtype, divided):
-    return [train(growth, dtype, distributed.replicate, divided) for growth in GROWTHS]
-
-
-def train_shards():
-    return [train(growth, wrap=shard) for growth in GROWTHS]
-
-
-@pytest.mark.parametrize("processes", [2, 4])
-def test_replicas_that_divide_the_batches_end_with_the_masks_of_one_process(processes):
+def train_replicas(updates, wrap=None):
     # In float64 sums of another order hardly differ.
-    alone = [train(growth, torch.float64) for growth in GROWTHS]
-    for replica in run(train_replicas, processes, torch.float64, True):
+    return [train(growth, torch.float64, wrap, divided=True, updates=updates) for growth in GROWTHS]
+
+
+def train_shards(updates, wrap=None):
+    return [train(growth, wrap=wrap, updates=updates) for growth in GROWTHS]
+
+
+# Four processes on fewer cores wait for each other most of the time.
+SIZES = [(2, 200), (4, 40), pytest.param(4, 200, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("processes", "updates"), SIZES)
+def test_replicas_that_divide_the_batches_end_with_the_masks_of_one_process(processes, updates):
+    alone = train_replicas(updates)
+    for replica in run(train_replicas, processes, updates, distributed.replicate):
         for expected, found in zip(alone, replica, strict=True):
             torch.testing.assert_close(found, expected)
             assert same_masks(found, expected)
 
 
-@pytest.fixture(scope="module")
-def alone():
-    """What one process trains in float32, for each growth."""
-    return [train(growth) for growth in GROWTHS]
-
-
-@pytest.mark.parametrize("processes", [2, 4])
-def test_shards_train_the_network_of_one_process_to_the_bit(processes, alone):
+@pytest.mark.parametrize(("processes", "updates"), SIZES)
+def test_shards_train_the_network_of_one_process_to_the_bit(processes, updates):
     # With the same batch on 2 or 4 processes the mean of the gradients is exact.
-    for trained in run(train_shards, processes):
+    alone = train_shards(updates)
+    for trained in run(train_shards, processes, updates, shard):
         for expected, found in zip(alone, trained, strict=True):
             for part in ("model", "optimizer"):
                 torch.testing.assert_close(found[part], expected[part], rtol=0, atol=0)
             assert same_masks(found, expected)
             torch.testing.assert_close(found["mask"], expected["mask"])  # its importances to 1e-16
+
+
+MODES = [
+    dict(prune_mode="SET"),
+    dict(prune_mode="threshold"),
+    dict(prune_mode="global_magnitude"),
+    dict(redistribution_mode="magnitude"),
+    dict(redistribution_mode="nonzeros"),
+    dict(redistribution_mode="none"),
+]
+
+
+def train_modes(wrap=None):
+    return [train("momentum", wrap=wrap, updates=6, **modes) for modes in MODES]
+
+
+def test_every_other_mode_moves_the_masks_of_shards_as_of_the_whole():
+    alone = train_modes()
+    for trained in run(train_modes, 2, shard):
+        for modes, expected, found in zip(MODES, alone, trained, strict=True):
+            assert same_masks(found, expected), modes
+
+
+def grow_neurons():
+    with pytest.raises(FunctionError, match=r"expects whole neurons.* Use growth_mode='momentum'"):
+        train("momentum_neuron", wrap=shard, updates=1)
+
+
+def test_neurons_of_shards_do_not_grow():
+    run(grow_neurons, 2)
 
 
 def same_masks(state, other):
@@ -100,10 +129,11 @@ def go_on_in_shards(state):
     return loaded, masking.total_nonzero
 
 
-def test_shards_go_on_from_the_checkpoint_of_one_process(alone):
-    for loaded, nonzeros in run(go_on_in_shards, 2, alone[0]):
-        torch.testing.assert_close(loaded, {name: alone[0][name] for name in loaded}, rtol=0, atol=0)
-        assert nonzeros == alone[0]["mask"]["baseline_nonzero"]
+def test_shards_go_on_from_the_checkpoint_of_one_process():
+    alone = train("momentum")
+    for loaded, nonzeros in run(go_on_in_shards, 2, alone):
+        torch.testing.assert_close(loaded, {name: alone[name] for name in loaded}, rtol=0, atol=0)
+        assert nonzeros == alone["mask"]["baseline_nonzero"]
 
 
 def diverge():
@@ -134,10 +164,10 @@ def test_a_checksum_sees_every_swap():
     assert distributed.checksum(torch.zeros(3, dtype=torch.bool)) != distributed.checksum(torch.zeros(4).bool())
 
 
-def overflow():
+def overflow(wrap):
     torch.manual_seed(0)
     model = mlp(6, 4)
-    network = distributed.replicate(model)
+    network = wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     masking = Masking(optimizer, None, prune_every_k_steps=1)
     masking.add_module(model, density=0.5)
@@ -145,16 +175,18 @@ def overflow():
     states = []
     for factor in (1.0, float("inf") if distributed.rank() else 1.0, 1.0):
         masking.zero_grad()
-        precision.backward(network(torch.ones(2, 6)).square().mean() * factor)
+        of_outputs = network(torch.ones(2, 6)).square().mean(dim=0)
+        precision.backward(of_outputs[0] * factor + of_outputs[1:].sum())  # one row of the weight overflows
         precision.step(masking)
         momenta = [entry["momentum_buffer"] for entry in optimizer.state.values()]
         states.append([masking.steps, *masking.masks.values(), *model.state_dict().values(), *momenta])
-        states[-1] = [value.clone() if isinstance(value, torch.Tensor) else value for value in states[-1]]
+        states[-1] = [unsharded(value).clone() if isinstance(value, torch.Tensor) else value for value in states[-1]]
     return states
 
 
-def test_an_overflow_on_one_process_is_skipped_by_all():
-    for before, skipped, after in run(overflow, 2):
+@pytest.mark.parametrize("wrap", [distributed.replicate, shard])
+def test_an_overflow_on_one_process_is_skipped_by_all(wrap):
+    for before, skipped, after in run(overflow, 2, wrap):
         torch.testing.assert_close(skipped, before, rtol=0, atol=0)
         assert (before[0], after[0]) == (1, 2)
 
