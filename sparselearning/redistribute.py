@@ -3,18 +3,19 @@
 An importance is a number or a 0-d tensor; only its share in the sum over layers counts.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparselearning.zero import zero_inactive
 
 
-def momentum_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> Tensor:
+def momentum_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> Tensor | float:
     """Return the mean |momentum| over active weights (Dettmers & Zettlemoyer 2019, section 3.2)."""
     return _mean_over_active(masking.get_momentum_for_weight(weight).abs(), mask, masking.name2nonzeros[name])
 
 
-def magnitude_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> Tensor:
+def magnitude_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> Tensor | float:
     """Return the mean magnitude over active weights."""
     return _mean_over_active(weight.abs(), mask, masking.name2nonzeros[name])
 
@@ -32,8 +33,11 @@ def no_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> float
 def _mean_over_active(score, mask, count):
     """Return the mean; `score` is a new tensor, and used up."""
     zero_inactive([score], [mask])  # several times faster than score[mask] on a CPU, and waits for no device
-    # The sum must not depend on the order, which differs where weights are sharded; MPS has no float64.
+    # In float64 the sum does not depend on the order, which differs where weights are sharded; MPS has none.
     precision = torch.float32 if score.device.type == "mps" else torch.float64
+    if type(score) is Tensor and score.device.type == "cpu" and score.dtype == torch.float32:
+        # torch would first copy the tensor to float64; numpy converts it a piece at a time.
+        return float(score.detach().numpy().sum(dtype=np.float64)) / max(count, 1)
     return score.sum(dtype=precision) / max(count, 1)
 
 
