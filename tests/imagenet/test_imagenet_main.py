@@ -172,7 +172,7 @@ def test_the_learning_rate_warms_up_and_falls():
 
 @pytest.mark.parametrize(("density", "millions"), [(0.1, 5.1), (0.2, 7.4)])
 def test_the_baseline_has_the_size_that_was_published(density, millions):
-    # Mostafa and Wang 2019, table 2: 5.1 and 7.3 million parameters with 90% and 80% of the sparse layers pruned.
+    # Millions of parameters: the dense convolutions come on top of the sparse layers' tenth and fifth.
     args = parsed("--recipe", "baseline", "--density", str(density))
     model = script.build_model(args, 1000)
     optimizer = script.build_optimizer(args, model)
