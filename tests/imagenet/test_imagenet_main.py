@@ -171,7 +171,7 @@ def test_the_learning_rate_warms_up_and_falls():
 
 
 @pytest.mark.parametrize(("density", "millions"), [(0.1, 5.1), (0.2, 7.4)])
-def test_the_baseline_has_the_size_that_was_published(density, millions):
+def test_the_baseline_keeps_first_and_downsampling_convolutions_dense(density, millions):
     # Millions of parameters: the dense convolutions come on top of the sparse layers' tenth and fifth.
     args = parsed("--recipe", "baseline", "--density", str(density))
     model = script.build_model(args, 1000)
