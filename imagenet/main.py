@@ -39,6 +39,7 @@ from sparselearning.experiments.arguments import (
     seed,
 )
 from sparselearning.experiments.datafiles import DataError
+from sparselearning.experiments.initial import choice_of_weights
 from sparselearning.experiments.run_folder import RunFolder, check_same_run
 from sparselearning.experiments.training import (
     ApexPrecision,
@@ -66,7 +67,7 @@ RECIPES = {
         bn_weight_decay=True,
         model_config="classic",
         stride_in="1x1",
-        dense_layers=["conv1.weight", "downsample"],
+        dense_layers=["conv1", "*.downsample.*"],
     ),
     # NVIDIA's ResNet-50 v1.5, dense 77.0% top-1.
     "tuned": dict(
@@ -118,8 +119,6 @@ def parse_arguments(argv=None):
     add("--wd", "--weight-decay", type=non_negative, default=1e-4, help="weight decay (default: 1e-4)")
     add("--bn-weight-decay", action=argparse.BooleanOptionalAction,
         help=f"weight decay on normalisation and biases too {of_recipe}")
-    add("--dense-layers", nargs="*", metavar="NAME",
-        help=f"weights that stay dense: whole names, or parts of names {of_recipe}")
     add("--decay-schedule", choices=["cosine", "linear"], default="cosine",
         help="how the prune rate decays over the run (default: cosine)")
     add("-p", "--print-freq", type=positive_int, default=10, metavar="STEPS",
@@ -239,7 +238,8 @@ def run(args):
         precision = ApexPrecision(model, optimizer)
         optimizer = precision.optimizer
     scheduler = torch.optim.lr_scheduler.LambdaLR(torch_optimizer(optimizer), learning_rate(args, steps_per_epoch))
-    mask = None if args.dense else build_mask(args, model, optimizer, args.epochs * steps_per_epoch)
+    to_score = None if args.resume else lambda: list(islice(loaded(train_loader), args.accumulate))
+    mask = None if args.dense else build_mask(args, model, optimizer, args.epochs * steps_per_epoch, to_score)
 
     parts = dict(model=model, optimizer=torch_optimizer(optimizer))
     if mask is not None:
@@ -378,8 +378,12 @@ def learning_rate(args, steps_per_epoch):
     return lambda step: min((step + 1) / (warmup or 1), 1) * 0.1 ** sum(step >= decay for decay in decays)
 
 
-def build_mask(args, model, optimizer, steps):
-    """Return the masks that the arguments ask for; the prune rate decays over `steps`."""
+def build_mask(args, model, optimizer, steps, to_score=None):
+    """Return the masks that the arguments ask for; the prune rate decays over `steps`.
+
+    `to_score` returns the batches that scores before training are computed on: those of one step. Of several
+    processes the first one's scores count.
+    """
     decay = {"cosine": CosineDecay, "linear": LinearDecay}[args.decay_schedule]
     mask = Masking(
         optimizer,
@@ -390,7 +394,7 @@ def build_mask(args, model, optimizer, steps):
         verbose=args.verbose,
         fp16=args.amp == "apex",
     )
-    mask.add_module(model, args.density, args.sparse_init, remove_param_names=args.dense_layers)
+    mask.add_module(model, **choice_of_weights(args, model, to_score))
     return mask
 
 

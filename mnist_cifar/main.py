@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads: spinning threads fight for shared cores
@@ -38,6 +39,7 @@ from sparselearning.experiments.arguments import (
     seed,
 )
 from sparselearning.experiments.bench import LayerBench
+from sparselearning.experiments.initial import choice_of_weights
 from sparselearning.experiments.run_folder import MAY_CHANGE, RunFolder, check_same_run
 from sparselearning.experiments.training import (
     ApexPrecision,
@@ -195,6 +197,9 @@ def run(args):
     def in_order(split):
         return datasets.share(datasets.batches(split, args.test_batch_size, **look))
 
+    def one_batch():
+        return list(islice(datasets.batches(data.train, args.batch_size, shuffle=True, **look), 1))
+
     model = models.build(args.model).to(device, memory_format=torch.channels_last)
     if args.sparse_init == "resume":
         checkpoint.load_weights(args.resume, model)
@@ -207,7 +212,8 @@ def run(args):
         optimizer = precision.optimizer
     scheduler = torch.optim.lr_scheduler.StepLR(torch_optimizer(optimizer), args.decay_frequency, gamma=0.1)
     weights = sum(weight.numel() for _, weight in maskable_parameters(model))
-    mask = None if args.dense else build_mask(args, model, optimizer, args.epochs * steps_per_epoch)
+    to_score = None if goes_on(args) else one_batch
+    mask = None if args.dense else build_mask(args, model, optimizer, args.epochs * steps_per_epoch, to_score)
 
     parts = dict(model=model, optimizer=torch_optimizer(optimizer), scheduler=scheduler, precision=precision)
     if mask is not None:
@@ -287,8 +293,11 @@ def build_optimizer(args, model):
     return torch.optim.SGD(model.parameters(), momentum=args.momentum, nesterov=args.momentum > 0, **settings)
 
 
-def build_mask(args, model, optimizer, steps):
-    """Return the masks that the arguments ask for, on all of the model; the prune rate decays over `steps`."""
+def build_mask(args, model, optimizer, steps, to_score=None):
+    """Return the masks that the arguments ask for; the prune rate decays over `steps`.
+
+    `to_score` returns the batches that scores before training are computed on.
+    """
     decay = {"cosine": CosineDecay, "linear": LinearDecay}[args.decay_schedule]
     mask = Masking(
         optimizer,
@@ -299,7 +308,7 @@ def build_mask(args, model, optimizer, steps):
         verbose=args.verbose,
         fp16=args.amp == "apex",
     )
-    mask.add_module(model, args.density, args.sparse_init)
+    mask.add_module(model, **choice_of_weights(args, model, to_score))
     return mask
 
 

@@ -21,18 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from sparselearning import distributed, invariants
-from sparselearning.distributions import DISTRIBUTIONS, Distribution, active_counts
 from sparselearning.experiments.arguments import add_sparse_args
 from sparselearning.functions import FunctionError, is_network_wide, resolve
 from sparselearning.grow import GROWTH_FUNCTIONS
+from sparselearning.initial import Density, SparseInit, initial_masks
 from sparselearning.layer import SparseLayer
 from sparselearning.maskable import canonical_name, maskable_parameters
 from sparselearning.momentum import keeps_momentum, master_weights, momentum_of, torch_optimizer
+from sparselearning.names import named
 from sparselearning.prune import PRUNE_FUNCTIONS
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS, no_redistribution
 from sparselearning.schedules import Constant, CosineDecay, LinearDecay
-from sparselearning.selection import add_highest, apportion
-from sparselearning.sharded import add_up, count_active, is_sharded, shard_of, uniform_like
+from sparselearning.selection import apportion
+from sparselearning.sharded import add_up, count_active, is_sharded, shard_of
 from sparselearning.sparse.training import SparseTraining
 from sparselearning.zero import zero_inactive
 
@@ -133,76 +134,73 @@ class Masking:
     def add_module(
         self,
         module: nn.Module,
-        density: float,
-        sparse_init: str | Distribution = "constant",
+        density: Density,
+        sparse_init: SparseInit = "constant",
         remove_param_names: Iterable[str] = (),
         sparse_embeddings: bool = False,
+        dense: Iterable[str] = (),
     ) -> None:
         """Make the weights of `module` sparse: round(density * their number) stay active, drawn at random.
 
         Weights that the optimizer does not step stay dense.
 
         Args:
-            density: fraction of the maskable weights that stays active, in (0, 1].
+            density: fraction of the maskable weights that stays active, in (0, 1]; or one for each pattern of names,
+                such as {"fc*": 0.02, "*": 0.1}, where the first that matches counts (see names.py).
             sparse_init: how they are divided among layers: 'constant' (the same density), 'linear'
-                (Erdos-Renyi), 'erdos_renyi_kernel', a function from a weight's shape to its share, or
-                'resume', which takes the nonzero weights as they are and ignores `density`.
+                (Erdos-Renyi), 'erdos_renyi_kernel', a function from a weight's shape to its share; scores by
+                name, of which the highest stay (see before_training.py); masks (bool) by name, or 'resume', which
+                takes the nonzero weights as they are, and both ignore `density`.
             remove_param_names: weights whose name contains one of these (or this string) stay dense; the whole name
                 of a weight means that one alone.
             sparse_embeddings: mask embeddings too.
+            dense: weights that stay dense, as patterns of names; 'first' and 'last' are those of the module.
 
         Raises:
             ValueError: for a density outside (0, 1] or so small that no weight stays, an unknown `sparse_init`,
-                or nothing to mask.
+                scores or masks that do not fit, a pattern that matches no weight, or nothing to mask.
         """
-        if not 0 < density <= 1:
-            raise ValueError(f"Expected a density in (0, 1], got {density}.")
-        if not callable(sparse_init) and sparse_init not in (*DISTRIBUTIONS, "resume"):
-            names = ", ".join(map(repr, (*DISTRIBUTIONS, "resume")))
-            raise ValueError(f"Unknown sparse_init {sparse_init!r}. Pass a function, or one of {names}.")
         skip = (remove_param_names,) if isinstance(remove_param_names, str) else tuple(remove_param_names)
-        new = self._new_layers(module, skip, sparse_embeddings)
+        new = self._new_layers(module, skip, sparse_embeddings, dense)
         if not new:
             raise ValueError(
                 f"{type(self.optimizer).__name__} steps no weight of {type(module).__name__} that could be masked "
                 "and is not yet. Build the optimizer from the module's parameters, and add the module once."
             )
         if sparse_init == "resume":
-            for layer in new:
-                layer.mask.copy_(layer.master != 0)
-        else:
-            distribution = DISTRIBUTIONS[sparse_init] if isinstance(sparse_init, str) else sparse_init
-            counts = active_counts([layer.mask.shape for layer in new], density, distribution)
-            if not sum(counts):
-                size = sum(layer.mask.numel() for layer in new)
-                raise ValueError(f"A density of {density} leaves none of {size} weights. Pass a larger one.")
-            for layer, count in zip(new, counts, strict=True):
-                layer.mask.copy_(add_highest(uniform_like(layer.mask), torch.zeros_like(layer.mask), count))
+            sparse_init = {name: layer.master != 0 for name, layer in new.items()}
+        masks = initial_masks({name: layer.mask for name, layer in new.items()}, density, sparse_init)
+        for name, layer in new.items():
+            layer.mask.copy_(masks[name])
         self.modules.append(module)
-        self.layers += new
+        self.layers += new.values()
         self._agree_and_count()
         self._check_agreement()
         self.baseline_nonzero = self.total_nonzero
-        self.sparse_training.add(module, new)
+        self.sparse_training.add(module, list(new.values()))
         self.apply_mask()
         if self.verbose:
             self.print_nonzero_counts()
 
-    def _new_layers(self, module, skip, sparse_embeddings):
+    def _new_layers(self, module, skip, sparse_embeddings, dense):
+        """Return the layers to be masked, by the name that a weight has in its module."""
         known = {id(layer.weight) for layer in self.layers}
         stepped = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         taken = set(self.masks)
-        layers = []
+        layers = {}
         weights = dict(maskable_parameters(module, sparse_embeddings=sparse_embeddings))
         parts = [part for part in skip if part not in weights]
-        for name, weight in weights.items():
-            master = self._masters.get(weight, weight)
-            if id(weight) in known or id(master) not in stepped or name in skip or any(part in name for part in parts):
+        kept_dense = {*skip, *named(list(weights), dense)}
+        for own_name, weight in weights.items():
+            name, master = own_name, self._masters.get(weight, weight)
+            if id(weight) in known or id(master) not in stepped:
+                continue
+            if own_name in kept_dense or any(part in own_name for part in parts):
                 continue
             while name in taken:  # a second module may use the names of the first
                 name = f"{len(self.modules)}.{name}"
             taken.add(name)
-            layers.append(SparseLayer(name, weight, master, torch.zeros_like(weight, dtype=torch.bool)))
+            layers[own_name] = SparseLayer(name, weight, master, torch.zeros_like(weight, dtype=torch.bool))
         return layers
 
     def remove_weight(self, name: str) -> None:

@@ -42,6 +42,16 @@ def active_counts(shapes: Sequence[Sequence[int]], density: float, distribution:
     """
     sizes = [math.prod(shape) for shape in shapes]
     counts = apportion(round(density * sum(sizes)), [distribution(shape) for shape in shapes], sizes)
+    return none_empty(counts, sizes)
+
+
+def none_empty(counts: list[int], sizes: Sequence[int]) -> list[int]:
+    """Give an empty layer one weight of the largest count, while that has two or more.
+
+    >>> none_empty([0, 3, 5], sizes=[10, 10, 10])
+    [1, 3, 4]
+    """
+    counts = list(counts)
     for i, (count, size) in enumerate(zip(counts, sizes, strict=True)):
         if count == 0 and size > 0 and max(counts) > 1:
             counts[counts.index(max(counts))] -= 1

@@ -77,6 +77,8 @@ def test_defaults_are_the_paper_s():
         prune_rate=0.5,
         density=0.05,
         sparse_init="constant",
+        layer_density={},
+        dense_layers=[],
         dense=False,
         verbose=False,
     )
@@ -116,6 +118,17 @@ def test_numbers_are_parsed_or_refused_with_what_was_expected(parser, good, bad)
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError, match=f"^expected .*, got '{text}'$"):
             parser(text)
+
+
+@pytest.mark.parametrize("text", ["", "fc1", "fc1=", "=0.1", "fc1=2", "fc1=0.1,", "fc1=0.1,fc1=0.2"])
+def test_densities_by_name_are_refused_where_they_say_none(capsys, text):
+    assert "argument --layer-density: expected " in refusal(capsys, "--layer-density", text)
+
+
+@pytest.mark.parametrize("text", ["snipp", "mask:", "mask"])
+def test_unknown_sparse_init_names_the_known_ones(capsys, text):
+    line = refusal(capsys, "--sparse-init", text)
+    assert f"snip, grasp, synflow, resume, or mask:PATH, got '{text}'" in line
 
 
 def test_unknown_mode_names_the_known_ones(capsys):

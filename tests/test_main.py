@@ -168,12 +168,45 @@ def interrupt(monkeypatch):
     return interrupt
 
 
-@pytest.mark.parametrize("modes", ["", "--optimizer adam --lr 0.001 --growth random", "--dense", "--prune threshold"])
+@pytest.mark.parametrize(
+    "modes",
+    [
+        "",
+        "--optimizer adam --lr 0.001 --growth random",
+        "--dense",
+        "--prune threshold",
+        "--sparse-init snip --layer-density fc1=0.02 --dense-layers last",
+    ],
+)
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(run, interrupt, tmp_path, modes):
     whole = run(*modes.split(), place="whole")
     interrupt(run, *modes.split())
     torch.rand(7)
     assert_same_run(run(*modes.split(), "--resume", run_folder(tmp_path / "runs")), whole)
+
+
+@pytest.mark.parametrize("init", ["snip", "grasp", "synflow"])
+def test_a_run_begins_with_scores_before_training(run, init):
+    folder = run("--sparse-init", init, "--epochs", "1")
+    assert active_weights(folder) == [13310]
+    layers = checkpoint_of(folder)["mask"]["layers"].values()
+    assert all(layer["mask"].any() for layer in layers)
+
+
+def test_a_run_begins_with_the_masks_of_another(run, tmp_path):
+    first = run("--sparse-init", "synflow", "--epochs", "1", "--density", "0.1", place="first")
+    masks = {name: layer["mask"] for name, layer in checkpoint_of(first)["mask"]["layers"].items()}
+    torch.save(masks, tmp_path / "masks.pt")
+    for place, source in (("second", first / "checkpoint.pt"), ("third", tmp_path / "masks.pt")):
+        folder = run("--sparse-init", f"mask:{source}", "--epochs", "1", place=place)
+        layers = checkpoint_of(folder)["mask"]["layers"]
+        assert_equal({name: layer["mask"] for name, layer in layers.items()}, masks)
+
+
+def test_layers_have_densities_of_their_own(run):
+    folder = run("--epochs", "2", "--layer-density", "fc1=0.02", "--dense-layers", "fc3", "--redistribution", "none")
+    densities = metrics_of(folder)[1]["density_per_layer"]
+    assert densities == {"fc1.weight": 4704 / 235200, "fc2.weight": 1500 / 30000}
 
 
 def assert_same_run(folder, whole):

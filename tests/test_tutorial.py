@@ -12,7 +12,7 @@ from script import load_main, run_folder
 from sparselearning.experiments import plots
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ["How_to_add_your_own_algorithms.md", "README.md"]
+DOCUMENTS = ["How_to_add_your_own_algorithms.md", "README.md", "docs/patterns.md"]
 main = load_main()
 
 

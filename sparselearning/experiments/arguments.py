@@ -10,6 +10,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sparselearning.before_training import SCORES
 from sparselearning.distributions import DISTRIBUTIONS
 from sparselearning.functions import FunctionError, resolve
 from sparselearning.grow import GROWTH_FUNCTIONS
@@ -72,16 +73,58 @@ def add_sparse_args(
         help="fraction of weights that is active, in (0, 1] (default: %(default)s)",
     )
     group.add_argument(
+        "--layer-density",
+        type=densities,
+        default={},
+        metavar="NAME=DENSITY,...",
+        help="densities of the layers that these patterns mean, such as 'fc*=0.02,conv1=0.3'; the first that matches "
+        "counts, and all others have --density (default: none)",
+    )
+    group.add_argument(
+        "--dense-layers",
+        nargs="*",
+        default=[],
+        metavar="NAME",
+        help="layers that stay dense, as patterns such as conv1 or 'layer1.*'; first and last mean these "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
         "--sparse-init",
-        choices=[*DISTRIBUTIONS, "resume"],
+        type=sparse_init,
         default="constant",
-        help="how active weights are divided among layers at the start; resume takes the nonzeros of the "
-        "checkpoint given to --resume (default: %(default)s)",
+        metavar="INIT",
+        help=f"which weights are active at the start: {', '.join(DISTRIBUTIONS)} divide them among layers, and chance "
+        f"within; {', '.join(SCORES)} score the weights on one batch; mask:PATH takes the masks of a checkpoint, or of "
+        "a dict from names to bool tensors; resume takes the nonzeros of the checkpoint given to --resume "
+        "(default: %(default)s)",
     )
     kind_of_run = group.add_mutually_exclusive_group()
     kind_of_run.add_argument("--dense", action="store_true", help="train the dense model")
     kind_of_run.add_argument("--sparse", action="store_false", dest="dense", help="train sparse (default)")
     group.add_argument("--verbose", action="store_true", help="log the density of every layer per update")
+
+
+def densities(text: str) -> dict[str, float]:
+    """Parse densities by name.
+
+    >>> densities("fc*=0.02,conv1=0.3")
+    {'fc*': 0.02, 'conv1': 0.3}
+    """
+    by_name = {}
+    for term in text.split(","):
+        name, equals, density = term.partition("=")
+        if not name or not equals or name in by_name:
+            raise argparse.ArgumentTypeError(f"expected terms NAME=DENSITY of different names, got {text!r}")
+        by_name[name.strip()] = positive_fraction(density)
+    return by_name
+
+
+def sparse_init(text: str) -> str:
+    """Parse which weights are active at the start."""
+    names = [*DISTRIBUTIONS, *SCORES, "resume"]
+    if text not in names and not (text.startswith("mask:") and text != "mask:"):
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(names)}, or mask:PATH, got {text!r}")
+    return text
 
 
 def fraction(text: str) -> float:
