@@ -19,6 +19,7 @@ from sparselearning.sparse.dataflow import Dataflow, Seen
 from sparselearning.sparse.layout import keep_order
 from sparselearning.sparse.library import available
 from sparselearning.sparse.modules import SparseConv2d, SparseLayer, SparseLinear
+from sparselearning.sparse.training import trained_to_dense
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ def convert(model: nn.Module, example_input: Any, layout: str = "unstructured") 
         return convert_pattern(model, layout)
     device = next((p.device.type for p in model.parameters()), "cpu")
     dense = copy.deepcopy(model).eval()
+    trained_to_dense(dense)
     report = Report()
     if not available() or device != "cpu":
         why = f"on a {device} unstructured weights stay dense" if available() else "built without sparse kernels"

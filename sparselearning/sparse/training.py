@@ -71,6 +71,12 @@ class Trained(nn.Module):
         """Set the active places of the dense weight to the values."""
         self.weight.reshape(-1).scatter_(0, self.position, self.value.detach())
 
+    def end(self) -> None:
+        """Become the dense layer again, zeros included."""
+        del self.value
+        self.weight.requires_grad_(True)
+        self.__class__ = next(kind for kind, trained in KINDS.items() if trained is type(self))
+
     def conv_shape(self):
         raise NotImplementedError
 
@@ -206,9 +212,7 @@ class SparseTraining:
             self.exchange(module.value, layer.weight)
             for key, tensor in self.vectors(layer.weight, len(module.value)):
                 self.optimizer.state[layer.weight][key] = spread(tensor, module.position, layer.weight)
-            del module.value
-            module.weight.requires_grad_(True)
-            module.__class__ = next(kind for kind, trained in KINDS.items() if trained is type(module))
+            module.end()
         if not self.trained:
             for root in self.roots:
                 forget_order(root)
@@ -285,6 +289,14 @@ class SparseTraining:
         momentum = momentum_of(self.optimizer, module.value)
         seen = torch.zeros_like(weight) if module.gradient is None else module.gradient / max(module.observed, 1)
         return seen.reshape(-1).scatter(0, module.position, momentum).reshape(weight.shape)
+
+
+def trained_to_dense(model: nn.Module) -> None:
+    """Turn, in place, a model that was trained on sparse kernels into one of torch's own layers, zeros included."""
+    for module in list(model.modules()):
+        if isinstance(module, Trained):
+            module.end()
+    forget_order(model)
 
 
 def why_not(layer: SparseLayer, owners: Sequence[nn.Module]) -> str:

@@ -90,6 +90,33 @@ def test_linear_equals_dense_in_values_and_gradients(batch, features, density, d
     assert_same((y, *found), (expected, dx, dweight[weight != 0], dbias), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [3, 17, 32])
+@pytest.mark.parametrize(("outputs", "stride", "groups"), [(40, (1, 1), 1), (48, (2, 1), 2), (520, (1, 1), 1)])
+def test_wide_layers_are_computed_block_by_block(outputs, stride, groups, batch, dtype, force_instruction_set):
+    torch.manual_seed(0)
+    weight = sparse_weight((outputs, 200, 3, 3), 0.08, dtype)
+    geometry = dict(stride=stride, padding=(1, 1), groups=groups)
+    x = torch.randn(batch, 200 * groups, 8, 7, dtype=dtype, requires_grad=True)
+    bias = torch.randn(outputs, dtype=dtype)
+    dense = weight.clone().requires_grad_()
+    expected = F.conv2d(x, dense, bias, **geometry).relu()
+    dx, dweight = torch.autograd.grad(expected.sum(), [x, dense])
+    for index in instruction_sets():
+        force_instruction_set(index)
+        y, value = conv2d(x, weight, bias, relu=True, **geometry)
+        found = torch.autograd.grad(y.sum(), [x, value])
+        assert_same((y, *found), (expected, dx, dweight[weight != 0]), dtype)
+
+
+def test_wide_linear_layers_are_computed_block_by_block():
+    torch.manual_seed(0)
+    weight = sparse_weight((600, 3500), 0.05)
+    x = torch.randn(70, 3500)
+    y, _ = linear(x, weight, relu=True)
+    assert_same([y], [F.linear(x, weight).relu()], torch.float32)
+
+
 @pytest.mark.parametrize("batch", [2, 16])
 def test_gradients_pass_gradcheck(batch):
     weight = sparse_weight((3, 2, 3, 3), 0.4, torch.float64)

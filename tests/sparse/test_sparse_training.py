@@ -9,7 +9,7 @@ from torch import nn
 
 from sparselearning import invariants
 from sparselearning.core import CosineDecay, Masking
-from sparselearning.sparse import available
+from sparselearning.sparse import available, convert, to_dense
 from sparselearning.sparse.training import WINDOW, TrainedConv2d, TrainedLinear
 
 pytestmark = pytest.mark.skipif(not available(), reason="built without sparse kernels")
@@ -165,6 +165,21 @@ def test_a_removed_weight_trains_densely_with_its_state():
     assert model[0].weight.count_nonzero() == model[0].weight.numel()
     mask.remove_weight_partial_name("")
     assert [type(module) for module in model] == [type(module) for module in network()]
+
+
+def test_a_trained_model_turns_dense_and_converts():
+    model, stepper, mask = masked("cpu")
+    train(model, stepper, mask, 3)
+    model.eval()
+    x = torch.randn(16, 3, 8, 8)
+    dense = to_dense(model)
+    assert [type(module) for module in dense] == [type(module) for module in network()]
+    assert all(weight.requires_grad for weight in dense.parameters())
+    torch.testing.assert_close(dense(x), model(x), atol=1e-5, rtol=1e-4)
+    converted, report = convert(model, x)
+    assert [layer.name for layer in report.layers] == ["0", "4", "7"]
+    torch.testing.assert_close(converted(x), model(x), atol=1e-5, rtol=1e-4)
+    assert type(model[0]) is TrainedConv2d
 
 
 def test_layers_without_kernels_stay_masked():

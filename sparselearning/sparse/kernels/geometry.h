@@ -66,6 +66,7 @@ struct Grid {
     int64_t images, pitch, image_pitch;  // batch last: one grid per vector of images, so images = 1
     int64_t height, width;               // rows and columns written
     int64_t before = 0, after = 0;  // how far shifts reach to the left and to the right of a position
+    int64_t reach_y = 0, reach_x = 0;  // and from the first to the last along each axis
     std::vector<View> read, write;
     std::vector<int64_t> tap_plane;  // which of `read` a tap uses
     std::vector<int64_t> tap_shift;  // in flat positions
@@ -93,6 +94,12 @@ inline void place(Grid& grid, const std::vector<int64_t>& shift_y, const std::ve
     }
     grid.pitch = shared_pitch(columns_read, grid.width, shift_x);
     grid.image_pitch = shared_pitch(rows_read, grid.height, shift_y) * grid.pitch;
+    const auto reach = [](const std::vector<int64_t>& shifts) {
+        const auto [low, high] = std::minmax_element(shifts.begin(), shifts.end());
+        return *high - *low;
+    };
+    grid.reach_y = reach(shift_y);
+    grid.reach_x = reach(shift_x);
     for (int64_t y : shift_y)
         for (int64_t x : shift_x) {
             const int64_t shift = y * grid.pitch + x;

@@ -55,10 +55,17 @@ struct Parallel {
         }
         if (task.failed) throw std::bad_alloc();
     }
+
+    // The same on this thread alone unless `large`: to wake another takes as long as some 100,000 operations.
+    template <class Body>
+    void run_if(bool large, int64_t count, const Body& body) const {
+        Parallel{large ? threads : 1, fork}.run(count, body);
+    }
 };
 
 // Memory that a thread keeps from call to call, on huge pages where they are to be had: the kernels read it at random.
-template <class S>
+// Each USE has its own.
+template <class S, int USE>
 S* scratch(int64_t count) {
     constexpr size_t page = size_t(2) << 20;
     thread_local std::unique_ptr<void, void (*)(void*)> memory(nullptr, std::free);
