@@ -27,16 +27,17 @@ from torch.nn import functional as F
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sparselearning import checkpoint, distributed
-from sparselearning.core import CosineDecay, LinearDecay, Masking, add_sparse_args
+from sparselearning.core import Masking, add_sparse_args
 from sparselearning.experiments import images, plots
 from sparselearning.experiments.arguments import (
     ArgumentParser,
+    chosen_method,
     fail,
-    find_mode,
     fraction,
     non_negative,
     positive_int,
     seed,
+    whole_number,
 )
 from sparselearning.experiments.datafiles import DataError
 from sparselearning.experiments.initial import choice_of_weights
@@ -119,8 +120,6 @@ def parse_arguments(argv=None):
     add("--wd", "--weight-decay", type=non_negative, default=1e-4, help="weight decay (default: 1e-4)")
     add("--bn-weight-decay", action=argparse.BooleanOptionalAction,
         help=f"weight decay on normalisation and biases too {of_recipe}")
-    add("--decay-schedule", choices=["cosine", "linear"], default="cosine",
-        help="how the prune rate decays over the run (default: cosine)")
     add("-p", "--print-freq", type=positive_int, default=10, metavar="STEPS",
         help="steps between two losses shown (default: 10)")
     add("--resume", metavar="PATH", help="run folder or checkpoint to go on from")
@@ -150,11 +149,6 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     check(parser, args, recipe)
     return args
-
-
-def whole_number(text):
-    """Parse a whole number of at least 0."""
-    return 0 if text == "0" else positive_int(text)
 
 
 def architecture(text):
@@ -307,7 +301,7 @@ def run(args):
             if mask is not None:
                 densities = {layer.name: layer.density for layer in mask.layers}
                 record |= dict(density=mask.density, active_weights=mask.total_nonzero, density_per_layer=densities)
-                record |= dict(prune_rate=mask.prune_rate)
+                record |= dict(prune_rate=mask.prune_rate, exploration_rate=mask.exploration_rate)
                 if epoch < args.epochs:
                     mask.at_end_of_epoch()
             record |= dict(images_per_second=steps_per_epoch * args.batch_size / training_seconds)
@@ -379,23 +373,14 @@ def learning_rate(args, steps_per_epoch):
 
 
 def build_mask(args, model, optimizer, steps, to_score=None):
-    """Return the masks that the arguments ask for; the prune rate decays over `steps`.
+    """Return the masks that the arguments ask for, for a training of `steps`.
 
     `to_score` returns the batches that scores before training are computed on: those of one step. Of several
     processes the first one's scores count.
     """
-    decay = {"cosine": CosineDecay, "linear": LinearDecay}[args.decay_schedule]
-    mask = Masking(
-        optimizer,
-        decay(args.prune_rate, steps),
-        prune_mode=find_mode("prune_mode", args.prune),
-        growth_mode=find_mode("growth_mode", args.growth),
-        redistribution_mode=find_mode("redistribution_mode", args.redistribution),
-        verbose=args.verbose,
-        fp16=args.amp == "apex",
-    )
-    mask.add_module(model, **choice_of_weights(args, model, to_score))
-    return mask
+    kind = dict(verbose=args.verbose, fp16=args.amp == "apex")
+    chosen = choice_of_weights(args, model, to_score)
+    return Masking.from_method(chosen_method(args), model, optimizer, steps, **chosen, **kind)
 
 
 def save(folder, names, parts, **rest):

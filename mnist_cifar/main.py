@@ -25,13 +25,13 @@ from extensions import EXTENSIONS
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sparselearning import checkpoint, distributed, models
-from sparselearning.core import CosineDecay, LinearDecay, Masking, add_sparse_args
+from sparselearning.core import Masking, add_sparse_args
 from sparselearning.experiments import data as datasets
 from sparselearning.experiments import features, plots
 from sparselearning.experiments.arguments import (
     ArgumentParser,
+    chosen_method,
     fail,
-    find_mode,
     fraction,
     non_negative,
     positive_int,
@@ -78,8 +78,6 @@ def parse_arguments(argv=None):
     add("--l1", type=non_negative, default=0.0, help="factor of the sum of |weights| in the loss (default: 0)")
     add("--decay_frequency", type=positive_int, default=25000, metavar="STEPS",
         help="multiply lr by 0.1 every so many steps (default: 25000)")
-    add("--decay-schedule", choices=["cosine", "linear"], default="cosine",
-        help="how the prune rate decays over the run (default: cosine)")
     add("--valid_split", type=proper_fraction, default=0.1,
         help="last fraction of the training images, held out for validation (default: 0.1)")
     add("--seed", type=seed, default=17, help="random seed (default: 17)")
@@ -252,7 +250,7 @@ def run(args):
             if mask is not None:
                 densities = {layer.name: layer.density for layer in mask.layers}
                 record |= dict(density=mask.density, active_weights=mask.total_nonzero, density_per_layer=densities)
-                record |= dict(prune_rate=mask.prune_rate)
+                record |= dict(prune_rate=mask.prune_rate, exploration_rate=mask.exploration_rate)
                 if epoch < args.epochs:
                     try:
                         mask.at_end_of_epoch()
@@ -294,22 +292,13 @@ def build_optimizer(args, model):
 
 
 def build_mask(args, model, optimizer, steps, to_score=None):
-    """Return the masks that the arguments ask for; the prune rate decays over `steps`.
+    """Return the masks that the arguments ask for, for a training of `steps`.
 
     `to_score` returns the batches that scores before training are computed on.
     """
-    decay = {"cosine": CosineDecay, "linear": LinearDecay}[args.decay_schedule]
-    mask = Masking(
-        optimizer,
-        decay(args.prune_rate, steps),
-        prune_mode=find_mode("prune_mode", args.prune, EXTENSIONS["prune_mode"]),
-        growth_mode=find_mode("growth_mode", args.growth),
-        redistribution_mode=find_mode("redistribution_mode", args.redistribution, EXTENSIONS["redistribution_mode"]),
-        verbose=args.verbose,
-        fp16=args.amp == "apex",
-    )
-    mask.add_module(model, **choice_of_weights(args, model, to_score))
-    return mask
+    kind = dict(verbose=args.verbose, fp16=args.amp == "apex")
+    chosen = choice_of_weights(args, model, to_score)
+    return Masking.from_method(chosen_method(args, EXTENSIONS), model, optimizer, steps, **chosen, **kind)
 
 
 def main(argv=None):

@@ -10,6 +10,11 @@ One update of the masks (sparse momentum, Dettmers & Zettlemoyer 2019, https://a
     W_i <- W_i * m_i                             apply
 
 `Masking.truncate_weights` reads in this order.
+
+Where the density changes over time (`density_schedule`), n = round(density(step) * size) weights are to be active
+after an update, and each layer's share of the change is c_i = +-apportion(|n - sum nnz|, nnz, room). What the density
+falls by is pruned first, k_i = -c_i + ceil(p_i * (nnz_i + c_i)); after pruning, the network grows as many weights as
+it then lacks: what was pruned, less what the density fell by, or more where it rose.
 """
 
 import logging
@@ -22,15 +27,17 @@ from torch import Tensor, nn
 
 from sparselearning import distributed, invariants
 from sparselearning.experiments.arguments import add_sparse_args
-from sparselearning.functions import FunctionError, is_network_wide, resolve
+from sparselearning.functions import FunctionError, is_network_wide, measures_after_pruning, resolve
 from sparselearning.grow import GROWTH_FUNCTIONS
 from sparselearning.initial import Density, SparseInit, initial_masks
 from sparselearning.layer import SparseLayer
 from sparselearning.maskable import canonical_name, maskable_parameters
-from sparselearning.momentum import keeps_momentum, master_weights, momentum_of, torch_optimizer
+from sparselearning.methods import Method, find_method, masking_arguments
+from sparselearning.momentum import gradient_of, keeps_momentum, master_weights, momentum_of, torch_optimizer
 from sparselearning.names import named
-from sparselearning.prune import PRUNE_FUNCTIONS
+from sparselearning.prune import PRUNE_FUNCTIONS, count_of
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS, no_redistribution
+from sparselearning.regrowth import START_VALUES, start_regrown
 from sparselearning.schedules import Constant, CosineDecay, LinearDecay
 from sparselearning.selection import apportion
 from sparselearning.sharded import add_up, count_active, is_sharded, shard_of
@@ -64,13 +71,19 @@ class Masking:
         prune_rate: the constant rate where there is no `prune_rate_decay`.
         prune_mode, growth_mode, redistribution_mode: a key of the tables in prune.py, grow.py and
             redistribute.py, or a function (see functions.py).
-        prune_every_k_steps: move the masks after every k optimizer steps; 0 leaves it to
-            `at_end_of_epoch`.
+        prune_every_k_steps: move the masks after every k optimizer steps, and not at the end of an epoch; 0 leaves
+            it to `at_end_of_epoch`.
         verbose: log the active weights of every layer after an update.
         fp16: the model is in half precision and the optimizer wrapper keeps fp32 master weights
             (Apex's FP16_Optimizer); found without asking where the wrapper shows them.
         sparse_backend: 'cpu' trains linear and convolution layers on the sparse kernels, in time that follows
             their active weights; sparse/training.py says how its momentum differs from the paper's.
+        density_schedule: function from the number of optimizer steps to the density that an update leaves, in
+            (0, 1]; None keeps the density of `add_module`.
+        first_update, last_update: optimizer steps before and after which the masks stay. At the step `last_update`
+            itself there is always an update, so that a density schedule arrives.
+        reset_state: set the optimizer's state of a weight to zero when it becomes active.
+        regrown: what a weight is when it becomes active: 'zero', or 'random', as large as the layer's active ones.
 
     Raises:
         ValueError: for an unknown mode.
@@ -93,12 +106,19 @@ class Masking:
         verbose: bool = False,
         fp16: bool = False,
         sparse_backend: str | None = None,
+        density_schedule: Schedule | None = None,
+        first_update: int = 0,
+        last_update: int | None = None,
+        reset_state: bool = False,
+        regrown: str = "zero",
     ):
         if prune_rate_decay is not None and not callable(prune_rate_decay):
             raise TypeError(
                 "Expected prune_rate_decay to be a function of the step, such as CosineDecay(0.5, T_max=1000), "
                 f"got {prune_rate_decay!r}. A constant rate is prune_rate_decay=None and prune_rate=0.5."
             )
+        if regrown not in START_VALUES:
+            raise ValueError(f"Unknown regrown {regrown!r}. Choose one of {', '.join(map(repr, START_VALUES))}.")
         self.optimizer = torch_optimizer(optimizer)
         self.stepper = optimizer
         self.prune_rate_decay = Constant(prune_rate) if prune_rate_decay is None else prune_rate_decay
@@ -107,6 +127,9 @@ class Masking:
         self.redistribution_mode = redistribution_mode
         self.measure = resolve("redistribution_mode", redistribution_mode, REDISTRIBUTION_FUNCTIONS)
         self.prune_every_k_steps = prune_every_k_steps
+        self.density_schedule = density_schedule
+        self.first_update, self.last_update = first_update, last_update
+        self.reset_state, self.regrown = reset_state, regrown
         self.verbose = verbose
         self.modules: list[nn.Module] = []
         self.layers: list[SparseLayer] = []
@@ -120,6 +143,43 @@ class Masking:
             keeps_momentum(self.optimizer, required=True)
         self.sparse_training = SparseTraining(self.optimizer, sparse_backend)
         self._watch_steps()
+
+    @classmethod
+    def from_method(
+        cls,
+        method: str | Method,
+        module: nn.Module,
+        optimizer: Any,
+        total_steps: int,
+        density: Density = 0.05,
+        remove_param_names: Iterable[str] = (),
+        sparse_embeddings: bool = False,
+        dense: Iterable[str] = (),
+        verbose: bool = False,
+        fp16: bool = False,
+        sparse_backend: str | None = None,
+        **parts: Any,
+    ) -> "Masking":
+        """Return the masks of a published method on `module`, ready to train for `total_steps` optimizer steps.
+
+            mask = Masking.from_method("rigl", model, optimizer, total_steps=epochs * len(loader), density=0.05)
+
+        Args:
+            method: a key of `methods.METHODS`, or a `Method`.
+            density: of the masks, at the end where the method changes it.
+            remove_param_names, sparse_embeddings, dense: as `add_module` takes them; the others as `Masking` does.
+            parts: parts of the method to take otherwise: `prune_rate=0.2`, `growth="random"`; see `Method`.
+
+        Raises:
+            ValueError: for an unknown method, or densities of single layers where the method changes the density.
+            TypeError: for an unknown part.
+        """
+        chosen = find_method(method, **parts)
+        settings = masking_arguments(chosen, density, total_steps)
+        masking = cls(optimizer, **settings, verbose=verbose, fp16=fp16, sparse_backend=sparse_backend)
+        start = chosen.density_at_start(density)
+        masking.add_module(module, start, chosen.sparse_init, remove_param_names, sparse_embeddings, dense)
+        return masking
 
     def _watch_steps(self):
         self.optimizer.register_step_post_hook(lambda *_: self._after_step())
@@ -200,7 +260,8 @@ class Masking:
             while name in taken:  # a second module may use the names of the first
                 name = f"{len(self.modules)}.{name}"
             taken.add(name)
-            layers[own_name] = SparseLayer(name, weight, master, torch.zeros_like(weight, dtype=torch.bool))
+            mask = torch.zeros_like(weight, dtype=torch.bool)
+            layers[own_name] = SparseLayer(name, weight, master, mask, mask.clone())
         return layers
 
     def remove_weight(self, name: str) -> None:
@@ -263,12 +324,17 @@ class Masking:
         self.steps += 1
         self.apply_mask()
         self.sparse_training.stepped(self.prune_every_k_steps)
-        if self.prune_every_k_steps and self.steps % self.prune_every_k_steps == 0:
+        every_k = self.prune_every_k_steps and self.steps % self.prune_every_k_steps == 0
+        if self.steps == self.last_update or (every_k and self._masks_may_move()):
             self._update()
 
     def at_end_of_epoch(self) -> None:
-        """Move the masks once."""
-        self._update()
+        """Move the masks once, unless `prune_every_k_steps` says when they move."""
+        if not self.prune_every_k_steps and self._masks_may_move():
+            self._update()
+
+    def _masks_may_move(self):
+        return self.first_update <= self.steps and (self.last_update is None or self.steps < self.last_update)
 
     def _update(self):
         self.truncate_weights()
@@ -280,6 +346,7 @@ class Masking:
         for layer in self.layers:
             if layer.mask.device != layer.weight.device:  # the model was moved
                 layer.mask = layer.mask.to(layer.weight.device)
+                layer.ever_active = layer.ever_active.to(layer.weight.device)
         masked = self.sparse_training.apply(self.layers)
         halves = [layer for layer in masked if layer.weight is not layer.master]
         tensors = [layer.master for layer in masked] + [layer.weight for layer in halves]
@@ -289,7 +356,7 @@ class Masking:
 
     @torch.no_grad()
     def truncate_weights(self) -> None:
-        """Move the masks once: prune, redistribute, grow. The number of active weights stays.
+        """Move the masks once: prune, redistribute, grow. The number of active weights stays, or is the schedule's.
 
         If a function fails, the masks are as before.
 
@@ -302,18 +369,36 @@ class Masking:
         self._check_agreement()
         before = [layer.mask.clone() for layer in self.layers]
         try:
+            change = self._change_density()
             self._measure_importance()
-            self._set_prune_rates()
+            self._set_prune_rates(change)
             self._prune_weights()
-            self._grow_weights(self._redistribute())
+            if measures_after_pruning(self.measure):
+                self._measure_importance()
+            self._grow_weights(self._redistribute(change))
         except BaseException:
             for layer, mask in zip(self.layers, before, strict=True):
                 layer.mask.copy_(mask)
             self._count()
             raise
         self._agree_and_count()
+        start_regrown(self, before)
         self.apply_mask()
         self.sparse_training.updated()
+
+    def _change_density(self):
+        """Set how many weights are to be active; return how many more (or, negative, fewer) in each layer."""
+        if self.density_schedule is None:
+            return [0] * len(self.layers)
+        density = self.density_schedule(self.steps)
+        if not 0 < density <= 1:
+            raise ValueError(f"Expected a density in (0, 1] at step {self.steps}, got {density} of density_schedule.")
+        self.baseline_nonzero = round(density * (self.total_nonzero + self.total_zero))
+        nonzeros = [layer.nonzeros for layer in self.layers]
+        rise = self.baseline_nonzero - sum(nonzeros)
+        if rise < 0:
+            return [-fall for fall in apportion(-rise, nonzeros, nonzeros)]
+        return apportion(rise, nonzeros, [layer.zeros for layer in self.layers])
 
     def _measure_importance(self):
         measured = [self._measure(layer) for layer in self.layers]
@@ -333,16 +418,19 @@ class Masking:
         came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise FunctionError(f"Expected the importance of {layer.name}, a number or a 0-d tensor, got {came}.")
 
-    def _set_prune_rates(self):
+    def _set_prune_rates(self, change):
         rate = self.prune_rate
         if not 0 <= rate <= 1:
             raise ValueError(f"Expected a prune rate in [0, 1] at step {self.steps}, got {rate} of prune_rate_decay.")
-        for layer in self.layers:
+        for layer, more in zip(self.layers, change, strict=True):
             layer.prune_rate = rate
             sparsity = 1 - layer.density
             # A nearly dense layer that is still growing would only prune what it regrows.
             if sparsity < 0.2 and layer.importance > 1 / len(self.layers):
                 layer.prune_rate = min(rate, sparsity)
+            if more < 0:
+                kept = layer.nonzeros + more
+                layer.prune_rate = (count_of(layer.prune_rate, kept) - more) / layer.nonzeros
 
     def _prune_weights(self):
         if is_network_wide(self.prune):
@@ -355,12 +443,13 @@ class Masking:
         for layer, count in zip(self.layers, nonzeros, strict=True):
             layer.removed = count - layer.nonzeros
 
-    def _redistribute(self):
+    def _redistribute(self, change):
         """Return how many weights each layer grows, together as many as the network lacks."""
         # A user's function may have grown more, or pruned less, than it was asked to.
-        if self.measure is no_redistribution:
-            return [max(layer.removed, 0) for layer in self.layers]
         lacking = max(self.baseline_nonzero - self.total_nonzero, 0)
+        if self.measure is no_redistribution:
+            removed = [max(layer.removed + more, 0) for layer, more in zip(self.layers, change, strict=True)]
+            return apportion(lacking, removed, [layer.zeros for layer in self.layers])
         room = [int(0.99 * layer.zeros) for layer in self.layers]
         if sum(room) < lacking:
             room = [layer.zeros for layer in self.layers]
@@ -395,6 +484,8 @@ class Masking:
         if distributed.in_process_group():
             distributed.broadcast_masks([layer.mask for layer in self.layers])
         self._count()
+        for layer in self.layers:
+            layer.ever_active.logical_or_(layer.mask)
 
     def _check_agreement(self):
         if distributed.in_process_group():
@@ -421,6 +512,19 @@ class Masking:
         if trained_sparsely is not None:
             return trained_sparsely
         return momentum_of(self.optimizer, self._masters.get(weight, weight))
+
+    def get_gradient_for_weight(self, weight: Tensor) -> Tensor:
+        """Return the gradient of the last step, a tensor of the weight's shape; inactive weights have one, too.
+
+        With sparse_backend='cpu' it is the mean of the gradients observed before an update.
+
+        Raises:
+            RuntimeError: if there is none: no backward pass yet, or cleared since.
+        """
+        trained_sparsely = self.sparse_training.gradient_of(weight)
+        if trained_sparsely is not None:
+            return trained_sparsely
+        return gradient_of(self._masters.get(weight, weight))
 
     @property
     def prune_rate(self) -> float:
@@ -477,6 +581,20 @@ class Masking:
         """Fraction of the masked weights that are active."""
         return self.total_nonzero / max(self.total_nonzero + self.total_zero, 1)
 
+    @property
+    def ever_active(self) -> dict[str, Tensor]:
+        """Name -> which weights have been active at any time, bool."""
+        return {layer.name: layer.ever_active for layer in self.layers}
+
+    @property
+    def exploration_rate(self) -> float:
+        """Fraction of the masked weights that have been active at any time.
+
+        R_s of Liu et al. 2021, Do We Actually Need Dense Over-Parameterization?, https://arxiv.org/abs/2102.02887.
+        """
+        explored = sum(_to_numbers([count_active(layer.ever_active) for layer in self.layers]))
+        return explored / max(self.total_nonzero + self.total_zero, 1)
+
     def print_nonzero_counts(self) -> None:
         """Log the active weights of every layer and of the network."""
         for layer in self.layers:
@@ -494,6 +612,7 @@ class Masking:
                 "removed": layer.removed,
                 "importance": layer.importance,
                 "prune_rate": layer.prune_rate,
+                "ever_active": layer.ever_active,
             }
             for layer in self.layers
         }
@@ -516,7 +635,8 @@ class Masking:
         _check_same_layers({name: entry["mask"].shape for name, entry in saved.items()}, self.layers)
         for layer in self.layers:
             entry = saved[layer.name]
-            layer.mask.copy_(shard_of(entry["mask"], layer.mask) if is_sharded(layer.mask) else entry["mask"])
+            for mask, saved_mask in [(layer.mask, entry["mask"]), (layer.ever_active, entry["ever_active"])]:
+                mask.copy_(shard_of(saved_mask, mask) if is_sharded(mask) else saved_mask)
             layer.removed, layer.importance = entry["removed"], entry["importance"]
             layer.prune_rate = entry["prune_rate"]
         self.steps = state["steps"]

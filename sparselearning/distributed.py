@@ -56,6 +56,13 @@ def add_up(values: Tensor) -> Tensor:
     return values
 
 
+def send_to_all(values: Tensor) -> Tensor:
+    """Overwrite a tensor with that of rank 0, in place, and return it; nothing happens where there is one process."""
+    if in_process_group():
+        dist.broadcast(values, src=0)
+    return values
+
+
 def average_buffers(model: nn.Module) -> None:
     """Replace the model's floating-point buffers, the statistics of BatchNorm, by their mean over all processes."""
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]

@@ -8,6 +8,8 @@ and for the whole network at once, marked `@network_wide`:
 
     prune(masking) -> {name: mask}
     grow(masking, total_regrowth) -> {name: mask}
+
+A redistribute function marked `@after_pruning` measures what pruning left.
 """
 
 import inspect
@@ -34,6 +36,17 @@ def network_wide(function: Callable) -> Callable:
 def is_network_wide(function: Callable) -> bool:
     """Tell whether a function was marked with `network_wide`."""
     return getattr(function, "network_wide", False)
+
+
+def after_pruning(function: Callable) -> Callable:
+    """Mark a redistribute function that measures the layers when pruning is over."""
+    function.after_pruning = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
+
+
+def measures_after_pruning(function: Callable) -> bool:
+    """Tell whether a function was marked with `after_pruning`."""
+    return getattr(function, "after_pruning", False)
 
 
 def resolve(argument: str, mode: str | Callable, table: Mapping[str, Callable]) -> Callable:

@@ -13,6 +13,15 @@ def momentum_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, w
     return add_highest(masking.get_momentum_for_weight(weight).abs(), new_mask, total_regrowth)
 
 
+def gradient_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
+    """Add the weights whose gradient in the last step is largest.
+
+    Evci et al. 2020, Rigging the Lottery: Making All Tickets Winners, https://arxiv.org/abs/1911.11134 (RigL),
+    section 3(4). Inactive weights have gradients, too, for masks act on weights after the step.
+    """
+    return add_highest(masking.get_gradient_for_weight(weight).abs(), new_mask, total_regrowth)
+
+
 def random_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
     """Add inactive weights at random, each with the same chance (Mocanu et al. 2018)."""
     return add_highest(uniform_like(new_mask), new_mask, total_regrowth)
@@ -52,6 +61,7 @@ def global_momentum_growth(masking, total_regrowth: int) -> dict[str, Tensor]:
 
 GROWTH_FUNCTIONS = {
     "momentum": momentum_growth,
+    "gradient": gradient_growth,
     "random": random_growth,
     "momentum_neuron": momentum_neuron_growth,
     "global_momentum": global_momentum_growth,

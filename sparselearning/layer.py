@@ -16,6 +16,7 @@ class SparseLayer:
     weight: Tensor
     master: Tensor
     mask: Tensor
+    ever_active: Tensor  # bool: active now, or before
     nonzeros: int = 0  # active weights
     removed: int = 0  # weights pruned in the last update
     importance: float = 0.0  # share of this layer in the importance of the network

@@ -12,7 +12,7 @@ from sparselearning.sharded import add_up, highest, local_part
 
 def magnitude_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
     """Drop the ceil(prune rate * active weights) weights of smallest magnitude."""
-    return drop_lowest(weight.abs(), mask, _count_to_remove(masking, name))
+    return drop_lowest(weight.abs(), mask, count_to_remove(masking, name))
 
 
 def magnitude_and_negativity_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
@@ -24,7 +24,7 @@ def magnitude_and_negativity_prune(masking, mask: Tensor, weight: Tensor, name: 
     negative = mask & (weight < 0)
     positive = mask & ~negative
     available = [int(count) for count in torch.stack(add_up([positive.sum(), negative.sum()])).tolist()]
-    half = apportion(_count_to_remove(masking, name), [1, 1], available)
+    half = apportion(count_to_remove(masking, name), [1, 1], available)
     return drop_lowest(weight, positive, half[0]) | drop_lowest(-weight, negative, half[1])
 
 
@@ -32,7 +32,7 @@ def magnitude_and_negativity_prune(masking, mask: Tensor, weight: Tensor, name: 
 def global_magnitude_prune(masking) -> dict[str, Tensor]:
     """Drop the weights of smallest magnitude in the whole network, as many as layer by layer."""
     scores = [layer.master.abs() for layer in masking.layers]
-    total = sum(_count_to_remove(masking, layer.name) for layer in masking.layers)
+    total = sum(count_to_remove(masking, layer.name) for layer in masking.layers)
     masks = drop_lowest_jointly(scores, list(masking.masks.values()), total)
     return dict(zip(masking.masks, masks, strict=True))
 
@@ -44,7 +44,7 @@ def threshold_prune(masking) -> dict[str, Tensor]:
     The threshold is kept from update to update and moved only when it would remove a number of weights
     that is more than 2% off the prune rate (`masking.tolerance`): then to the magnitude that meets it.
     """
-    expected = sum(_count_to_remove(masking, layer.name) for layer in masking.layers)
+    expected = sum(count_to_remove(masking, layer.name) for layer in masking.layers)
     kept = {layer.name: layer.mask & (layer.master.abs() > masking.prune_threshold) for layer in masking.layers}
     removed = masking.total_nonzero - sum(mask.sum() for mask in kept.values())
     if abs(removed - expected) <= masking.tolerance * expected:
@@ -56,13 +56,45 @@ def threshold_prune(masking) -> dict[str, Tensor]:
     return exact
 
 
-def _count_to_remove(masking, name):
-    return math.ceil(masking.name2prune_rate[name] * masking.name2nonzeros[name])
+@network_wide
+def adaptive_threshold_prune(masking) -> dict[str, Tensor]:
+    """Drop the weights whose magnitude is below `masking.prune_threshold`, then double or halve the threshold.
+
+    Mostafa & Wang 2019, Parameter Efficient Training of Deep Convolutional Neural Networks by Dynamic Sparse
+    Reparameterization, https://arxiv.org/abs/1902.05967 (DSR), algorithm 1: the threshold, one for the network, is
+    doubled where fewer than 0.9 of the intended number were dropped, and halved where more than 1.1. Intended is the
+    prune rate (the paper: a number of weights).
+    """
+    expected = sum(count_to_remove(masking, layer.name) for layer in masking.layers)
+    if not expected:
+        return masking.masks
+    kept = {layer.name: layer.mask & (layer.master.abs() >= masking.prune_threshold) for layer in masking.layers}
+    removed = masking.total_nonzero - sum(add_up([mask.sum() for mask in kept.values()]))
+    if removed < 0.9 * expected:
+        masking.prune_threshold *= 2
+    elif removed > 1.1 * expected:
+        masking.prune_threshold /= 2
+    return kept
+
+
+def count_to_remove(masking, name: str) -> int:
+    """Return how many weights a layer is to remove: ceil(prune rate * active weights)."""
+    return count_of(masking.name2prune_rate[name], masking.name2nonzeros[name])
+
+
+def count_of(rate: float, number: int) -> int:
+    """Return the fraction `rate` of a number, rounded up.
+
+    >>> count_of(0.07, 100), 0.07 * 100
+    (7, 7.000000000000001)
+    """
+    return math.ceil(rate * number * (1 - 1e-12))
 
 
 PRUNE_FUNCTIONS = {
     "magnitude": magnitude_prune,
     "SET": magnitude_and_negativity_prune,
     "threshold": threshold_prune,
+    "adaptive_threshold": adaptive_threshold_prune,
     "global_magnitude": global_magnitude_prune,
 }

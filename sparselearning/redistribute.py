@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparselearning.functions import after_pruning
 from sparselearning.zero import zero_inactive
 
 
@@ -21,7 +22,13 @@ def magnitude_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -
 
 
 def nonzero_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> int:
-    """Return the number of active weights: layers keep their proportions (Mostafa & Wang 2019)."""
+    """Return the number of active weights: layers keep their proportions."""
+    return masking.name2nonzeros[name]
+
+
+@after_pruning
+def remaining_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> int:
+    """Return the number of weights that pruning left (Mostafa & Wang 2019, algorithm 1)."""
     return masking.name2nonzeros[name]
 
 
@@ -46,5 +53,6 @@ REDISTRIBUTION_FUNCTIONS = {
     "magnitude": magnitude_redistribution,
     "nonzeros": nonzero_redistribution,
     "nonzero": nonzero_redistribution,
+    "remaining": remaining_redistribution,
     "none": no_redistribution,
 }

@@ -1,4 +1,4 @@
-"""Prune-rate schedules: functions from the optimizer step to a prune rate in [0, 1]."""
+"""Schedules: functions from the optimizer step to a prune rate in [0, 1], or to a density in (0, 1]."""
 
 import math
 from dataclasses import dataclass
@@ -60,6 +60,60 @@ class Constant:
 
     def __call__(self, step: int) -> float:
         return self.prune_rate
+
+
+@dataclass(frozen=True)
+class CubicDensity:
+    """Move from the density `start` at step `begin` to `end` at step `finish`, fast at first, and stay there.
+
+    Zhu & Gupta 2017, To prune, or not to prune, https://arxiv.org/abs/1710.01878, equation 1, for densities.
+
+    >>> density = CubicDensity(start=1.0, end=0.1, begin=0, finish=100)
+    >>> density(0), round(density(50), 4), density(100), density(150)
+    (1.0, 0.2125, 0.1, 0.1)
+    """
+
+    start: float
+    end: float
+    begin: int
+    finish: int
+
+    def __post_init__(self):
+        _check_density(start=self.start, end=self.end)
+        if not 0 <= self.begin <= self.finish:
+            raise ValueError(f"Expected steps 0 <= begin <= finish, got begin={self.begin} and finish={self.finish}.")
+
+    def __call__(self, step: int) -> float:
+        if step >= self.finish:
+            return self.end
+        progress = max(step - self.begin, 0) / (self.finish - self.begin)
+        return self.end + (self.start - self.end) * (1 - progress) ** 3
+
+
+@dataclass(frozen=True)
+class StepDensity:
+    """The density `start` before step `at`, `end` from then on.
+
+    >>> density = StepDensity(start=1.0, end=0.1, at=100)
+    >>> density(99), density(100)
+    (1.0, 0.1)
+    """
+
+    start: float
+    end: float
+    at: int
+
+    def __post_init__(self):
+        _check_density(start=self.start, end=self.end)
+
+    def __call__(self, step: int) -> float:
+        return self.end if step >= self.at else self.start
+
+
+def _check_density(**densities):
+    for name, density in densities.items():
+        if not 0 < density <= 1:
+            raise ValueError(f"Expected the density {name} in (0, 1], got {density}.")
 
 
 def _check(prune_rate, T_max):

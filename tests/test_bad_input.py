@@ -67,7 +67,7 @@ def offline(monkeypatch):
         ("--model lenet300", "Did you mean 'lenet300-100'? Choose from: lenet5, lenet300-100, alexnet-s"),
         ("--data imagenet", "--data"),
         ("--prune magnitud", "path/to/file.py:function, got 'magnitud'"),
-        ("--growth momentun", "expected one of momentum, random"),
+        ("--growth momentun", "expected one of momentum, gradient, random"),
         ("--redistribution nothing", "nonzeros"),
         ("--growth none.py:grow", "there is no file 'none.py'"),
         ("--sparse-init random", "--sparse-init"),

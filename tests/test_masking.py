@@ -303,9 +303,9 @@ def test_a_density_that_leaves_no_weight_is_refused():
 @pytest.mark.parametrize(
     ("argument", "names"),
     [
-        ("prune_mode", "'magnitude', 'SET', 'threshold', 'global_magnitude'"),
-        ("growth_mode", "'momentum', 'random', 'momentum_neuron', 'global_momentum'"),
-        ("redistribution_mode", "'momentum', 'magnitude', 'nonzeros', 'nonzero', 'none'"),
+        ("prune_mode", "'magnitude', 'SET', 'threshold', 'adaptive_threshold', 'global_magnitude'"),
+        ("growth_mode", "'momentum', 'gradient', 'random', 'momentum_neuron', 'global_momentum'"),
+        ("redistribution_mode", "'momentum', 'magnitude', 'nonzeros', 'nonzero', 'remaining', 'none'"),
         ("sparse_init", "'constant', 'linear', 'erdos_renyi_kernel', 'resume'"),
     ],
 )

@@ -23,7 +23,7 @@ def worker(rank, folder):
             train(model, masking, 1)
             assert_masks_hold(masking)
             masks.append([mask.tolist() for mask in masking.masks.values()])
-        masking.at_end_of_epoch()
+        masking.truncate_weights()
         masks.append([mask.tolist() for mask in masking.masks.values()])
         record[growth] = {
             "names": list(masking.masks),

@@ -27,6 +27,7 @@ DENSITIES = [0.05, 0.5, 0.95]
 COMBINATIONS = list(
     itertools.product(*map(without_aliases, (PRUNE_FUNCTIONS, GROWTH_FUNCTIONS, REDISTRIBUTION_FUNCTIONS)))
 )
+FREE_COUNT = {"adaptive_threshold"}  # may find nothing to prune
 
 
 def network(density):
@@ -50,6 +51,7 @@ def test_an_update_conserves_the_active_weights(prune, growth, redistribution):
             growth_mode=growth,
             redistribution_mode=redistribution,
         )
+        masking.prune_threshold = 0.5  # among these weights: a threshold that adapts would take long to come here
         total, first = masking.total_nonzero, snapshot(masking)
         for _ in range(2):
             for _ in range(2):
@@ -58,7 +60,7 @@ def test_an_update_conserves_the_active_weights(prune, growth, redistribution):
             masking.at_end_of_epoch()
             assert_masks_hold(masking)
             assert masking.total_nonzero == masking.baseline_nonzero == total
-            assert masking.total_removed > 0
+            assert masking.total_removed > 0 or prune in FREE_COUNT
         moved = any(not torch.equal(mask, first[name]) for name, mask in masking.masks.items())
         assert moved, f"{init} at density {density}: an update that moves nothing conserves the counts all too easily"
 

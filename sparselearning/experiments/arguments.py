@@ -14,8 +14,10 @@ from sparselearning.before_training import SCORES
 from sparselearning.distributions import DISTRIBUTIONS
 from sparselearning.functions import FunctionError, resolve
 from sparselearning.grow import GROWTH_FUNCTIONS
+from sparselearning.methods import DECAYS, DENSITY_SCHEDULES, METHODS, PARTS, Method, table
 from sparselearning.prune import PRUNE_FUNCTIONS
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
+from sparselearning.regrowth import START_VALUES
 
 TABLES: dict[str, Mapping[str, Callable]] = {
     "prune_mode": PRUNE_FUNCTIONS,
@@ -42,9 +44,19 @@ def add_sparse_args(
 ) -> None:
     """Add the arguments of sparse training: how to prune, redistribute and grow, how much, how dense.
 
-    `extensions` holds more functions by argument and name: {"prune_mode": {"mine": my_prune}}.
+    `--method NAME` sets the defaults of the others to the parts of that method. `extensions` holds more functions by
+    argument and name: {"prune_mode": {"mine": my_prune}}.
     """
     group = parser.add_argument_group("sparse training")
+    add = group.add_argument
+    add(
+        "--method",
+        type=_key_of(METHODS),
+        metavar="NAME",
+        help=f"take the parts below from a published method, but for those given: {', '.join(METHODS)} (default: the "
+        "parts as they are, which make sparse_momentum)",
+    )
+    add("--list-methods", action=_ListMethods, help="print the methods with paper and parts, and exit")
     for flags, argument, default, meaning in [
         (["--growth"], "growth_mode", "momentum", "which weights grow"),
         (["--prune", "--death"], "prune_mode", "magnitude", "which weights are pruned"),
@@ -52,27 +64,55 @@ def add_sparse_args(
     ]:
         more = (extensions or {}).get(argument, {})
         names = ", ".join([*TABLES[argument], *more])
-        group.add_argument(
+        add(
             *flags,
             type=_mode(argument, more),
             default=default,
             metavar="MODE",
             help=f"{meaning}: {names}, or path/to/file.py:function (default: %(default)s)",
         )
-    group.add_argument(
+    add(
         *("--prune-rate", "--death-rate"),
         type=fraction,
         default=0.5,
         metavar="RATE",
         help="fraction of active weights that the first update moves (default: %(default)s)",
     )
-    group.add_argument(
+    add(
+        "--decay-schedule",
+        choices=[*DECAYS],
+        default="cosine",
+        help="how the prune rate decays until --stop-fraction (default: %(default)s)",
+    )
+    add(
+        "--prune-every-k-steps",
+        type=whole_number,
+        default=0,
+        metavar="K",
+        help="steps between two updates of the masks; 0: one at the end of every epoch but the last "
+        "(default: %(default)s)",
+    )
+    add(
+        "--start-fraction",
+        type=fraction,
+        default=0.0,
+        metavar="F",
+        help="fraction of the training before which the masks stay (default: %(default)s)",
+    )
+    add(
+        "--stop-fraction",
+        type=fraction,
+        default=1.0,
+        metavar="F",
+        help="fraction of the training after which the masks stay (default: %(default)s)",
+    )
+    add(
         "--density",
         type=positive_fraction,
         default=0.05,
-        help="fraction of weights that is active, in (0, 1] (default: %(default)s)",
+        help="fraction of weights that is active, in (0, 1], at the end (default: %(default)s)",
     )
-    group.add_argument(
+    add(
         "--layer-density",
         type=densities,
         default={},
@@ -80,7 +120,7 @@ def add_sparse_args(
         help="densities of the layers that these patterns mean, such as 'fc*=0.02,conv1=0.3'; the first that matches "
         "counts, and all others have --density (default: none)",
     )
-    group.add_argument(
+    add(
         "--dense-layers",
         nargs="*",
         default=[],
@@ -88,7 +128,20 @@ def add_sparse_args(
         help="layers that stay dense, as patterns such as conv1 or 'layer1.*'; first and last mean these "
         "(default: %(default)s)",
     )
-    group.add_argument(
+    add(
+        "--density-schedule",
+        choices=[*DENSITY_SCHEDULES],
+        default="constant",
+        help="how the density goes from --start-density at --start-fraction to --density at --stop-fraction "
+        "(default: %(default)s)",
+    )
+    add(
+        "--start-density",
+        type=positive_fraction,
+        metavar="DENSITY",
+        help="density to begin with, where there is a --density-schedule (default: --density)",
+    )
+    add(
         "--sparse-init",
         type=sparse_init,
         default="constant",
@@ -98,10 +151,60 @@ def add_sparse_args(
         "a dict from names to bool tensors; resume takes the nonzeros of the checkpoint given to --resume "
         "(default: %(default)s)",
     )
+    add(
+        "--reset-state",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="forget the optimizer's state of a weight that grows (default: no)",
+    )
+    add(
+        "--regrown",
+        choices=START_VALUES,
+        default="zero",
+        help="what a weight is when it grows; random is as large as the layer's others (default: %(default)s)",
+    )
     kind_of_run = group.add_mutually_exclusive_group()
     kind_of_run.add_argument("--dense", action="store_true", help="train the dense model")
     kind_of_run.add_argument("--sparse", action="store_false", dest="dense", help="train sparse (default)")
-    group.add_argument("--verbose", action="store_true", help="log the density of every layer per update")
+    add("--verbose", action="store_true", help="log the density of every layer per update")
+    _let_method_set_defaults(parser)
+
+
+def _let_method_set_defaults(parser):
+    """Let whatever parses with `parser` look for --method first: flags given override its parts in any order."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--method", nargs="?")
+    parse = parser.parse_known_args
+
+    def parse_known_args(args=None, namespace=None):
+        method = METHODS.get(first.parse_known_args(args)[0].method)
+        if method:
+            parser.set_defaults(**{part: getattr(method, part) for part in PARTS})
+        return parse(args, namespace)
+
+    parser.parse_known_args = parse_known_args
+
+
+class _ListMethods(argparse.Action):
+    def __init__(self, option_strings, dest, **settings):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **settings)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(table())
+        parser.exit()
+
+
+def chosen_method(args: argparse.Namespace, extensions: Mapping[str, Mapping[str, Callable]] | None = None) -> Method:
+    """Return the method that the arguments of `add_sparse_args` describe, for `Masking.from_method`.
+
+    Raises:
+        ValueError: if they do not fit together.
+    """
+    parts = {part: getattr(args, part) for part in PARTS}
+    for argument in TABLES:
+        part = argument.removesuffix("_mode")
+        parts[part] = find_mode(argument, parts[part], (extensions or {}).get(argument))
+    return Method(name=args.method or "own", paper="", **parts)
 
 
 def densities(text: str) -> dict[str, float]:
@@ -145,6 +248,11 @@ def proper_fraction(text: str) -> float:
 def non_negative(text: str) -> float:
     """Parse a finite number of at least 0."""
     return _parse(text, float, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+
+
+def whole_number(text: str) -> int:
+    """Parse a whole number of at least 0."""
+    return _parse(text, int, lambda n: n >= 0, "a whole number of at least 0")
 
 
 def positive_int(text: str) -> int:
@@ -233,6 +341,15 @@ def _describe(what: str, path: str, error: Exception) -> str:
     lines = [frame.lineno for frame in frames if frame.filename == str(Path(path).absolute())]
     place = f" in line {lines[-1]}" if lines else ""
     return f"{what} raised {type(error).__name__}{place}: {error}"
+
+
+def _key_of(table):
+    def parse(text: str) -> str:
+        if text not in table:
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(table)}, got {text!r}")
+        return text
+
+    return parse
 
 
 def _mode(argument, extensions):

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from sparselearning.methods import PARTS
+
 # Arguments that do not change what a run computes, and those that matter to sparse runs only.
 IRRELEVANT = {
     *("seed", "iters", "verbose", "log_interval", "max_threads", "save_model", "save_features", "bench"),
     *("run_dir", "data_dir", "resume", "start_epoch", "device", "no_cuda"),
 }
-SPARSE_ONLY = {"growth", "prune", "redistribution", "prune_rate", "decay_schedule", "sparse_init", "dense_layers"}
-SPARSE_ONLY |= {"layer_density"}
+SPARSE_ONLY = {"method", "layer_density", "dense_layers", *PARTS}
 OLD_NAMES = {"death": "prune", "death_rate": "prune_rate", "iterations": "iters"}
 TEST_LINE = re.compile(r"Test evaluation: Average loss: (\S+), Accuracy: (\d+)/(\d+)")
 

@@ -29,6 +29,7 @@ FORMATS = {
     "valid_accuracy_5": ".4f",
     "lr": ".3g",
     "prune_rate": ".4f",
+    "exploration_rate": ".4f",
     "density": ".4f",
     "images_per_second": ".1f",
     "seconds": ".1f",

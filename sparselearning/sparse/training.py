@@ -283,12 +283,29 @@ class SparseTraining:
 
     def momentum_of(self, weight: Tensor) -> Tensor | None:
         """Return momentum where `weight` is active and the mean of its observed gradients elsewhere."""
-        module = next((module for module in self.trained.values() if module.weight is weight), None)
+        module = self.owner_of(weight)
         if module is None:
             return None
         momentum = momentum_of(self.optimizer, module.value)
         seen = torch.zeros_like(weight) if module.gradient is None else module.gradient / max(module.observed, 1)
         return seen.reshape(-1).scatter(0, module.position, momentum).reshape(weight.shape)
+
+    def gradient_of(self, weight: Tensor) -> Tensor | None:
+        """Return the mean of the gradients observed since the last update.
+
+        Raises:
+            RuntimeError: if none was observed.
+        """
+        module = self.owner_of(weight)
+        if module is None:
+            return None
+        if module.gradient is None:
+            raise RuntimeError("No gradient was observed since the last update of the masks. Train a step in between.")
+        return module.gradient / max(module.observed, 1)
+
+    def owner_of(self, weight: Tensor) -> Trained | None:
+        """Return the layer that trains `weight` here, if there is one."""
+        return next((module for module in self.trained.values() if module.weight is weight), None)
 
 
 def trained_to_dense(model: nn.Module) -> None:

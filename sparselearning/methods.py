@@ -1,0 +1,181 @@
+"""The methods of the field: which parts each one is made of.
+
+    mask = Masking.from_method("rigl", model, optimizer, total_steps=epochs * len(loader), density=0.05)
+    python main.py --method rigl --density 0.05
+
+A method is a row of the table `METHODS`. Its parts are functions and schedules that stay free to combine: every one
+can be taken otherwise, `Masking.from_method("rigl", ..., growth="random")` or `--method rigl --growth random`.
+docs/methods.md says where a row differs from its paper.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from sparselearning.initial import Density, SparseInit
+from sparselearning.schedules import Constant, CosineDecay, CubicDensity, LinearDecay, StepDensity
+
+Schedule = Callable[[int], float]
+
+# (prune rate at first, steps) -> prune rate at a step
+DECAYS: Mapping[str, Callable[[float, int], Schedule]] = {
+    "cosine": CosineDecay,
+    "cosine_to_zero": partial(CosineDecay, eta_min=0.0),
+    "linear": LinearDecay,
+    "constant": lambda prune_rate, steps: Constant(prune_rate),
+}
+# (density at first, density at last, first step, last step) -> density at a step
+DENSITY_SCHEDULES: Mapping[str, Callable[[float, float, int, int], Schedule] | None] = {
+    "constant": None,
+    "cubic": CubicDensity,
+    "step": lambda start, end, begin, finish: StepDensity(start, end, finish),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method is made of.
+
+    Fractions of training are of the number of optimizer steps, so that a method keeps its form in a run of any length.
+
+    Raises:
+        ValueError: for an unknown schedule, or a fraction that is none.
+    """
+
+    name: str  # as papers write it
+    paper: str  # authors, year, link
+    prune: str | Callable = "magnitude"
+    redistribution: str | Callable = "none"
+    growth: str | Callable = "random"
+    sparse_init: SparseInit = "constant"
+    prune_rate: float = 0.5  # fraction of active weights that the first update moves
+    decay_schedule: str = "cosine"  # of the prune rate, until stop_fraction; a key of DECAYS
+    prune_every_k_steps: int = 0  # steps between updates; 0: one at the end of every epoch
+    start_fraction: float = 0.0  # of training, before which the masks stay
+    stop_fraction: float = 1.0  # of training, after which the masks stay
+    density_schedule: str = "constant"  # from start_fraction to stop_fraction; a key of DENSITY_SCHEDULES
+    start_density: float | None = None  # None: the final density
+    reset_state: bool = False  # of the optimizer, where a weight becomes active
+    regrown: str = "zero"  # what a weight is when it becomes active
+
+    def __post_init__(self):
+        for part, table in [("decay_schedule", DECAYS), ("density_schedule", DENSITY_SCHEDULES)]:
+            if getattr(self, part) not in table:
+                known = ", ".join(map(repr, table))
+                raise ValueError(f"Unknown {part} {getattr(self, part)!r}. Choose one of {known}.")
+        if not 0 <= self.start_fraction <= self.stop_fraction <= 1:
+            raise ValueError(
+                "Expected 0 <= start_fraction <= stop_fraction <= 1, "
+                f"got {self.start_fraction} and {self.stop_fraction}."
+            )
+        if self.start_density is not None and not 0 < self.start_density <= 1:
+            raise ValueError(f"Expected a start_density in (0, 1], got {self.start_density}.")
+        if self.start_density is not None and self.density_schedule == "constant":
+            raise ValueError("A start_density needs a density_schedule that leaves it: 'cubic' or 'step'.")
+
+    def density_at_start(self, density: Density) -> Density:
+        """Return the density to begin with in order to end with `density`."""
+        return density if self.start_density is None else self.start_density
+
+
+SNFS = "Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/1907.04840"
+SET = "Mocanu et al. 2018, https://arxiv.org/abs/1707.04780"
+DSR = "Mostafa & Wang 2019, https://arxiv.org/abs/1902.05967"
+RIGL = "Evci et al. 2020, https://arxiv.org/abs/1911.11134"
+GMP = "Zhu & Gupta 2017, https://arxiv.org/abs/1710.01878"
+ONE_SHOT = "Han et al. 2015, https://arxiv.org/abs/1506.02626"
+ERK = "erdos_renyi_kernel"
+
+# fmt: off
+METHODS: dict[str, Method] = {
+    "sparse_momentum": Method("Sparse momentum", SNFS, "magnitude", "momentum", "momentum"),
+    "set": Method("SET", SET, "SET", "none", "random", "linear",
+                  prune_rate=0.3, decay_schedule="constant", regrown="random"),
+    "dsr": Method("DSR", DSR, "adaptive_threshold", "remaining", "random",
+                  prune_rate=0.05, decay_schedule="constant", prune_every_k_steps=100),
+    "rigl": Method("RigL", RIGL, "magnitude", "none", "gradient", ERK,
+                   prune_rate=0.3, decay_schedule="cosine_to_zero", prune_every_k_steps=100, stop_fraction=0.75,
+                   reset_state=True),
+    "static": Method("Static random", RIGL, sparse_init=ERK, prune_rate=0.0, decay_schedule="constant",
+                     stop_fraction=0.0),
+    "gmp": Method("Gradual magnitude pruning", GMP, "global_magnitude",
+                  prune_rate=0.0, decay_schedule="constant", prune_every_k_steps=100, stop_fraction=0.75,
+                  density_schedule="cubic", start_density=1.0),
+    "one_shot": Method("One-shot magnitude pruning", ONE_SHOT, "global_magnitude",
+                       prune_rate=0.0, decay_schedule="constant", start_fraction=0.5, stop_fraction=0.5,
+                       density_schedule="step", start_density=1.0),
+}
+# fmt: on
+
+
+def find_method(method: str | Method, **parts: Any) -> Method:
+    """Return the method of this name, with `parts` of it taken otherwise.
+
+    Raises:
+        ValueError: if there is none of this name, or a part has no such value.
+        TypeError: if a method has no such part.
+    """
+    if not isinstance(method, Method):
+        if method not in METHODS:
+            raise ValueError(f"Unknown method {method!r}. Choose one of {', '.join(map(repr, METHODS))}.")
+        method = METHODS[method]
+    if unknown := parts.keys() - set(PARTS):
+        raise TypeError(f"A method has no part {', '.join(sorted(unknown))}. There are {', '.join(PARTS)}.")
+    return dataclasses.replace(method, **parts)
+
+
+PARTS = [field.name for field in dataclasses.fields(Method) if field.name not in ("name", "paper")]
+
+
+def masking_arguments(method: Method, density: Density, total_steps: int) -> dict[str, Any]:
+    """Return the arguments of `Masking` for a method that is to end with `density`, after `total_steps` steps.
+
+    Raises:
+        ValueError: if `total_steps` is less than 1, or the density changes and single layers have one of their own.
+    """
+    if total_steps < 1:
+        raise ValueError(f"Expected total_steps of at least 1, got {total_steps}.")
+    first, last = round(method.start_fraction * total_steps), round(method.stop_fraction * total_steps)
+    return dict(
+        prune_rate_decay=DECAYS[method.decay_schedule](method.prune_rate, max(last, 1)),
+        prune_mode=method.prune,
+        growth_mode=method.growth,
+        redistribution_mode=method.redistribution,
+        prune_every_k_steps=method.prune_every_k_steps,
+        density_schedule=_density_schedule(method, density, first, last),
+        first_update=first,
+        last_update=last if method.stop_fraction < 1 else None,
+        reset_state=method.reset_state,
+        regrown=method.regrown,
+    )
+
+
+def _density_schedule(method, density, first, last):
+    schedule = DENSITY_SCHEDULES[method.density_schedule]
+    if schedule is None:
+        return None
+    if isinstance(density, Mapping):
+        raise ValueError(
+            f"{method.name} changes the density of the network; single layers cannot have one of their own."
+        )
+    return schedule(method.density_at_start(density), density, first, last)
+
+
+def table() -> str:
+    """Return the methods as lines of text: key, name and paper, then the parts that are not a `Method`'s default."""
+    lines = []
+    for key, method in METHODS.items():
+        parts = [f"{part}={_show(getattr(method, part))}" for part in PARTS if _stands_out(method, part)]
+        lines += [f"{key}: {method.name}. {method.paper}", f"    {' '.join(parts)}"]
+    return "\n".join(lines)
+
+
+def _stands_out(method, part):
+    default = next(field.default for field in dataclasses.fields(Method) if field.name == part)
+    return part in ("prune", "redistribution", "growth") or getattr(method, part) != default
+
+
+def _show(value):
+    return getattr(value, "__name__", value)
