@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py $(wildcard sparselearning/*.cpp sparselearning/sparse/kernels/*)
 
-.PHONY: demo demo-imagenet test lint clean
+.PHONY: demo demo-imagenet test lint results-mnist clean
 
 demo: .venv/installed
 	$(BIN)/python mnist_cifar/demo.py
@@ -21,6 +21,10 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+# Hours, or days with lenet5; goes on where it was stopped. ARGS="--models lenet300-100 --seeds 1" does less.
+results-mnist: .venv/installed
+	$(BIN)/python benchmarks/results_mnist.py $(ARGS)
 
 .venv/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv

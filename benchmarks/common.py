@@ -148,7 +148,7 @@ def machine(device: str) -> dict[str, Any]:
         torch=torch.__version__,
         numpy=np.__version__,
         python=platform.python_version(),
-        commit=_commit(),
+        commit=commit(),
     )
     if device.startswith("cuda"):
         found |= dict(gpu=torch.cuda.get_device_name(device), cuda=torch.version.cuda)
@@ -160,7 +160,8 @@ def _processor():
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
-def _commit():
+def commit() -> str:
+    """Return the commit that is checked out, and whether it was changed."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 

@@ -86,7 +86,8 @@ def plot_accuracy_density(rows: Sequence[Mapping[str, Any]], path: str | Path) -
     figure, (axes,) = _figure(7, 4.5)
     labels = list(dict.fromkeys(row["label"] for row in rows))
     lowest = min(row["density"] for row in rows)
-    for label, colour, marker in zip(labels, cycle(COLOURS), cycle(MARKERS), strict=False):
+    styles = [(*look, line) for line in ("-", "--", ":") for look in zip(COLOURS, MARKERS, strict=True)]
+    for label, (colour, marker, line) in zip(labels, cycle(styles), strict=False):
         points = sorted((row for row in rows if row["label"] == label), key=lambda row: row["density"])
         density, accuracy = (np.array([row[key] for row in points]) for key in ("density", "accuracy"))
         low, high = np.array([row["interval"] or (row["accuracy"],) * 2 for row in points]).T
@@ -95,7 +96,7 @@ def plot_accuracy_density(rows: Sequence[Mapping[str, Any]], path: str | Path) -
             axes.axhspan(low[0], high[0], color=colour, alpha=0.15, linewidth=0)
         else:
             bars = np.maximum([accuracy - low, high - accuracy], 0)
-            axes.errorbar(density, accuracy, bars, color=colour, marker=marker, capsize=3, label=label)
+            axes.errorbar(density, accuracy, bars, color=colour, marker=marker, linestyle=line, capsize=3, label=label)
     bottom, top = axes.get_ylim()
     axes.set_ylim(max(bottom, 0), min(top, 1))  # the interval of two runs may leave [0, 1]
     _label(axes, "density", "test accuracy")

@@ -1,0 +1,220 @@
+"""Every method on MNIST: test error at several densities, mean and standard error over seeds.
+
+    python benchmarks/results_mnist.py
+    python benchmarks/results_mnist.py --models lenet300-100 --methods set rigl --densities 0.05 --seeds 1 --epochs 10
+    python benchmarks/results_mnist.py --report
+
+Runs mnist_cifar/main.py in two processes of one thread each, LeNet-300-100 and the first seed first. Every finished run
+is a line of results/methods_mnist.csv; those that are there are not repeated, so that an interrupted sweep goes on.
+At the end, and with --report alone, it writes the tables to results/methods_mnist.md and a picture per model,
+results/methods_mnist-<model>.png, with the runs of --epochs.
+"""
+
+import argparse
+import csv
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import common
+import torch
+from tabulate import tabulate
+
+from sparselearning.experiments import plots
+from sparselearning.experiments.results import statistics
+from sparselearning.methods import METHODS
+
+SCRIPT = Path(__file__).parent.parent / "mnist_cifar" / "main.py"
+RESULTS = Path(__file__).parent / "results"
+KEY = ["model", "method", "density", "seed", "epochs"]
+COLUMNS = [*KEY, "test_accuracy", "active_weights", "exploration_rate", "seconds", "commit", "torch"]
+FIRST_SEED = 17
+DENSE = "dense"
+WRITING = threading.Lock()
+
+# Test accuracy in % of LeNet-300-100. Sparse momentum and dense: Dettmers & Zettlemoyer 2019,
+# https://arxiv.org/abs/1907.04840; the others as compared there, after Mostafa & Wang 2019.
+PUBLISHED = {
+    "Sparse momentum": {0.01: 97.53, 0.02: 98.20, 0.03: 98.30, 0.04: 98.42, 0.05: 98.53, 0.1: 98.67},
+    "DSR": {0.01: 97.54, 0.02: 98.14, 0.03: 98.20, 0.04: 98.23, 0.05: 98.32, 0.1: 98.44},
+    "SET": {0.01: 95.80, 0.02: 97.74, 0.03: 98.06, 0.04: 98.10, 0.05: 98.14, 0.1: 98.39},
+    "Deep Rewiring": {0.01: 94.0, 0.02: 98.21, 0.03: 98.22, 0.04: 98.30, 0.05: 98.06, 0.1: 98.19},
+    "Dense": {1.0: 98.69},
+}
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    models = ["lenet300-100", "lenet5"]
+    add("--models", nargs="+", choices=models, default=models, help="default: all")
+    add(
+        "--methods",
+        nargs="+",
+        choices=[DENSE, *METHODS],
+        default=[DENSE, *METHODS],
+        metavar="NAME",
+        help="default: all",
+    )
+    add(
+        "--densities",
+        nargs="+",
+        type=float,
+        default=[0.05, 0.01, 0.1, 0.02],
+        help="in this order (default: %(default)s)",
+    )
+    add("--seeds", type=int, default=3, help=f"how many, from {FIRST_SEED} on (default: %(default)s)")
+    add("--epochs", type=int, default=100, help="default: %(default)s")
+    add("--workers", type=int, default=2, help="processes at a time (default: %(default)s)")
+    add("--data-dir", help="folder of the data files (default: that of main.py)")
+    add("--run-dir", type=Path, default=Path("runs/results_mnist"), help="folder of the runs (default: %(default)s)")
+    add("--csv", type=Path, default=RESULTS / "methods_mnist.csv", help="results (default: %(default)s)")
+    add("--report", action="store_true", help="write tables and pictures of what is there, and end")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if not args.report:
+        done = {key(row) for row in read(args.csv)}
+        left = [work for work in sweep(args) if key(work) not in done]
+        logging.info("%d runs to make, %d are there", len(left), len(done))
+        with ThreadPoolExecutor(args.workers) as workers:
+            running = [workers.submit(train, args, work) for work in left]
+            try:
+                for i, run in enumerate(as_completed(running), start=1):
+                    logging.info("%d of %d: %s", i, len(left), run.result())
+            finally:
+                workers.shutdown(cancel_futures=True)  # on Ctrl-C
+    report(args)
+
+
+def sweep(args):
+    """Return what is to be run, in order: a dict for each run."""
+    return [
+        dict(model=model, method=method, density=1.0 if method == DENSE else density, seed=seed, epochs=args.epochs)
+        for model in args.models
+        for seed in range(FIRST_SEED, FIRST_SEED + args.seeds)
+        for i, density in enumerate(args.densities)
+        for method in args.methods
+        if method != DENSE or i == 0
+    ]
+
+
+def key(row):
+    return row["model"], row["method"], float(row["density"]), int(row["seed"]), int(row["epochs"])
+
+
+def read(path):
+    """Return the rows of the CSV file, none if there is no file."""
+    return list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
+
+
+def train(args, work):
+    """Make one run and append it to the CSV file; return a line that says how it went."""
+    kind = ["--dense"] if work["method"] == DENSE else ["--method", work["method"], "--density", str(work["density"])]
+    place = args.run_dir / "-".join(str(work[name]) for name in KEY)
+    command = [sys.executable, str(SCRIPT), "--data", "mnist", "--model", work["model"], *kind, "--device", "cpu"]
+    command += ["--seed", str(work["seed"]), "--epochs", str(work["epochs"]), "--max-threads", "1"]
+    command += ["--run-dir", str(place), *(["--data-dir", args.data_dir] if args.data_dir else [])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return f"{' '.join(command)} ended with status {done.returncode}: {done.stderr.strip()}"
+    newest = max(place.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+    *epochs, test = map(json.loads, newest.read_text().splitlines())
+    row = work | dict(
+        test_accuracy=test["test_accuracy"],
+        active_weights=epochs[-1]["active_weights"],
+        exploration_rate=epochs[-1].get("exploration_rate", 1.0),
+        seconds=round(sum(epoch["seconds"] for epoch in epochs), 1),
+        commit=common.commit(),
+        torch=torch.__version__,
+    )
+    with WRITING:
+        append(args.csv, row)
+    return " ".join(str(row[name]) for name in COLUMNS[:6])
+
+
+def append(path, row):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    begins = not path.is_file()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if begins:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def report(args):
+    """Write the tables and the pictures of the runs of `args.epochs` epochs."""
+    rows = [row for row in read(args.csv) if int(row["epochs"]) == args.epochs]
+    parts = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        cells = summarise([row for row in rows if row["model"] == model])
+        seeds = max(len(errors) for errors in cells.values())
+        parts += [
+            f"MNIST, {model}, {args.epochs} epochs: test error in %, mean (standard error) over {seeds} seeds; fewer "
+            "are in square brackets.",
+            markdown(cells, PUBLISHED if model == "lenet300-100" else {}, seeds),
+        ]
+        points = [point(method, density, errors) for (method, density), errors in cells.items()]
+        picture = args.csv.with_name(f"{args.csv.stem}-{model}.png")
+        plots.plot_accuracy_density(points, picture)
+        logging.info("Wrote %s", picture)
+    path = args.csv.with_suffix(".md")
+    path.write_text("\n\n".join(parts) + "\n")
+    logging.info("Wrote %s", path)
+
+
+def summarise(rows):
+    """Return (method, density) -> test errors in %, one per seed, methods in the order of their table."""
+    cells = {}
+    for row in rows:
+        cells.setdefault((row["method"], float(row["density"])), []).append(100 * (1 - float(row["test_accuracy"])))
+    order = [DENSE, *METHODS]
+    return dict(sorted(cells.items(), key=lambda cell: (order.index(cell[0][0]), cell[0][1])))
+
+
+def markdown(cells, published, seeds):
+    densities = sorted({density for _, density in cells})
+    lines = []
+    for method in dict.fromkeys(method for method, _ in cells):
+        found = [show(cells.get((method, density)), seeds) for density in densities]
+        lines.append([title(method), *found])
+    for name, accuracy in published.items():
+        found = [f"{100 - accuracy[density]:.2f}" if density in accuracy else "" for density in densities]
+        if any(found):
+            lines.append([f"{name}, published", *found])
+    headers = ["method", *(f"{100 * density:g}%" for density in densities)]
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+
+def title(method):
+    return "Dense" if method == DENSE else METHODS[method].name
+
+
+def show(errors, seeds):
+    if not errors:
+        return ""
+    numbers = statistics(errors)
+    spread = "" if numbers["standard_error"] is None else f" ({numbers['standard_error']:.2f})"
+    return f"{numbers['mean']:.2f}{spread}" + (f" [{len(errors)}]" if len(errors) < seeds else "")
+
+
+def point(method, density, errors):
+    """Return a point of the picture; its bar is the standard error."""
+    numbers = statistics([1 - error / 100 for error in errors])
+    mean, error = numbers["mean"], numbers["standard_error"]
+    interval = None if error is None else (mean - error, mean + error)
+    return dict(label=title(method), density=density, accuracy=mean, interval=interval)
+
+
+if __name__ == "__main__":
+    main()

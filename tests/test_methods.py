@@ -1,0 +1,362 @@
+"""What every method of the table holds, and the golden examples of its parts."""
+
+import copy
+import math
+
+import pytest
+import torch
+from helpers import assert_masks_hold, backward, layer_with, masked, mlp, same, snapshot, train
+from processes import run as run_processes
+from script import assert_equal, checkpoint_of, load_main, metrics_of, run_folder
+
+from sparselearning import Masking
+from sparselearning.experiments import plots
+from sparselearning.grow import gradient_growth
+from sparselearning.methods import METHODS, find_method, masking_arguments
+from sparselearning.prune import adaptive_threshold_prune
+from sparselearning.redistribute import nonzero_redistribution, remaining_redistribution
+from sparselearning.schedules import Constant, CosineDecay, CubicDensity, StepDensity
+
+T, F = True, False
+STEPS, EPOCH = 24, 6  # of the short trainings here, with an update every other step where a method updates by steps
+
+
+def begin(method, optimizer=torch.optim.SGD, density=0.2, **parts):
+    """A small network, its optimizer and its masks by this method."""
+    model = mlp(20, 30, 10)
+    settings = dict(lr=0.1, momentum=0.9) if optimizer is torch.optim.SGD else dict(lr=0.01)
+    optimizer = optimizer(model.parameters(), **settings)
+    if METHODS[method].prune_every_k_steps:
+        parts = {"prune_every_k_steps": 2} | parts
+    return model, optimizer, Masking.from_method(method, model, optimizer, STEPS, density, **parts)
+
+
+def go_on(model, optimizer, masking, first=0, last=STEPS):
+    """Train from one step to another on data that depend on the step; yield after each step and epoch."""
+    for step in range(first, last):
+        backward(model, torch.randn(8, 20, generator=torch.Generator().manual_seed(step)))
+        optimizer.step()
+        yield step + 1
+        if (step + 1) % EPOCH == 0 and step + 1 < STEPS:
+            masking.at_end_of_epoch()
+            yield step + 1
+
+
+def due(masking, step):
+    """The number of weights that are to be active after an update at `step`."""
+    density = 0.2 if masking.density_schedule is None else masking.density_schedule(step)
+    return round(density * 900)
+
+
+# Every method
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("method", METHODS)
+def test_counts_are_exact_and_inactive_weights_zero(method, optimizer):
+    model, optimizer, masking = begin(method, optimizer)
+    updates = [masking.total_nonzero]
+    for step in go_on(model, optimizer, masking):
+        assert_masks_hold(masking)
+        assert masking.total_nonzero in (updates[-1], due(masking, step))
+        updates.append(masking.total_nonzero)
+        masking.check()
+    assert masking.total_nonzero == 180
+    assert 0.2 <= masking.exploration_rate <= 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_is_the_uninterrupted_one(method):
+    torch.manual_seed(0)
+    parts = begin(method)
+    saved = None
+    for step in go_on(*parts):
+        if step == 7:
+            saved = copy.deepcopy([part.state_dict() for part in parts]), torch.get_rng_state()
+    torch.manual_seed(1)
+    again = begin(method)
+    for part, state in zip(again, saved[0], strict=True):
+        part.load_state_dict(state)
+    torch.set_rng_state(saved[1])
+    list(go_on(*again, first=7))
+    for part, other in zip(parts, again, strict=True):
+        assert_equal(part.state_dict(), other.state_dict())
+
+
+def replicas():
+    """Train by every method in one of several processes, with data and generator of its own."""
+    rank = torch.distributed.get_rank()
+    states = {}
+    for method in METHODS:
+        torch.manual_seed(rank)
+        model, optimizer, masking = begin(method)
+        network = torch.nn.parallel.DistributedDataParallel(model)
+        for step in range(12):
+            backward(network, torch.randn(8, 20))
+            optimizer.step()
+            if step % 4 == 3:
+                masking.at_end_of_epoch()
+        states[method] = {"model": model.state_dict(), "mask": masking.state_dict()}
+    return states
+
+
+def test_replicas_agree():
+    first, second = run_processes(replicas, 2)
+    for method in METHODS:
+        assert_equal(first[method], second[method], method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_script_runs_it(method, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(plots, "plot_density", lambda *_: None)
+    main = load_main()
+    often = ["--prune-every-k-steps", "5"] if METHODS[method].prune_every_k_steps else []
+    place = ["--data", "digits", "--device", "cpu", "--max-threads", "1", "--run-dir", str(tmp_path)]
+    main.main(["--method", method, "--density", "0.1", "--epochs", "3", *often, *place])
+    metrics = metrics_of(run_folder(tmp_path))
+    saved = checkpoint_of(run_folder(tmp_path))
+    for name, layer in saved["mask"]["layers"].items():
+        assert not saved["model"][name][~layer["mask"]].any()
+    assert metrics[2]["active_weights"] == 26620
+    assert 0.1 <= metrics[0]["exploration_rate"] <= metrics[2]["exploration_rate"] <= 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_between_updates_no_method_adds_to_a_step(method, monkeypatch):
+    model, optimizer, masking = begin(method, prune_every_k_steps=1000)
+    train(model, optimizer, 2)
+    monkeypatch.setattr(torch.Tensor, "item", None)  # what waits for a device
+    monkeypatch.setattr(torch.Tensor, "tolist", None)
+    masking.last_update = None
+    backward(model)
+    optimizer.step()
+
+
+# The table
+
+
+def test_an_unknown_method_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"Unknown method 'rigel'. Choose one of 'sparse_momentum', 'set', "):
+        find_method("rigel")
+
+
+def test_an_unknown_part_names_the_known_ones():
+    with pytest.raises(TypeError, match=r"A method has no part grwth. There are prune, redistribution, growth, "):
+        find_method("rigl", grwth="random")
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (dict(decay_schedule="cubic"), "Unknown decay_schedule 'cubic'. Choose one of 'cosine', "),
+        (dict(density_schedule="cosine"), "Unknown density_schedule 'cosine'. Choose one of 'constant', 'cubic', "),
+        (dict(start_fraction=0.8), "Expected 0 <= start_fraction <= stop_fraction <= 1, got 0.8 and 0.75."),
+        (dict(start_density=1.5, density_schedule="cubic"), "Expected a start_density in (0, 1], got 1.5."),
+        (dict(start_density=0.5), "A start_density needs a density_schedule that leaves it: 'cubic' or 'step'."),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(parts, message):
+    with pytest.raises(ValueError) as refused:  # noqa: PT011
+        find_method("rigl", **parts)
+    assert str(refused.value).startswith(message)
+
+
+def test_a_method_is_the_arguments_of_masking():
+    assert masking_arguments(find_method("rigl", prune_rate=0.2), density=0.05, total_steps=1000) == dict(
+        prune_rate_decay=CosineDecay(0.2, 750, eta_min=0.0),
+        prune_mode="magnitude",
+        growth_mode="gradient",
+        redistribution_mode="none",
+        prune_every_k_steps=100,
+        density_schedule=None,
+        first_update=0,
+        last_update=750,
+        reset_state=True,
+        regrown="zero",
+    )
+    gradual = masking_arguments(METHODS["gmp"], density=0.05, total_steps=1000)
+    assert gradual["density_schedule"] == CubicDensity(1.0, 0.05, 0, 750)
+    assert gradual["prune_rate_decay"] == Constant(0.0)
+
+
+def test_a_method_begins_with_its_density():
+    assert begin("gmp")[2].density == 1
+    assert begin("rigl")[2].density == 0.2
+
+
+def test_one_shot_prunes_once():
+    model, optimizer, masking = begin("one_shot")
+    counts = [masking.total_nonzero for _ in go_on(model, optimizer, masking)]
+    assert counts == 12 * [900] + 15 * [180]  # steps 1 to 11 and the end of an epoch, then those from 12 on
+
+
+def test_static_masks_stay():
+    model, optimizer, masking = begin("static")
+    first = snapshot(masking)
+    list(go_on(model, optimizer, masking))
+    assert same(masking.masks, first)
+    assert masking.exploration_rate == 0.2
+
+
+# Densities that change over time
+
+
+@pytest.mark.parametrize("redistribution", ["none", "momentum", "remaining"])
+@pytest.mark.parametrize("prune_rate", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "schedule", [CubicDensity(0.9, 0.1, 2, 9), CubicDensity(0.1, 0.9, 2, 9), StepDensity(0.5, 0.05, 5)]
+)
+def test_the_density_follows_its_schedule_to_the_weight(schedule, prune_rate, redistribution):
+    model = mlp(20, 30, 10)
+    masking = masked(
+        model,
+        density=schedule(0),
+        prune_rate=prune_rate,
+        redistribution_mode=redistribution,
+        prune_every_k_steps=1,
+        density_schedule=schedule,
+    )
+    for step in range(1, 12):
+        train(model, masking, 1)
+        assert masking.total_nonzero == masking.baseline_nonzero == round(900 * schedule(step))
+        assert_masks_hold(masking)
+
+
+def test_layers_fall_in_proportion_and_none_gives_each_back_what_it_lost():
+    model = mlp(20, 30, 10)
+    schedule = StepDensity(1.0, 0.5, 1)
+    masking = masked(model, None, 1.0, prune_rate=0.3, redistribution_mode="none", density_schedule=schedule)
+    train(model, masking, 1)
+    masking.at_end_of_epoch()
+    assert masking.name2removed == {"fc1.weight": 300 + 90, "fc2.weight": 150 + 45}
+    assert masking.name2nonzeros == {"fc1.weight": 300, "fc2.weight": 150}
+
+
+def test_the_schedule_arrives_at_the_last_update():
+    model = mlp(20, 30, 10)
+    schedule = CubicDensity(1.0, 0.1, 0, 7)
+    masking = masked(model, None, 1.0, prune_every_k_steps=5, density_schedule=schedule, last_update=7)
+    counts = []
+    for _ in range(12):
+        train(model, masking, 1)
+        counts.append(masking.total_nonzero)
+    assert counts == 4 * [900] + 2 * [round(900 * schedule(5))] + 6 * [90]
+
+
+def test_masks_stay_before_the_first_update():
+    model = mlp(20, 30, 10)
+    masking = masked(model, prune_every_k_steps=1, first_update=3)
+    first = snapshot(masking)
+    train(model, masking, 2)
+    assert same(masking.masks, first)
+    train(model, masking, 1)
+    assert not same(masking.masks, first)
+
+
+def test_a_density_that_is_none_is_refused():
+    model = mlp(20, 30, 10)
+    masking = masked(model, density_schedule=lambda step: 1 - step)
+    train(model, masking, 1)
+    with pytest.raises(ValueError, match=r"Expected a density in \(0, 1\] at step 1, got 0 of density_schedule"):
+        masking.at_end_of_epoch()
+
+
+# Regrown weights
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("reset", [True, False])
+def test_the_state_of_regrown_weights_is_reset(optimizer, reset):
+    model, optimizer, masking = begin("rigl", optimizer, prune_every_k_steps=3, reset_state=reset)
+    train(model, optimizer, 2)
+    before = snapshot(masking)
+    train(model, optimizer, 1)
+    for layer in masking.layers:
+        regrown = layer.mask & ~before[layer.name]
+        assert regrown.any()
+        for key, value in optimizer.state[layer.weight].items():
+            if key != "step":
+                assert bool(value[regrown].any()) is not reset
+                assert value[layer.mask & ~regrown].any()
+
+
+def test_regrown_weights_are_as_large_as_the_others():
+    model = mlp(300, 200, 10)
+    masking = masked(model, density=0.3, prune_rate=0.3, regrown="random", growth_mode="random")
+    before = snapshot(masking)
+    rms = {layer.name: layer.weight[layer.mask].square().mean().sqrt().item() for layer in masking.layers}
+    masking.at_end_of_epoch()
+    assert_masks_hold(masking)
+    layer = masking.layers[0]
+    regrown = layer.weight[layer.mask & ~before[layer.name]]
+    assert regrown.square().mean().sqrt().item() == pytest.approx(rms[layer.name], rel=0.05)
+    assert abs(regrown.mean().item()) < 0.1 * rms[layer.name]
+    assert regrown.abs().max().item() <= math.sqrt(3) * rms[layer.name]
+
+
+def test_an_unknown_start_value_is_refused():
+    with pytest.raises(ValueError, match=r"Unknown regrown 'one'. Choose one of 'zero', 'random'."):
+        masked(mlp(5, 5), regrown="one")
+
+
+# Golden examples
+
+
+def test_gradient_growth():
+    masking = layer_with([[1.0, 0, 0, 0]], [[T, F, F, F]])
+    layer = masking.layers[0]
+    layer.weight.grad = torch.tensor([[9.0, 1.0, -3.0, 2.0]])
+    assert gradient_growth(masking, "weight", layer.mask, 2, layer.weight).tolist() == [[T, F, T, T]]
+
+
+def test_gradient_growth_without_gradient_says_what_to_do():
+    model = mlp(5, 5)
+    masking = masked(model, growth_mode="gradient")
+    train(model, masking)
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match=r"shape \(5, 5\) has no gradient.*prune_every_k_steps=100"):
+        masking.at_end_of_epoch()
+
+
+def test_adaptive_threshold_doubles_and_halves():
+    weight = [[0.1, -0.2, 0.3, 0.4], [0.5, -0.6, 0.7, 0.8]]
+    masking = layer_with(weight, prune_rate=0.5)  # 4 of 8
+    masking.prune_threshold = 0.15
+    assert adaptive_threshold_prune(masking)["weight"].tolist() == [[F, T, T, T], [T, T, T, T]]
+    assert masking.prune_threshold == 0.3
+    assert adaptive_threshold_prune(masking)["weight"].tolist() == [[F, F, T, T], [T, T, T, T]]
+    assert masking.prune_threshold == 0.6
+    assert adaptive_threshold_prune(masking)["weight"].tolist() == [[F, F, F, F], [F, T, T, T]]
+    assert masking.prune_threshold == 0.3
+    masking.prune_threshold = 0.45
+    adaptive_threshold_prune(masking)  # as many as intended
+    assert masking.prune_threshold == 0.45
+
+
+def test_remaining_counts_what_pruning_left():
+    model = mlp(20, 30, 10)
+    seen = {}
+
+    def measure(masking, name, weight, mask):
+        seen.setdefault(name, []).append(remaining_redistribution(masking, name, weight, mask))
+        return nonzero_redistribution(masking, name, weight, mask)
+
+    measure.after_pruning = True
+    masking = masked(model, redistribution_mode=measure)
+    masking.at_end_of_epoch()
+    assert seen == {"fc1.weight": [120, 60], "fc2.weight": [60, 30]}
+
+
+def test_exploration_counts_every_weight_once():
+    masking = masked(mlp(4, 4), density=0.25)
+    mask = masking.masks["fc1.weight"]
+    assert masking.exploration_rate == 0.25
+    first = mask.clone()
+    masking.grow = lambda masking, name, new_mask, total_regrowth, weight: (
+        ~first & (torch.arange(16).reshape(4, 4) < 10)
+    )
+    masking.at_end_of_epoch()
+    explored = first | (~first & (torch.arange(16).reshape(4, 4) < 10))
+    assert masking.exploration_rate == explored.sum().item() / 16
+    assert torch.equal(masking.ever_active["fc1.weight"], explored)
