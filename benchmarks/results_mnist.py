@@ -34,6 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 KEY = ["model", "method", "density", "seed", "epochs"]
 COLUMNS = [*KEY, "test_accuracy", "active_weights", "exploration_rate", "seconds", "commit", "torch"]
 FIRST_SEED = 17
+DECAY_STEPS = 25000  # between two decays of the learning rate in 100 epochs; shorter runs decay after the same share
 DENSE = "dense"
 WRITING = threading.Lock()
 
@@ -121,7 +122,9 @@ def train(args, work):
     kind = ["--dense"] if work["method"] == DENSE else ["--method", work["method"], "--density", str(work["density"])]
     place = args.run_dir / "-".join(str(work[name]) for name in KEY)
     command = [sys.executable, str(SCRIPT), "--data", "mnist", "--model", work["model"], *kind, "--device", "cpu"]
+    decay = str(DECAY_STEPS * work["epochs"] // 100)
     command += ["--seed", str(work["seed"]), "--epochs", str(work["epochs"]), "--max-threads", "1"]
+    command += ["--decay_frequency", decay]
     command += ["--run-dir", str(place), *(["--data-dir", args.data_dir] if args.data_dir else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
