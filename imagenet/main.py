@@ -31,6 +31,7 @@ from sparselearning.core import Masking, add_sparse_args
 from sparselearning.experiments import images, plots
 from sparselearning.experiments.arguments import (
     ArgumentParser,
+    check_sparse_backend,
     chosen_method,
     fail,
     fraction,
@@ -185,6 +186,7 @@ def check(parser, args, recipe):
         parser.error(f"--batch-size {args.batch_size} cannot be divided evenly among {parts}")
     if args.fsdp and processes == 1:
         parser.error("--fsdp shards among processes: start it with torchrun --nproc_per_node N")
+    check_sparse_backend(parser, args, args.device)
     if args.dynamic_loss_scale:
         args.static_loss_scale = None
     if args.fp16:
@@ -378,7 +380,7 @@ def build_mask(args, model, optimizer, steps, to_score=None):
     `to_score` returns the batches that scores before training are computed on: those of one step. Of several
     processes the first one's scores count.
     """
-    kind = dict(verbose=args.verbose, fp16=args.amp == "apex")
+    kind = dict(verbose=args.verbose, fp16=args.amp == "apex", sparse_backend=args.sparse_backend)
     chosen = choice_of_weights(args, model, to_score)
     return Masking.from_method(chosen_method(args), model, optimizer, steps, **chosen, **kind)
 

@@ -30,6 +30,7 @@ from sparselearning.experiments import data as datasets
 from sparselearning.experiments import features, plots
 from sparselearning.experiments.arguments import (
     ArgumentParser,
+    check_sparse_backend,
     chosen_method,
     fail,
     fraction,
@@ -54,6 +55,7 @@ from sparselearning.experiments.training import (
 from sparselearning.functions import FunctionError
 from sparselearning.maskable import maskable_parameters
 from sparselearning.momentum import torch_optimizer
+from sparselearning.sparse import convert, to_dense
 
 IMAGE_SHAPES = {"digits": (1, 28, 28), "mnist": (1, 28, 28), "cifar": (3, 32, 32)}
 
@@ -101,7 +103,7 @@ def parse_arguments(argv=None):
         help="steps between two losses shown (default: 100)")
     add("--save-features", action="store_true",
         help="write features.npz, for plot_feature_histograms.py; with --resume, of the saved model")
-    add("--bench", action="store_true", help="time the layers on the test set and estimate sparse speed-ups")
+    add("--bench", action="store_true", help="time the layers on the test set, dense and on sparse kernels")
     # fmt: on
     add_sparse_args(parser, EXTENSIONS)
     args = parser.parse_args(argv)
@@ -176,6 +178,7 @@ def check(parser, args):
         parser.error(f"--batch-size {args.batch_size} cannot be divided evenly among {processes} processes")
     if processes > 1 and (args.save_features or args.bench):
         parser.error("--save-features and --bench look at one process: --resume the run without torchrun for them")
+    check_sparse_backend(parser, args, args.device)
     if args.fp16:
         args.amp = "apex" if find_apex() else "fp16"
 
@@ -273,9 +276,11 @@ def run(args):
                 seen = features.collect(model, in_order(data.test), data.classes)
                 features.save(seen, folder.path / "features.npz")
             if args.bench:
-                with LayerBench(model) as bench:
-                    evaluate(model, in_order(data.test), precision)
-                logger.info(bench.table())
+                plain = to_dense(model)
+                with LayerBench(plain) as bench:
+                    evaluate(plain, in_order(data.test), precision)
+                images = next(iter(in_order(data.test)))[0]
+                logger.info(bench.table(convert(plain, images)[1]))
         plots.plot_curves(folder.metrics, folder.path / "curves.png")
         if mask is not None:
             plots.plot_density(folder.metrics, folder.path / "density.png")
@@ -296,7 +301,7 @@ def build_mask(args, model, optimizer, steps, to_score=None):
 
     `to_score` returns the batches that scores before training are computed on.
     """
-    kind = dict(verbose=args.verbose, fp16=args.amp == "apex")
+    kind = dict(verbose=args.verbose, fp16=args.amp == "apex", sparse_backend=args.sparse_backend)
     chosen = choice_of_weights(args, model, to_score)
     return Masking.from_method(chosen_method(args, EXTENSIONS), model, optimizer, steps, **chosen, **kind)
 

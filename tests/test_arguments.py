@@ -87,6 +87,7 @@ def test_defaults_are_the_paper_s():
         dense_layers=[],
         reset_state=False,
         regrown="zero",
+        sparse_backend=None,
         method=None,
         dense=False,
         verbose=False,

@@ -1,11 +1,14 @@
 """The per-layer benchmark: what it counts by hand, what it estimates, what it leaves behind."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 from sparselearning.experiments import bench
 from sparselearning.experiments.bench import LayerBench
+from sparselearning.sparse import LayerReport, Report
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -37,7 +40,7 @@ def test_convolution_counted_by_hand(device):
     assert layer.dead_input_channels == pytest.approx(0.75)
     assert layer.seconds > 0
     assert layer.channel_sparse_seconds == pytest.approx(layer.seconds * 0.5 * 0.25)
-    assert layer.sparse_seconds == pytest.approx(layer.seconds * 2 / 72 * 37 / 288)
+    assert layer.zero_free_seconds == pytest.approx(layer.seconds * 2 / 72 * 37 / 288)
 
 
 @torch.no_grad()
@@ -100,18 +103,26 @@ def test_the_table_marks_estimates_and_adds_up(monkeypatch):
         model[0].bias.fill_(1.0)
         model[1].weight.fill_(1.0)
     lines = bench_of(model, torch.ones(1, 2)).table().splitlines()
-    assert lines[1].split()[-6:] == ["measured", "ms", "estimated", "ms", "estimated", "ms"]
+    assert lines[1].split()[-8:] == ["measured", "ms", "measured", "ms", "estimated", "ms", "estimated", "ms"]
     cells = {line.split()[0]: line.split()[1:] for line in lines[2:]}
-    assert cells["0"] == ["0.5000", "1.0000", "0.5000", "0.0000", "1.0000", "0.5000", "0.5000"]
-    assert cells["total"] == ["4.0000", "3.5000", "3.5000"]
-    assert cells["speed-up"] == ["1.00x", "1.14x", "1.14x"]
+    assert cells["0"] == ["0.5000", "1.0000", "0.5000", "0.0000", "1.0000", "-", "0.5000", "0.5000"]
+    assert cells["total"] == ["4.0000", "4.0000", "3.5000", "3.5000"]
+    assert cells["speed-up"] == ["1.00x", "1.00x", "1.14x", "1.14x"]
     assert "ESTIMATES" in "\n".join(lines)
 
 
-def test_another_time_is_one_more_column(monkeypatch):
-    monkeypatch.setitem(bench.TIMES, "sparse\nmeasured ms", lambda layer: layer.seconds / 2)
-    lines = bench_of(nn.Linear(2, 2), torch.ones(1, 2)).table().splitlines()
-    assert next(line for line in lines if line.startswith("speed-up")).endswith("2.00x")
+def test_measured_sparse_times_stand_beside_the_estimates(monkeypatch):
+    instants = iter([0.0, 0.001, 0.002, 0.005])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(instants))
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    layers = [LayerReport("0", 0.5, 1.0, 0.25, True), LayerReport("1", 1.0, 3.0, 9.0, False, "no zeros")]
+    lines = bench_of(model, torch.ones(1, 2)).table(Report(layers, 4.0, 2.0)).splitlines()
+    cells = {line.split()[0]: line.split()[5:7] for line in lines[3:5]}
+    assert cells == {"0": ["1.0000", "0.2500"], "1": ["3.0000", "-"]}
+    total, gain = (next(line for line in lines if line.startswith(word)).split() for word in ("total", "speed-up"))
+    assert total[1:3] == ["4.0000", "3.2500"]
+    assert gain[1:3] == ["1.00x", "1.23x"]
+    assert re.search(r"threads: dense 4\.0000 ms, sparse 2\.0000 ms, 2\.00x$", lines[-1])
 
 
 def test_an_all_zero_layer_has_no_speed_up():

@@ -28,6 +28,7 @@ from sparselearning.experiments import plots, training
 from sparselearning.grow import GROWTH_FUNCTIONS
 from sparselearning.prune import PRUNE_FUNCTIONS
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
+from sparselearning.sparse import available
 
 TEST_LINE = r"Test evaluation: Average loss: \d+\.\d{4}, Accuracy: (\d+)/(\d+) \(\d+\.\d{3}%\)"
 DIGITS = ("--data", "digits", "--epochs", "3", "--device", "cpu")
@@ -473,6 +474,7 @@ def test_features_bench_and_model_are_kept(measured):
     log = (folder / "log.txt").read_text()
     assert re.search(r"conv2 +0\.0\d+ ", log)
     assert "ESTIMATES" in log
+    assert re.search(r"Whole model on one batch.*: dense \d+\.\d+ ms, sparse", log) or not available()
     assert_equal(dict(torch.load(model)), dict(checkpoint_of(folder)["model"]))
     assert log.splitlines()[-1].startswith("Test evaluation: ")
 
@@ -480,6 +482,34 @@ def test_features_bench_and_model_are_kept(measured):
 @pytest.mark.slow
 def test_a_compiled_run_trains(run):
     assert_trained(run("--compile"))
+
+
+# Training on sparse kernels
+
+
+@pytest.mark.skipif(not available(), reason="built without sparse kernels")
+def test_sparse_kernels_train_resume_and_are_measured(run):
+    begun = run("--sparse-backend", "cpu", "--epochs", "2", "--bench")
+    assert "Whole model on one batch" in (begun / "log.txt").read_text()
+    resumed = run("--resume", begun, "--epochs", "3", place="resumed")
+    *epochs, _ = metrics_of(resumed)
+    assert [record["epoch"] for record in epochs] == [1, 2, 3]
+    assert len(set(active_weights(resumed))) == 1
+    assert epochs[2]["train_loss"] < epochs[0]["train_loss"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "advice"),
+    [
+        (["--dense"], "leave out --dense"),
+        (["--amp", "bf16"], "leave out --amp and --fp16"),
+        (["--compile"], "leave out --compile"),
+    ],
+)
+def test_what_sparse_kernels_cannot_do_is_refused(run, capsys, flags, advice):
+    with pytest.raises(SystemExit):
+        run("--sparse-backend", "cpu", *flags)
+    assert advice in capsys.readouterr().err
 
 
 # Starting from weights that exist

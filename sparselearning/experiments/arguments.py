@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -163,6 +164,12 @@ def add_sparse_args(
         default="zero",
         help="what a weight is when it grows; random is as large as the layer's others (default: %(default)s)",
     )
+    add(
+        "--sparse-backend",
+        choices=["cpu"],
+        help="train on sparse kernels, in time that follows the active weights; docs/sparse.md says how growth differs "
+        "then (default: dense kernels and masks)",
+    )
     kind_of_run = group.add_mutually_exclusive_group()
     kind_of_run.add_argument("--dense", action="store_true", help="train the dense model")
     kind_of_run.add_argument("--sparse", action="store_false", dest="dense", help="train sparse (default)")
@@ -228,6 +235,27 @@ def sparse_init(text: str) -> str:
     if text not in names and not (text.startswith("mask:") and text != "mask:"):
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(names)}, or mask:PATH, got {text!r}")
     return text
+
+
+def check_sparse_backend(parser: argparse.ArgumentParser, args: argparse.Namespace, device: str) -> None:
+    """End with one line where --sparse-backend meets what its kernels cannot do."""
+    if not args.sparse_backend:
+        return
+    reason = (
+        "trains active weights only: leave out --dense"
+        if args.dense
+        else f"computes on the CPU, not on {device}: add --device cpu"
+        if device != "cpu"
+        else "computes in fp32: leave out --amp and --fp16"
+        if args.amp != "none" or args.fp16
+        else "trains in one process: leave out torchrun"
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1
+        else "chooses its own kernels: leave out --compile"
+        if args.compile
+        else ""
+    )
+    if reason:
+        parser.error(f"--sparse-backend cpu {reason}")
 
 
 def fraction(text: str) -> float:

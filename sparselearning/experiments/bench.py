@@ -1,14 +1,15 @@
-"""Time the layers of a model, and estimate what their zeros could save.
+"""Time the layers of a model, dense and on sparse kernels, beside an estimate of what their zeros could save.
 
     with LayerBench(model) as bench, torch.no_grad():
         for images, _ in batches:
             model(images)
-    print(bench.table())
+    _, report = sparse.convert(model, images)
+    print(bench.table(report))
 
-The sparse times are the estimate of release 1.0, not a measurement: the dense time, as if work on zeros were
-free.
+Estimated times are those of release 1.0: the dense time, as if work on zeros were free.
 """
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from sparselearning.sparse import Report
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class LayerTime:
     input_density: float
     dead_weight_channels: float
     dead_input_channels: float
+    sparse_seconds: float = math.nan  # measured; nan where the layer stays dense
 
     @property
     def channel_sparse_seconds(self) -> float:
@@ -43,7 +47,7 @@ class LayerTime:
         return self.seconds * (1 - self.dead_weight_channels) * (1 - self.dead_input_channels)
 
     @property
-    def sparse_seconds(self) -> float:
+    def zero_free_seconds(self) -> float:
         """Estimate without any zero: t * input density * weight density."""
         return self.seconds * self.input_density * self.weight_density
 
@@ -57,13 +61,15 @@ SHARES: dict[str, Callable[[LayerTime], float]] = {
 }
 TIMES: dict[str, Callable[[LayerTime], float]] = {
     "dense\nmeasured ms": lambda layer: layer.seconds,
+    "sparse\nmeasured ms": lambda layer: layer.sparse_seconds,
     "channel-sparse\nestimated ms": lambda layer: layer.channel_sparse_seconds,
-    "fully sparse\nestimated ms": lambda layer: layer.sparse_seconds,
+    "fully sparse\nestimated ms": lambda layer: layer.zero_free_seconds,
 }
 
 
 LEGEND = """\
-Times are per forward pass. Dense: measured. Sparse: ESTIMATES, as if work on zeros were free,
+Times are per forward pass. Measured sparse: on the kernels of sparselearning.sparse, with the normalisation and ReLU that
+are folded into them; - where a layer stays dense, which then counts as it is. ESTIMATES, as if work on zeros were free:
   channel-sparse = dense x (1 - dead channels of weight) x (1 - dead channels of input)
   fully sparse = dense x input density x weight density"""
 
@@ -97,8 +103,10 @@ class LayerBench:
     def __exit__(self, *_exception: object) -> None:
         self._undo.close()
 
-    def layers(self) -> list[LayerTime]:
+    def layers(self, report: Report | None = None) -> list[LayerTime]:
         """Return the layers that ran, in the order of their first call, with their weights as they are now.
+
+        `report` is what `sparse.convert` says of the same model and a batch of the same size.
 
         Raises:
             RuntimeError: if no forward pass of the model was seen.
@@ -106,18 +114,22 @@ class LayerBench:
         if not self._calls or not self._passes:
             expected = "Expected a model with Conv2d or Linear layers to run inside the `with` block of LayerBench"
             raise RuntimeError(f"{expected}, saw no such run. Call model(images) there.")
-        return [self._summary(name, calls) for name, calls in self._calls.items()]
+        replaced = [layer for layer in report.layers if layer.replaced] if report else []
+        sparse = {layer.name: layer.sparse_ms / 1e3 for layer in replaced}
+        return [self._summary(name, calls, sparse.get(name, math.nan)) for name, calls in self._calls.items()]
 
-    def table(self) -> str:
+    def table(self, report: Report | None = None) -> str:
         """Return the layers as text, one a line, then the total times and what they gain over the dense one.
+
+        With a `report` of `sparse.convert`, its measured sparse times too, and those of the whole model last.
 
         Raises:
             RuntimeError: if no forward pass of the model was seen.
         """
         from tabulate import tabulate
 
-        layers = self.layers()
-        totals = [sum(seconds(layer) for layer in layers) for seconds in TIMES.values()]
+        layers = self.layers(report)
+        totals = [sum(_first_number(seconds(layer), layer.seconds) for layer in layers) for seconds in TIMES.values()]
         rows: list[list[Any]] = []
         for layer in layers:
             shares = [f"{share(layer):.4f}" for share in SHARES.values()]
@@ -127,17 +139,18 @@ class LayerBench:
         rows.append(["speed-up", *blank, *(_speed_up(totals[0], total) for total in totals)])
         headers = ["layer", *SHARES, *TIMES]
         text = tabulate(rows, headers, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1))
-        return f"{text}\n{LEGEND}"
+        return f"{text}\n{LEGEND}{_whole_model(report)}"
 
-    def _summary(self, name: str, calls: "list[_Call]") -> LayerTime:
-        layer = self._layers[name]
+    def _summary(self, name: str, calls: "list[_Call]", sparse_seconds: float) -> LayerTime:
+        layer, calls_per_pass = self._layers[name], len(calls) / self._passes
         return LayerTime(
             name=name or type(layer).__name__,
-            seconds=median(call.seconds() for call in calls) * len(calls) / self._passes,
+            seconds=median(call.seconds() for call in calls) * calls_per_pass,
             weight_density=float(_density(layer.weight)),
             input_density=float(torch.stack([call.input_density for call in calls]).mean()),
             dead_weight_channels=_dead_weight_channels(layer),
             dead_input_channels=float(torch.stack([call.dead_input_channels for call in calls]).mean()),
+            sparse_seconds=sparse_seconds * calls_per_pass,
         )
 
     def _count_pass(self, *_arguments: object) -> None:
@@ -193,7 +206,19 @@ def _dead_weight_channels(layer: nn.Conv2d | nn.Linear) -> float:
 
 
 def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.4f}"
+    return "-" if math.isnan(seconds) else f"{seconds * 1e3:.4f}"
+
+
+def _first_number(value: float, otherwise: float) -> float:
+    return otherwise if math.isnan(value) else value
+
+
+def _whole_model(report: Report | None) -> str:
+    if report is None or math.isnan(report.dense_ms):
+        return ""
+    threads, gain = torch.get_num_threads(), report.dense_ms / report.converted_ms
+    times = f"dense {report.dense_ms:.4f} ms, sparse {report.converted_ms:.4f} ms, {gain:.2f}x"
+    return f"\nWhole model on one batch, the two taking turns, {threads} threads: {times}"
 
 
 def _speed_up(dense: float, other: float) -> str:
