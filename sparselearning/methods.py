@@ -92,7 +92,7 @@ ERK = "erdos_renyi_kernel"
 METHODS: dict[str, Method] = {
     "sparse_momentum": Method("Sparse momentum", SNFS, "magnitude", "momentum", "momentum"),
     "set": Method("SET", SET, "SET", "none", "random", "linear",
-                  prune_rate=0.3, decay_schedule="constant", regrown="random"),
+                  prune_rate=0.3, decay_schedule="constant"),
     "dsr": Method("DSR", DSR, "adaptive_threshold", "remaining", "random",
                   prune_rate=0.05, decay_schedule="constant", prune_every_k_steps=100),
     "rigl": Method("RigL", RIGL, "magnitude", "none", "gradient", ERK,
