@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py $(wildcard sparselearning/*.cpp sparselearning/sparse/kernels/*)
 
-.PHONY: demo demo-imagenet test lint results-mnist clean
+.PHONY: demo demo-imagenet test lint bench results-mnist clean
 
 demo: .venv/installed
 	$(BIN)/python mnist_cifar/demo.py
@@ -21,6 +21,12 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+# Sparse kernels against dense ones on this machine: a quarter of an hour, table and bar chart in benchmarks/results.
+bench: .venv/installed
+	$(BIN)/python benchmarks/sparse_layers.py --rounds 7
+	$(BIN)/python benchmarks/sparse_models.py --rounds 7
+	$(BIN)/python benchmarks/sparse_table.py
 
 # Hours, or days with lenet5; goes on where it was stopped. ARGS="--models lenet300-100 --seeds 1" does less.
 results-mnist: .venv/installed

@@ -142,6 +142,7 @@ def machine(device: str) -> dict[str, Any]:
     found = dict(
         processor=_processor(),
         cores=os.cpu_count(),
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         load_average=os.getloadavg()[0],
         omp_wait_policy=os.environ["OMP_WAIT_POLICY"],

@@ -56,6 +56,7 @@ PICTURES = {
     "density_map_one_epoch": lambda path: plots.plot_density(run(9, 1), path),
     "accuracy_density": lambda path: plots.plot_accuracy_density(accuracy_rows(), path),
     "accuracy_dense": lambda path: plots.plot_accuracy_density(accuracy_rows()[:1], path),
+    "speed_ups": lambda path: plots.plot_speed_ups({"conv": {"0.1": 3.0, "0.05": 5.5}, "fc": {"0.1": 2.0}}, path),
     "demo": lambda path: plots.plot_demo({"5% density": run(), "dense": run(sparse=False)}, path),
     "demo_dense": lambda path: plots.plot_demo({"dense": run(sparse=False)}, path),
     "features_13": lambda path: plots.plot_feature_histograms(counts(13, 0, 1), counts(13, 1, 2), path),

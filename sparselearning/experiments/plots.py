@@ -106,6 +106,23 @@ def plot_accuracy_density(rows: Sequence[Mapping[str, Any]], path: str | Path) -
     _write(figure, path)
 
 
+def plot_speed_ups(bars: Mapping[str, Mapping[str, float]], path: str | Path) -> None:
+    """Draw bars in groups: layer -> {series: how many times faster than dense}; a line marks dense."""
+    figure, (axes,) = _figure(1.5 + 1.3 * len(bars), 4)
+    labels = list(dict.fromkeys(label for group in bars.values() for label in group))
+    width = 0.8 / len(labels)
+    for i, (label, colour) in enumerate(zip(labels, cycle(COLOURS), strict=False)):
+        heights = [group.get(label, float("nan")) for group in bars.values()]
+        places = np.arange(len(bars)) + (i - (len(labels) - 1) / 2) * width
+        drawn = axes.bar(places, heights, width, color=colour, label=label)
+        axes.bar_label(drawn, fmt="%.1f", fontsize=6)
+    axes.axhline(1, color="0.3", linewidth=0.8)
+    _label(axes, "", "times faster than dense")
+    axes.set_xticks(range(len(bars)), list(bars))
+    _legend(axes)
+    _write(figure, path)
+
+
 def plot_feature_histograms(dense: Mapping[str, Tensor], sparse: Mapping[str, Tensor], path: str | Path) -> None:
     """Draw how the class specialisation of channels is distributed, dense against sparse, layer by layer.
 

@@ -1,0 +1,91 @@
+"""The table and the bar chart of what sparse_layers.py and sparse_models.py measured.
+
+    python benchmarks/sparse_table.py
+    python benchmarks/sparse_table.py --layers LAYERS.json --models MODELS.json --out NAME
+
+Files are taken from and written to results/: NAME.md and NAME.png.
+"""
+
+import argparse
+import json
+import logging
+
+import common
+from tabulate import tabulate
+
+from sparselearning.experiments import plots
+
+
+def main():
+    """Read, write the table, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", default="sparse_layers-cpu.json", help="default: %(default)s")
+    parser.add_argument("--models", default="sparse_models-cpu.json", help="default: %(default)s")
+    parser.add_argument("--out", default="sparse-cpu", help="name of the files to write (default: %(default)s)")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    layers, models = (json.loads((common.RESULTS / name).read_text()) for name in (args.layers, args.models))
+    text = f"{machine(layers)}\n\n{layer_table(layers['rows'])}\n\n{machine(models)}\n\n{model_table(models['rows'])}\n"
+    (common.RESULTS / f"{args.out}.md").write_text(text)
+    plots.plot_speed_ups(bars(layers["rows"]), common.RESULTS / f"{args.out}.png")
+    logging.info("%s\nWrote %s.md and %s.png", text, common.RESULTS / args.out, common.RESULTS / args.out)
+
+
+def machine(report):
+    """Return what the figures were measured on, and how, in a sentence."""
+    m = report["machine"]
+    return (
+        f"{report['benchmark']}: {m['processor']}, {m.get('cpu_capability', 'AVX2')}, {m['cores']} cores, torch "
+        f"{m['torch']}, commit {m['commit']}, median of {report['settings']['rounds']} rounds."
+    )
+
+
+def layer_table(rows):
+    """Return a line per layer and number of threads: how many times faster than dense, at each density."""
+    densities = sorted({row["density"] for row in rows}, reverse=True)
+    cells = {(row["layer"], row["threads"], row["density"]): row for row in rows}
+    lines = []
+    for layer, threads in dict.fromkeys((row["layer"], row["threads"]) for row in rows):
+        found = [cells[layer, threads, density] for density in densities]
+        times = [times_faster(row.get(part)) for part in ("forward", "both") for row in found]
+        at_5_percent = cells.get((layer, threads, 0.05), {})
+        peers = [times_faster(at_5_percent.get(f"{part}_over_sparseprop")) for part in ("forward", "both")]
+        lines.append([layer, threads, *times, *peers])
+    parts = [f"{part} {density:g}" for part in ("forward", "forward + backward") for density in densities]
+    headers = ["layer", "threads", *parts, "forward / SparseProp, 0.05", "forward + backward / SparseProp, 0.05"]
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+
+def model_table(rows):
+    """Return a line per model, batch and number of threads."""
+    lines = [
+        [
+            *(row[key] for key in ("model", "what", "batch", "threads")),
+            f"{min(row[key] for key in DENSE if key in row):.1f}",
+            f"{row.get('converted_ms', row.get('sparse_ms')):.1f}",
+            times_faster(row["ratio"]),
+        ]
+        for row in rows
+    ]
+    headers = ["model", "what", "batch", "threads", "dense ms", "sparse ms", "faster"]
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+
+DENSE = ("contiguous_ms", "channels_last_ms", "masked_ms")
+
+
+def bars(rows):
+    """Return layer -> {series: speed-up} for the forward pass on one thread."""
+    chosen = [row for row in rows if row["threads"] == 1]
+    return {
+        layer: {f"density {row['density']:g}": row["forward"] for row in chosen if row["layer"] == layer}
+        for layer in dict.fromkeys(row["layer"] for row in chosen)
+    }
+
+
+def times_faster(ratio):
+    return "" if ratio is None else f"{ratio:.1f}x"
+
+
+if __name__ == "__main__":
+    main()
