@@ -95,7 +95,8 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     of_recipe = "(default: of the recipe)"
     # fmt: off
-    add("data_dir", metavar="DIR", help="folder with train/ and val/, or webdataset:FOLDER with tar shards")
+    add("data_dir", metavar="DIR", nargs="?", help="folder with train/ and val/, or webdataset:FOLDER with tar shards")
+    add("--data", dest="data_flag", metavar="DIR", help="the same")
     add("--recipe", choices=[*RECIPES], default="tuned", help="sets the defaults (default: tuned)")
     add("-a", "--arch", dest="model", type=architecture, default="resnet50", metavar="NAME",
         help=f"{', '.join(RESNETS)}, torchvision:NAME or timm:NAME (default: resnet50)")
@@ -163,6 +164,11 @@ def architecture(text):
 
 def check(parser, args, recipe):
     """Fill in what depends on other arguments; end with one line and status 2 where they do not fit together."""
+    given = [place for place in (args.data_dir, args.data_flag) if place]
+    if len(given) != 1:
+        parser.error("give the folder of the images once: main.py DIR, or --data DIR")
+    args.data_dir = given[0]
+    del args.data_flag
     for name in ("warmup", "decay_epochs"):
         if getattr(args, name) == recipe[name]:
             scale = args.epochs / recipe["epochs"]

@@ -214,6 +214,7 @@ def test_networks_of_torchvision_and_timm_are_built(tmp_path):
         (["--fsdp"], "--fsdp shards among processes: start it with torchrun"),
         (["--sparse-init", "resume"], "add --pretrained-weights FILE"),
         (["--momentum", "0"], "need a momentum: --momentum 0.9, or"),
+        (["--data", "elsewhere"], "give the folder of the images once: main.py DIR, or --data DIR"),
         (["--start-epoch", "100"], "--start-epoch 100 is after the last of 90 epochs"),
     ],
 )
