@@ -208,4 +208,4 @@ class Affine(nn.Module):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.sparselearning.affine(x, self.scale, self.shift, self.relu)
+        return ops.run("affine", x, self.scale, self.shift, self.relu)

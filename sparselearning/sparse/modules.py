@@ -125,7 +125,7 @@ class SparseLinear(SparseLayer):
             y = F.linear(x, self.dense_weight(), self.bias)
             return y.relu() if self.relu else y
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        y = torch.ops.sparselearning.linear(rows, *self.arguments(), self.relu)
+        y = ops.run("linear", rows, *self.arguments(), self.relu)
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
     def to_dense(self) -> nn.Linear:
@@ -170,7 +170,7 @@ class SparseConv2d(SparseLayer):
             y = F.conv2d(x, self.dense_weight(), self.bias, *geometry)
             return y.relu() if self.relu else y
         images = x if x.dim() == 4 else x.unsqueeze(0)
-        y = torch.ops.sparselearning.conv2d(images, *self.arguments(), *self.geometry(), self.relu)
+        y = ops.run("conv2d", images, *self.arguments(), *self.geometry(), self.relu)
         return y if x.dim() == 4 else y.squeeze(0)
 
     def to_dense(self) -> nn.Conv2d:

@@ -274,6 +274,16 @@ register("linear_weight_gradient", linear_weight_gradient, fake_weight_gradient)
 register("affine", affine, fake_affine, affine_backward, save_affine)
 
 
+def run(name: str, x: Tensor, *arguments) -> Tensor:
+    """Call an operator on x; where nothing records or traces it, its kernel alone, which saves some 40 us."""
+    observed = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    direct = type(x) is Tensor and not observed
+    return KERNELS[name](x, *arguments) if direct else getattr(torch.ops.sparselearning, name)(x, *arguments)
+
+
+KERNELS = {"conv2d": conv2d, "linear": linear, "affine": affine}
+
+
 def transposed(start: Tensor, column: Tensor, shape) -> tuple[Tensor, Tensor, Tensor]:
     """Return (t_start, t_column, t_order) of a convolution described by `library.conv_shape`."""
     channels, strides = shape[1], shape[9] * shape[10]

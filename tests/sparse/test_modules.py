@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -136,6 +137,18 @@ def test_compiled_layers_train_the_same():
     expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
     found = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
     torch.testing.assert_close(found, expected)
+
+
+@needs_kernels
+def test_traced_without_gradients_a_layer_is_an_operator_still():
+    layer = SparseConv2d.from_dense(nn.Conv2d(3, 4, 3), torch.rand(4, 3, 3, 3) < 0.3)
+    x, other = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(layer, x, check_trace=False)
+        exported = torch.export.export(layer, (x,)).module()
+        assert torch.equal(traced(other), layer(other))
+        assert torch.equal(exported(other), layer(other))
 
 
 def test_without_kernels_layers_run_dense_and_say_so_once(monkeypatch, caplog):
