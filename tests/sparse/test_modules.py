@@ -144,7 +144,7 @@ def test_traced_without_gradients_a_layer_is_an_operator_still():
     layer = SparseConv2d.from_dense(nn.Conv2d(3, 4, 3), torch.rand(4, 3, 3, 3) < 0.3)
     x, other = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # torch deprecates tracing
         traced = torch.jit.trace(layer, x, check_trace=False)
         exported = torch.export.export(layer, (x,)).module()
         assert torch.equal(traced(other), layer(other))
