@@ -11,6 +11,8 @@ which the next sparse layer turns around again.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -212,6 +214,13 @@ def fake_weight_gradient(dy, x, start, column, *geometry):
     return dy.new_empty(column.shape)
 
 
+def run(name: str, x: Tensor, *arguments) -> Tensor:
+    """Call an operator on x; where nothing records or traces it, its kernel alone, which saves some 40 us."""
+    observed = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    direct = type(x) is Tensor and not observed
+    return KERNELS[name](x, *arguments) if direct else getattr(torch.ops.sparselearning, name)(x, *arguments)
+
+
 def save_for_backward(ctx, inputs, output):
     x, value, bias, start, column, t_start, t_column, t_order, *ctx.geometry, relu = inputs
     ctx.has_bias = bias is not None
@@ -231,18 +240,17 @@ def gradients(ctx, dy, input_gradient, weight_gradient):
 
 
 def conv2d_backward(ctx, dy):
-    ops, x = torch.ops.sparselearning, ctx.saved_tensors[0]
+    shape = ctx.saved_tensors[0].shape
     return gradients(
         ctx,
         dy,
-        lambda dy, *rest: ops.conv2d_input_gradient(dy, *rest, x.shape, *ctx.geometry),
-        lambda dy, *rest: ops.conv2d_weight_gradient(dy, *rest, *ctx.geometry),
+        lambda dy, *rest: run("conv2d_input_gradient", dy, *rest, shape, *ctx.geometry),
+        lambda dy, *rest: run("conv2d_weight_gradient", dy, *rest, *ctx.geometry),
     )
 
 
 def linear_backward(ctx, dy):
-    ops = torch.ops.sparselearning
-    return gradients(ctx, dy, ops.linear_input_gradient, ops.linear_weight_gradient)
+    return gradients(ctx, dy, partial(run, "linear_input_gradient"), partial(run, "linear_weight_gradient"))
 
 
 def save_affine(ctx, inputs, output):
@@ -258,7 +266,11 @@ def affine_backward(ctx, dy):
     return dy * scale.reshape(-1, *(1 for _ in dy.shape[2:])), None, None, None
 
 
+KERNELS = {}
+
+
 def register(name, kernel, fake, backward=None, save=save_for_backward):
+    KERNELS[name] = kernel
     library.impl(name, kernel, "CPU")
     torch.library.register_fake(f"sparselearning::{name}", fake, lib=library)
     if backward is not None:
@@ -272,16 +284,6 @@ register("linear", linear, fake_linear, linear_backward)
 register("linear_input_gradient", linear_input_gradient, fake_linear_input_gradient)
 register("linear_weight_gradient", linear_weight_gradient, fake_weight_gradient)
 register("affine", affine, fake_affine, affine_backward, save_affine)
-
-
-def run(name: str, x: Tensor, *arguments) -> Tensor:
-    """Call an operator on x; where nothing records or traces it, its kernel alone, which saves some 40 us."""
-    observed = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    direct = type(x) is Tensor and not observed
-    return KERNELS[name](x, *arguments) if direct else getattr(torch.ops.sparselearning, name)(x, *arguments)
-
-
-KERNELS = {"conv2d": conv2d, "linear": linear, "affine": affine}
 
 
 def transposed(start: Tensor, column: Tensor, shape) -> tuple[Tensor, Tensor, Tensor]:
