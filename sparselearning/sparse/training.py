@@ -3,8 +3,8 @@
 Differences from exact sparse momentum (Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/1907.04840), whose momentum
 is dense: here the optimizer keeps state for active weights alone. An inactive weight is scored for growth by the mean
 of its gradient over the last `WINDOW` steps before an update (as RigL does with one step, Evci et al. 2020,
-https://arxiv.org/abs/1911.11134), and starts with zero momentum when it grows. Pruning and redistribution, which read
-active weights, are the paper's.
+https://arxiv.org/abs/1911.11134). When it grows, SGD's momentum starts as if that mean had been its gradient all along;
+other optimizers' state starts at zero. Pruning and redistribution, which read active weights, are the paper's.
 """
 
 from __future__ import annotations
@@ -252,12 +252,23 @@ class SparseTraining:
         state = self.optimizer.state.get(module.value, {})
         if self.carry and position is not None:
             for key, tensor in self.vectors(module.value, size):
-                state[key] = spread(tensor, position, layer.weight)
+                state[key] = self.start_of(key, module).scatter(0, position, tensor).reshape(layer.weight.shape)
         for key, tensor in state.items():
             if isinstance(tensor, Tensor) and tensor.shape == layer.weight.shape:
                 state[key] = tensor.flatten()[module.position]
         module.value.grad = None
         self.versions[layer.name] = layer.mask._version
+
+    def start_of(self, key: Any, module: Trained) -> Tensor:
+        """Return what an optimizer's state would start from where a weight grows, for the flattened weight.
+
+        A momentum is that of a weight whose gradient has long been the mean of those observed; all else is zero.
+        """
+        if key != "momentum_buffer" or module.gradient is None:
+            return torch.zeros_like(module.weight).reshape(-1)
+        group = next(group for group in self.optimizer.param_groups if any(p is module.value for p in group["params"]))
+        gain = (1 - group["dampening"]) / (1 - group["momentum"])
+        return module.gradient.reshape(-1) * (gain / max(module.observed, 1))
 
     def stepped(self, every: int) -> None:
         """Count a step; decide whether the next one observes dense gradients, with an update every `every` steps."""
