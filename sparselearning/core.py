@@ -35,6 +35,7 @@ from sparselearning.maskable import canonical_name, maskable_parameters
 from sparselearning.methods import Method, find_method, masking_arguments
 from sparselearning.momentum import gradient_of, keeps_momentum, master_weights, momentum_of, torch_optimizer
 from sparselearning.names import named
+from sparselearning.patterns import UNSTRUCTURED, patterns_for, with_pattern
 from sparselearning.prune import PRUNE_FUNCTIONS, count_of
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS, no_redistribution
 from sparselearning.regrowth import START_VALUES, start_regrown
@@ -155,6 +156,7 @@ class Masking:
         remove_param_names: Iterable[str] = (),
         sparse_embeddings: bool = False,
         dense: Iterable[str] = (),
+        pattern: str | None = None,
         verbose: bool = False,
         fp16: bool = False,
         sparse_backend: str | None = None,
@@ -167,7 +169,8 @@ class Masking:
         Args:
             method: a key of `methods.METHODS`, or a `Method`.
             density: of the masks, at the end where the method changes it.
-            remove_param_names, sparse_embeddings, dense: as `add_module` takes them; the others as `Masking` does.
+            remove_param_names, sparse_embeddings, dense, pattern: as `add_module` takes them; the others as `Masking`
+                does.
             parts: parts of the method to take otherwise: `prune_rate=0.2`, `growth="random"`; see `Method`.
 
         Raises:
@@ -178,7 +181,7 @@ class Masking:
         settings = masking_arguments(chosen, density, total_steps)
         masking = cls(optimizer, **settings, verbose=verbose, fp16=fp16, sparse_backend=sparse_backend)
         start = chosen.density_at_start(density)
-        masking.add_module(module, start, chosen.sparse_init, remove_param_names, sparse_embeddings, dense)
+        masking.add_module(module, start, chosen.sparse_init, remove_param_names, sparse_embeddings, dense, pattern)
         return masking
 
     def _watch_steps(self):
@@ -199,6 +202,7 @@ class Masking:
         remove_param_names: Iterable[str] = (),
         sparse_embeddings: bool = False,
         dense: Iterable[str] = (),
+        pattern: str | None = None,
     ) -> None:
         """Make the weights of `module` sparse: round(density * their number) stay active, drawn at random.
 
@@ -215,10 +219,13 @@ class Masking:
                 of a weight means that one alone.
             sparse_embeddings: mask embeddings too.
             dense: weights that stay dense, as patterns of names; 'first' and 'last' are those of the module.
+            pattern: which weights may be active together: 'N:M' such as '2:4', 'block:RxC', 'fan-in', 'fan-in:G',
+                'neuron' (see patterns.py); None or 'unstructured' for any.
 
         Raises:
             ValueError: for a density outside (0, 1] or so small that no weight stays, an unknown `sparse_init`,
-                scores or masks that do not fit, a pattern that matches no weight, or nothing to mask.
+                scores or masks that do not fit, a name that matches no weight, a pattern that does not fit a weight or
+                the functions, or nothing to mask.
         """
         skip = (remove_param_names,) if isinstance(remove_param_names, str) else tuple(remove_param_names)
         new = self._new_layers(module, skip, sparse_embeddings, dense)
@@ -227,6 +234,9 @@ class Masking:
                 f"{type(self.optimizer).__name__} steps no weight of {type(module).__name__} that could be masked "
                 "and is not yet. Build the optimizer from the module's parameters, and add the module once."
             )
+        for name, kind in patterns_for(pattern, {name: layer.mask.shape for name, layer in new.items()}).items():
+            with_pattern(new[name].mask, kind)
+        self._check_patterns_fit(new.values())
         if sparse_init == "resume":
             sparse_init = {name: layer.master != 0 for name, layer in new.items()}
         masks = initial_masks({name: layer.mask for name, layer in new.items()}, density, sparse_init)
@@ -241,6 +251,30 @@ class Masking:
         self.apply_mask()
         if self.verbose:
             self.print_nonzero_counts()
+
+    def _check_patterns_fit(self, new):
+        layers = [*self.layers, *new]
+        patterned = [layer for layer in layers if layer.pattern != UNSTRUCTURED]
+        if not patterned:
+            return
+        name = patterned[0].pattern.name
+        if any(is_sharded(layer.mask) for layer in layers):
+            raise ValueError(
+                f"The pattern {name!r} needs whole weights, got sharded ones. Use DistributedDataParallel."
+            )
+        sizes = sorted({layer.pattern.size for layer in layers})
+        in_prune, in_grow = (getattr(function, "single_weights", False) for function in (self.prune, self.grow))
+        if in_grow or (in_prune and sizes[-1] > 1):
+            mode = f"growth_mode={self.growth_mode!r}" if in_grow else f"prune_mode={self.prune_mode!r}"
+            raise ValueError(f"{mode} moves single weights, and the pattern {name!r} does not let it. Choose another.")
+        if self.density_schedule is not None and (len(sizes) > 1 or patterned[0].pattern.even):
+            raise ValueError(f"The pattern {name!r} keeps the density of each layer; leave out the density_schedule.")
+        across = self.measure is not no_redistribution or is_network_wide(self.prune) or is_network_wide(self.grow)
+        if len(sizes) > 1 and across:
+            raise ValueError(
+                f"The units of pattern {name!r} have {', '.join(map(str, sizes))} weights in different layers, so none "
+                "can move from one layer to another. Use redistribution_mode='none', and prune and grow layer by layer."
+            )
 
     def _new_layers(self, module, skip, sparse_embeddings, dense):
         """Return the layers to be masked, by the name that a weight has in its module."""
@@ -345,7 +379,7 @@ class Masking:
         """Set all inactive weights to zero, in place; also where they are infinite or NaN."""
         for layer in self.layers:
             if layer.mask.device != layer.weight.device:  # the model was moved
-                layer.mask = layer.mask.to(layer.weight.device)
+                layer.mask = with_pattern(layer.mask.to(layer.weight.device), layer.pattern)
                 layer.ever_active = layer.ever_active.to(layer.weight.device)
         masked = self.sparse_training.apply(self.layers)
         halves = [layer for layer in masked if layer.weight is not layer.master]
@@ -393,12 +427,21 @@ class Masking:
         density = self.density_schedule(self.steps)
         if not 0 < density <= 1:
             raise ValueError(f"Expected a density in (0, 1] at step {self.steps}, got {density} of density_schedule.")
-        self.baseline_nonzero = round(density * (self.total_nonzero + self.total_zero))
-        nonzeros = [layer.nonzeros for layer in self.layers]
-        rise = self.baseline_nonzero - sum(nonzeros)
-        if rise < 0:
-            return [-fall for fall in apportion(-rise, nonzeros, nonzeros)]
-        return apportion(rise, nonzeros, [layer.zeros for layer in self.layers])
+        unit = self._unit()
+        units = round(density * (self.total_nonzero + self.total_zero) / unit)
+        self.baseline_nonzero = units * unit
+        active = [layer.nonzeros // unit for layer in self.layers]
+        room = [layer.room // unit for layer in self.layers]
+        rise = units - sum(active)
+        if rise > sum(room):
+            raise ValueError(f"density_schedule asks for a density of {density}, which is more than the pattern holds.")
+        change = [-fall for fall in apportion(-rise, active, active)] if rise < 0 else apportion(rise, active, room)
+        return [more * unit for more in change]
+
+    def _unit(self):
+        """Return how many weights move together; 1 where layers differ, and exchange none."""
+        sizes = {layer.pattern.size for layer in self.layers}
+        return sizes.pop() if len(sizes) == 1 else 1
 
     def _measure_importance(self):
         measured = [self._measure(layer) for layer in self.layers]
@@ -438,6 +481,7 @@ class Masking:
         else:
             for layer in self.layers:
                 self._replace(layer, self.prune(self, layer.mask, layer.master, layer.name))
+        self._check_patterns("prune_mode", self.prune_mode, lambda layer: layer.pattern.whole(layer.mask))
         nonzeros = [layer.nonzeros for layer in self.layers]
         self._count()
         for layer, count in zip(self.layers, nonzeros, strict=True):
@@ -446,14 +490,20 @@ class Masking:
     def _redistribute(self, change):
         """Return how many weights each layer grows, together as many as the network lacks."""
         # A user's function may have grown more, or pruned less, than it was asked to.
-        lacking = max(self.baseline_nonzero - self.total_nonzero, 0)
+        unit = self._unit()
+        lacking = max(self.baseline_nonzero - self.total_nonzero, 0) // unit
         if self.measure is no_redistribution:
-            removed = [max(layer.removed + more, 0) for layer, more in zip(self.layers, change, strict=True)]
-            return apportion(lacking, removed, [layer.zeros for layer in self.layers])
-        room = [int(0.99 * layer.zeros) for layer in self.layers]
+            shares = [
+                layer.room if layer.pattern.ablation else max(layer.removed + more, 0)
+                for layer, more in zip(self.layers, change, strict=True)
+            ]
+            room = [layer.room // unit for layer in self.layers]
+            return [count * unit for count in apportion(min(lacking, sum(room)), shares, room)]
+        room = [int(0.99 * layer.room) // unit for layer in self.layers]
         if sum(room) < lacking:
-            room = [layer.zeros for layer in self.layers]
-        return apportion(lacking, [layer.importance for layer in self.layers], room)
+            room = [layer.room // unit for layer in self.layers]
+        counts = apportion(min(lacking, sum(room)), [layer.importance for layer in self.layers], room)
+        return [count * unit for count in counts]
 
     def _grow_weights(self, regrowth):
         if is_network_wide(self.grow):
@@ -461,6 +511,19 @@ class Masking:
         else:
             for layer, count in zip(self.layers, regrowth, strict=True):
                 self._replace(layer, self.grow(self, layer.name, layer.mask, count, layer.master))
+        self._check_patterns("growth_mode", self.growth_mode, lambda layer: layer.pattern.holds(layer.mask))
+
+    def _check_patterns(self, argument, mode, holds):
+        layers = [layer for layer in self.layers if layer.pattern != UNSTRUCTURED]
+        broken = [
+            layer for layer, ok in zip(layers, _to_numbers([holds(layer) for layer in layers]), strict=True) if not ok
+        ]
+        if broken:
+            mode = getattr(mode, "__name__", mode)
+            raise FunctionError(
+                f"{argument}={mode!r} does not keep the pattern {broken[0].pattern.name!r} of {broken[0].name}. Hand "
+                "the mask that the function is given to drop_lowest and add_highest, or use no pattern."
+            )
 
     def _replace_masks(self, masks):
         if not isinstance(masks, Mapping) or not masks.keys() >= self.masks.keys():
@@ -608,7 +671,7 @@ class Masking:
         """Return masks, counts and steps; plain numbers, strings and tensors."""
         layers = {
             layer.name: {
-                "mask": layer.mask,
+                "mask": layer.mask.detach(),  # without its pattern
                 "removed": layer.removed,
                 "importance": layer.importance,
                 "prune_rate": layer.prune_rate,
@@ -633,6 +696,12 @@ class Masking:
         """
         saved = state["layers"]
         _check_same_layers({name: entry["mask"].shape for name, entry in saved.items()}, self.layers)
+        for layer in self.layers:
+            if layer.pattern != UNSTRUCTURED and not layer.pattern.holds(saved[layer.name]["mask"]):
+                raise RuntimeError(
+                    f"The mask of {layer.name} in the state is not of the pattern {layer.pattern.name!r}. Call "
+                    "add_module with the pattern and the density that were saved."
+                )
         for layer in self.layers:
             entry = saved[layer.name]
             for mask, saved_mask in [(layer.mask, entry["mask"]), (layer.ever_active, entry["ever_active"])]:

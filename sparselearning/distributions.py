@@ -41,8 +41,24 @@ def active_counts(shapes: Sequence[Sequence[int]], density: float, distribution:
     [92, 13]
     """
     sizes = [math.prod(shape) for shape in shapes]
-    counts = apportion(round(density * sum(sizes)), [distribution(shape) for shape in shapes], sizes)
-    return none_empty(counts, sizes)
+    return divide(round(density * sum(sizes)), [distribution(shape) for shape in shapes], sizes, [1] * len(sizes))
+
+
+def divide(total: int, shares: Sequence[float], capacities: Sequence[int], steps: Sequence[int]) -> list[int]:
+    """Divide `total` active weights among layers that grow by steps of so many weights, and hold so many.
+
+    Where all steps are the same the total is exact, to the step nearest to it; where they differ, each layer's count is
+    the multiple of its step that is nearest to its share. No layer is left empty, as in `active_counts`.
+
+    >>> divide(100, shares=[1, 1], capacities=[1000, 1000], steps=[8, 8]), divide(100, [1, 1], [1000, 1000], [8, 30])
+    ([48, 48], [48, 60])
+    """
+    if len(set(steps)) == 1:
+        rooms = [capacity // step for capacity, step in zip(capacities, steps, strict=True)]
+        counts = none_empty(apportion(round(total / steps[0]), shares, rooms), rooms)
+        return [count * step for count, step in zip(counts, steps, strict=True)]
+    counts = apportion(total, shares, capacities)
+    return [max(1, round(count / step)) * step for count, step in zip(counts, steps, strict=True)]
 
 
 def none_empty(counts: list[int], sizes: Sequence[int]) -> list[int]:

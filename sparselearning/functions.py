@@ -4,7 +4,7 @@
     redistribute(masking, name, weight, mask) -> importance >= 0
     grow(masking, name, new_mask, total_regrowth, weight) -> mask
 
-and for the whole network at once, marked `@network_wide`:
+and for the whole network at once, marked `@network_wide` (`@single_weights` marks those that know no patterns):
 
     prune(masking) -> {name: mask}
     grow(masking, total_regrowth) -> {name: mask}
@@ -47,6 +47,12 @@ def after_pruning(function: Callable) -> Callable:
 def measures_after_pruning(function: Callable) -> bool:
     """Tell whether a function was marked with `after_pruning`."""
     return getattr(function, "after_pruning", False)
+
+
+def single_weights(function: Callable) -> Callable:
+    """Mark a prune or grow function that chooses single weights whatever the pattern of a layer (patterns.py)."""
+    function.single_weights = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
 
 
 def resolve(argument: str, mode: str | Callable, table: Mapping[str, Callable]) -> Callable:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparselearning.functions import FunctionError, network_wide
+from sparselearning.functions import FunctionError, network_wide, single_weights
 from sparselearning.selection import add_highest, add_highest_jointly, apportion
 from sparselearning.sharded import is_sharded, uniform_like
 
@@ -27,6 +27,7 @@ def random_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, wei
     return add_highest(uniform_like(new_mask), new_mask, total_regrowth)
 
 
+@single_weights
 def momentum_neuron_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
     """Give each neuron a number of new weights in proportion to its mean |momentum|, largest first.
 

@@ -1,12 +1,14 @@
 """The masks that training starts with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from sparselearning.distributions import DISTRIBUTIONS, Distribution, active_counts, none_empty
+from sparselearning.distributions import DISTRIBUTIONS, Distribution, divide
 from sparselearning.names import by_density
+from sparselearning.patterns import UNSTRUCTURED, of_fan_in, pattern_of, with_pattern
 from sparselearning.selection import add_highest, add_highest_jointly
 from sparselearning.sharded import is_sharded, shard_of, uniform_like
 
@@ -18,16 +20,18 @@ def initial_masks(empty: Mapping[str, Tensor], density: Density, sparse_init: Sp
     """Return name -> mask for masks that are empty yet.
 
     Drawn at random where `sparse_init` is a distribution; the highest of all scores where it maps names to scores;
-    given where it maps names to masks (bool).
+    given where it maps names to masks (bool). No layer is left empty while another has two weights or more. Of a layer
+    with a pattern (patterns.py), which its empty mask carries, the units are chosen, as many as are nearest to its
+    number of weights; a constant fan-in is written into the pattern.
 
     Raises:
-        ValueError: for densities that do not fit the names (see `names.by_density`) or leave no weight, an unknown
-            distribution, or scores and masks that do not fit the weights.
+        ValueError: for densities that do not fit the names (see `names.by_density`), leave no weight or are more than
+            a pattern holds, an unknown distribution, or scores and masks that do not fit the weights.
     """
     if isinstance(sparse_init, Mapping):
         _check_fit(empty, sparse_init)
         if all(tensor.dtype == torch.bool for tensor in sparse_init.values()):
-            return {name: _like(sparse_init[name], mask) for name, mask in empty.items()}
+            return {name: _given(name, _like(sparse_init[name], mask), mask) for name, mask in empty.items()}
     elif not callable(sparse_init) and sparse_init not in DISTRIBUTIONS:
         names = ", ".join(map(repr, (*DISTRIBUTIONS, "resume")))
         raise ValueError(
@@ -38,31 +42,46 @@ def initial_masks(empty: Mapping[str, Tensor], density: Density, sparse_init: Sp
     for part, names in by_density(list(empty), density):
         group = [empty[name] for name in names]
         size = sum(mask.numel() for mask in group)
-        if not round(part * size):
+        total = round(part * size)
+        if not total:
             raise ValueError(f"A density of {part} leaves none of {size} weights. Pass a larger one.")
         if isinstance(sparse_init, Mapping):
             scores = [_like(sparse_init[name], mask) for name, mask in zip(names, group, strict=True)]
-            chosen = highest(scores, group, round(part * size))
+            plain = [torch.zeros_like(mask) for mask in group]
+            shares = [int(mask.sum()) for mask in add_highest_jointly(scores, plain, total)]
         else:
             distribution = DISTRIBUTIONS[sparse_init] if isinstance(sparse_init, str) else sparse_init
-            counts = active_counts([mask.shape for mask in group], part, distribution)
-            chosen = [add_highest(uniform_like(mask), mask, count) for mask, count in zip(group, counts, strict=True)]
-        masks |= zip(names, chosen, strict=True)
+            scores, shares = None, [distribution(mask.shape) for mask in group]
+        counts = _counts(total, shares, group)
+        for i, (name, mask) in enumerate(zip(names, group, strict=True)):
+            pattern = of_fan_in(pattern_of(mask), mask.shape, counts[i])
+            with_pattern(mask, replace(pattern, ablation=0.0))  # a neuron is given up in an update at the earliest
+            masks[name] = add_highest(uniform_like(mask) if scores is None else scores[i], mask, counts[i])
+            with_pattern(mask, pattern)
     return masks
 
 
-def highest(scores: Sequence[Tensor], empty: Sequence[Tensor], total: int) -> list[Tensor]:
-    """Return masks of the `total` highest scores of all layers together.
+def _counts(total, shares, group):
+    """Return how many weights of each mask are active, in steps of its pattern."""
+    patterns = [pattern_of(mask) for mask in group]
+    capacities = [pattern.capacity(mask.shape) for pattern, mask in zip(patterns, group, strict=True)]
+    if total > sum(capacities):
+        raise ValueError(
+            f"Expected a density of at most {sum(capacities) / sum(mask.numel() for mask in group):g}, which is all "
+            f"that the pattern {patterns[0].name!r} holds, got {total / sum(mask.numel() for mask in group):g}."
+        )
+    steps = [pattern.step(mask.shape) for pattern, mask in zip(patterns, group, strict=True)]
+    return divide(total, shares, capacities, steps)
 
-    No layer is left empty while another has two weights or more: it gets its highest one in place of the lowest one
-    of the layer with most.
-    """
-    masks = add_highest_jointly(scores, empty, total)
-    counts = [int(mask.sum()) for mask in masks]
-    filled = none_empty(counts, [mask.numel() for mask in masks])
-    if filled == counts:
-        return masks
-    return [add_highest(score, mask, count) for score, mask, count in zip(scores, empty, filled, strict=True)]
+
+def _given(name, mask, empty):
+    count = int(mask.sum())
+    pattern = of_fan_in(pattern_of(empty), mask.shape, count)
+    has_dead_neurons = pattern.even and not pattern.ablation and pattern.capacity(mask.shape) != count
+    if pattern != UNSTRUCTURED and (has_dead_neurons or not pattern.holds(mask)):
+        raise ValueError(f"The mask of {name} is not of the pattern {pattern.name!r}. Choose another one.")
+    with_pattern(empty, pattern)
+    return mask
 
 
 def _like(tensor, mask):

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sparselearning.patterns import Pattern, pattern_of
+
 
 @dataclass(eq=False)
 class SparseLayer:
@@ -21,6 +23,16 @@ class SparseLayer:
     removed: int = 0  # weights pruned in the last update
     importance: float = 0.0  # share of this layer in the importance of the network
     prune_rate: float = 0.0  # fraction of active weights to prune
+
+    @property
+    def pattern(self) -> Pattern:
+        """Which of the weights may be active together."""
+        return pattern_of(self.mask)
+
+    @property
+    def room(self) -> int:
+        """Inactive weights that may become active."""
+        return self.pattern.capacity(self.mask.shape) - self.nonzeros
 
     @property
     def zeros(self) -> int:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from sparselearning.functions import network_wide
+from sparselearning.functions import network_wide, single_weights
 from sparselearning.selection import apportion, drop_lowest, drop_lowest_jointly
 from sparselearning.sharded import add_up, highest, local_part
 
@@ -15,6 +15,7 @@ def magnitude_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
     return drop_lowest(weight.abs(), mask, count_to_remove(masking, name))
 
 
+@single_weights
 def magnitude_and_negativity_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
     """Drop the smallest positive and the largest negative weights, half of the count each.
 
@@ -38,6 +39,7 @@ def global_magnitude_prune(masking) -> dict[str, Tensor]:
 
 
 @network_wide
+@single_weights
 def threshold_prune(masking) -> dict[str, Tensor]:
     """Drop the weights whose magnitude is at most `masking.prune_threshold`, one for the network.
 
@@ -57,6 +59,7 @@ def threshold_prune(masking) -> dict[str, Tensor]:
 
 
 @network_wide
+@single_weights
 def adaptive_threshold_prune(masking) -> dict[str, Tensor]:
     """Drop the weights whose magnitude is below `masking.prune_threshold`, then double or halve the threshold.
 

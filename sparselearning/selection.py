@@ -2,6 +2,9 @@
 
 Selection is exact: k asked for is k moved, and of equal scores the entry that comes first in row-major
 order (whatever the memory layout) is dropped or added first. A score of NaN ranks below every number.
+
+A mask that carries a pattern (patterns.py) moves in the pattern's units, whose score is the sum over their weights: as
+many leave as hold k weights at least, as many come as hold k weights at most, and none where its group is full.
 """
 
 from collections.abc import Sequence
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparselearning import sharded
+from sparselearning.patterns import UNSTRUCTURED, ablate, pattern_of
 from sparselearning.sharded import is_sharded
 
 SAMPLE = 1 << 14  # entries that a bound is judged by
@@ -41,14 +45,50 @@ def add_highest(score: Tensor, mask: Tensor, k: int) -> Tensor:
 
 def drop_lowest_jointly(scores: Sequence[Tensor], masks: Sequence[Tensor], k: int) -> list[Tensor]:
     """Drop the k lowest active entries of all masks together, one budget for the whole network."""
-    lowest = _mark_lowest(scores, masks, k, negate=False)
-    return [mask & low.logical_not_() for mask, low in zip(masks, lowest, strict=True)]
+    patterns, size, scores, active = _in_units(scores, masks)
+    lowest = _mark_lowest(scores, active, -(-k // size), negate=False)
+    return [
+        mask & pattern.weights(low.logical_not_(), mask)
+        for pattern, mask, low in zip(patterns, masks, lowest, strict=True)
+    ]
 
 
 def add_highest_jointly(scores: Sequence[Tensor], masks: Sequence[Tensor], k: int) -> list[Tensor]:
     """Add the k highest inactive entries of all masks together, one budget for the whole network."""
-    highest = _mark_lowest(scores, [~mask for mask in masks], k, negate=True)
-    return [mask | high for mask, high in zip(masks, highest, strict=True)]
+    patterns, size, scores, active = _in_units(scores, masks)
+    if any(pattern.ablation for pattern in patterns):
+        masks = active = [_ablated(*each) for each in zip(patterns, scores, active, strict=True)]
+        k = sum(pattern.capacity(mask.shape) - int(mask.sum()) for pattern, mask in zip(patterns, masks, strict=True))
+    candidates = [pattern.candidates(*each) for pattern, *each in zip(patterns, scores, active, strict=True)]
+    highest = _mark_lowest(scores, candidates, k // size, negate=True)
+    return [mask | pattern.weights(high, mask) for pattern, mask, high in zip(patterns, masks, highest, strict=True)]
+
+
+def _in_units(scores, masks):
+    """Return each mask's pattern, the size of their units, and the scores and masks of the units."""
+    patterns = [pattern_of(mask) for mask in masks]
+    sizes = {pattern.size for pattern in patterns}
+    if len(sizes) > 1:
+        raise ValueError(f"Units of {sorted(sizes)} weights cannot be selected jointly. Select layer by layer.")
+    units = [
+        score if pattern == UNSTRUCTURED else pattern.units(_as_float(score))
+        for pattern, score in zip(patterns, scores, strict=True)
+    ]
+    active = [pattern.units(mask) for pattern, mask in zip(patterns, masks, strict=True)]
+    return patterns, max(sizes, default=1), units, [part if part.dtype == torch.bool else part > 0 for part in active]
+
+
+def _ablated(pattern, score, mask):
+    """Return a mask of constant fan-in without the neurons that are given up."""
+    if not pattern.ablation:
+        return mask
+    lacking = pattern.capacity(mask.shape) - int(mask.sum())
+    (wanted,) = _mark_lowest([score], [~mask], lacking, negate=True)
+    return ablate(pattern, mask, wanted)
+
+
+def _as_float(score):
+    return score.detach() if score.dtype in (torch.float32, torch.float64) else score.detach().float()
 
 
 def _mark_lowest(scores, candidates, k, *, negate) -> list[Tensor]:
@@ -57,8 +97,7 @@ def _mark_lowest(scores, candidates, k, *, negate) -> list[Tensor]:
         return [torch.zeros_like(among) for among in candidates]
     if any(map(is_sharded, candidates)):
         return sharded.mark_lowest(scores, candidates, k, negate=negate)
-    scores = [score.detach() if score.dtype in (torch.float32, torch.float64) else score.detach().float()
-              for score in scores]  # fmt: skip
+    scores = [_as_float(score) for score in scores]
     on_cpu = all(score.device.type == "cpu" for score in scores)
     return (_mark_lowest_on_cpu if on_cpu else _mark_lowest_on_device)(scores, candidates, k, negate)
 

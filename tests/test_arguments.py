@@ -84,6 +84,7 @@ def test_defaults_are_the_paper_s():
         start_density=None,
         sparse_init="constant",
         layer_density={},
+        pattern="unstructured",
         dense_layers=[],
         reset_state=False,
         regrown="zero",

@@ -16,6 +16,7 @@ from sparselearning.distributions import DISTRIBUTIONS
 from sparselearning.functions import FunctionError, resolve
 from sparselearning.grow import GROWTH_FUNCTIONS
 from sparselearning.methods import DECAYS, DENSITY_SCHEDULES, METHODS, PARTS, Method, table
+from sparselearning.patterns import check_name
 from sparselearning.prune import PRUNE_FUNCTIONS
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
 from sparselearning.regrowth import START_VALUES
@@ -128,6 +129,13 @@ def add_sparse_args(
         metavar="NAME",
         help="layers that stay dense, as patterns such as conv1 or 'layer1.*'; first and last mean these "
         "(default: %(default)s)",
+    )
+    add(
+        "--pattern",
+        type=_pattern,
+        default="unstructured",
+        help="which weights may be active together: unstructured, N:M such as 2:4, block:RxC such as block:16x16, "
+        "fan-in, fan-in:0.3 (with neurons given up), neuron (default: %(default)s)",
     )
     add(
         "--density-schedule",
@@ -256,6 +264,13 @@ def check_sparse_backend(parser: argparse.ArgumentParser, args: argparse.Namespa
     )
     if reason:
         parser.error(f"--sparse-backend cpu {reason}")
+
+
+def _pattern(text: str) -> str:
+    try:
+        return check_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def fraction(text: str) -> float:

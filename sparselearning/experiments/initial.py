@@ -1,4 +1,4 @@
-"""What --sparse-init, --density, --layer-density and --dense-layers mean to `Masking.add_module`."""
+"""What --sparse-init, --density, --layer-density, --dense-layers and --pattern mean to `Masking.add_module`."""
 
 import argparse
 from collections.abc import Callable
@@ -29,4 +29,4 @@ def choice_of_weights(
         sparse_init = score(model, batches()) if batches else "constant"
     elif sparse_init == "synflow":
         sparse_init = synflow(model, batches()[0][0], density, args.dense_layers) if batches else "constant"
-    return dict(density=density, sparse_init=sparse_init, dense=args.dense_layers)
+    return dict(density=density, sparse_init=sparse_init, dense=args.dense_layers, pattern=args.pattern)

@@ -21,7 +21,7 @@ IRRELEVANT = {
     *("seed", "iters", "verbose", "log_interval", "max_threads", "save_model", "save_features", "bench"),
     *("run_dir", "data_dir", "resume", "start_epoch", "device", "no_cuda"),
 }
-SPARSE_ONLY = {"method", "layer_density", "dense_layers", *PARTS}
+SPARSE_ONLY = {"method", "layer_density", "dense_layers", "pattern", *PARTS}
 OLD_NAMES = {"death": "prune", "death_rate": "prune_rate", "iterations": "iters"}
 TEST_LINE = re.compile(r"Test evaluation: Average loss: (\S+), Accuracy: (\d+)/(\d+)")
 
