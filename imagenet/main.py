@@ -40,6 +40,7 @@ from sparselearning.experiments.arguments import (
     seed,
     whole_number,
 )
+from sparselearning.experiments.costs import describe, relative_flops
 from sparselearning.experiments.datafiles import DataError
 from sparselearning.experiments.initial import choice_of_weights
 from sparselearning.experiments.run_folder import RunFolder, check_same_run
@@ -53,6 +54,7 @@ from sparselearning.experiments.training import (
     seed_generators,
     train_epoch,
 )
+from sparselearning.flops import forward_flops
 from sparselearning.functions import FunctionError
 from sparselearning.models.resnet import RESNETS
 from sparselearning.momentum import torch_optimizer
@@ -230,6 +232,7 @@ def run(args):
         checkpoint.load_weights(args.pretrained_weights, model)
     # fully_shard takes no weights in channels_last; images in it make the convolutions compute so.
     model = model.to(device, memory_format=torch.contiguous_format if args.fsdp else torch.channels_last)
+    flops = forward_flops(model, torch.zeros(1, 3, args.image_size, args.image_size, device=device))
     if args.compile:
         model.compile()
     if args.fsdp:
@@ -279,6 +282,7 @@ def run(args):
         parameters = sum(parameter.numel() for parameter in model.parameters())
         active = parameters - (mask.total_zero if mask is not None else 0)
         logger.info("the whole network: %d of %d parameters, %.4f", active, parameters, active / parameters)
+        logger.info(describe(flops, relative_flops(flops, mask, steps_per_epoch)))
 
         if args.evaluate:
             report_evaluation(folder, validate(loaded(valid_loader)))
@@ -306,6 +310,7 @@ def run(args):
             record = dict(epoch=epoch, steps=epoch * steps_per_epoch, train_loss=loss, valid_loss=valid.loss)
             record |= dict(valid_accuracy=valid.accuracy, valid_accuracy_5=valid.correct_in_5 / valid.total)
             record |= dict(lr=scheduler.get_last_lr()[0], density=1.0, active_weights=active)
+            record |= relative_flops(flops, mask, steps_per_epoch)
             if mask is not None:
                 densities = {layer.name: layer.density for layer in mask.layers}
                 record |= dict(density=mask.density, active_weights=mask.total_nonzero, density_per_layer=densities)

@@ -40,6 +40,7 @@ from sparselearning.experiments.arguments import (
     seed,
 )
 from sparselearning.experiments.bench import LayerBench
+from sparselearning.experiments.costs import describe, relative_flops
 from sparselearning.experiments.initial import choice_of_weights
 from sparselearning.experiments.run_folder import MAY_CHANGE, RunFolder, check_same_run
 from sparselearning.experiments.training import (
@@ -52,6 +53,7 @@ from sparselearning.experiments.training import (
     seed_generators,
     train_epoch,
 )
+from sparselearning.flops import forward_flops
 from sparselearning.functions import FunctionError
 from sparselearning.maskable import maskable_parameters
 from sparselearning.momentum import torch_optimizer
@@ -204,6 +206,7 @@ def run(args):
     model = models.build(args.model).to(device, memory_format=torch.channels_last)
     if args.sparse_init == "resume":
         checkpoint.load_weights(args.resume, model)
+    flops = forward_flops(model, torch.zeros(1, *IMAGE_SHAPES[args.data], device=device))
     if args.compile:
         model.compile()
     optimizer = build_optimizer(args, model)
@@ -232,6 +235,7 @@ def run(args):
             logger.info("fp16 by %s", "Apex" if args.amp == "apex" else "torch.amp, for Apex is not installed")
         if mask is not None:
             logger.info("density %.4f: %d weights active, %d not", mask.density, mask.total_nonzero, mask.total_zero)
+        logger.info(describe(flops, relative_flops(flops, mask, steps_per_epoch)))
 
         for epoch in range(first_epoch, args.epochs + 1):
             started = time.perf_counter()
@@ -250,6 +254,7 @@ def run(args):
             if valid is not None:
                 record |= dict(valid_loss=valid.loss, valid_accuracy=valid.accuracy)
             record |= dict(lr=scheduler.get_last_lr()[0], density=1.0, active_weights=weights)
+            record |= relative_flops(flops, mask, steps_per_epoch)
             if mask is not None:
                 densities = {layer.name: layer.density for layer in mask.layers}
                 record |= dict(density=mask.density, active_weights=mask.total_nonzero, density_per_layer=densities)

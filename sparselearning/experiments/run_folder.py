@@ -31,6 +31,8 @@ FORMATS = {
     "prune_rate": ".4f",
     "exploration_rate": ".4f",
     "density": ".4f",
+    "inference_flops": ".3f",
+    "training_flops": ".3f",
     "images_per_second": ".1f",
     "seconds": ".1f",
 }

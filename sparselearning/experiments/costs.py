@@ -1,0 +1,24 @@
+"""What a run costs in FLOPs, relative to the dense network."""
+
+from sparselearning.core import Masking
+from sparselearning.flops import Flops, dense_gradients
+
+
+def relative_flops(flops: Flops, mask: Masking | None, steps_per_epoch: int) -> dict[str, float]:
+    """Return the FLOPs of inference and of training at the densities of now, relative to the dense network's."""
+    if mask is None:
+        return dict(inference_flops=1.0, training_flops=1.0)
+    densities = {layer.name: layer.density for layer in mask.layers}
+    of_growth = dense_gradients(mask.growth_mode, mask.prune_every_k_steps or steps_per_epoch)
+    return dict(
+        inference_flops=flops.inference(densities),
+        training_flops=flops.training(densities, of_growth),
+    )
+
+
+def describe(flops: Flops, relative: dict[str, float]) -> str:
+    """Return the line that a run begins with."""
+    return (
+        f"FLOPs of an image: inference {relative['inference_flops']:.3f}x of {flops.dense:.4g}, training "
+        f"{relative['training_flops']:.3f}x of {3 * flops.dense:.4g}"
+    )

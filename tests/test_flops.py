@@ -1,0 +1,111 @@
+"""FLOPs: hand counts of small networks, published ones of ResNet-50, and the formulas of training."""
+
+import pytest
+import torch
+from helpers import mlp
+from torch import nn
+
+from sparselearning import models
+from sparselearning.distributions import active_counts, erdos_renyi_kernel
+from sparselearning.flops import Flops, dense_gradients, forward_flops
+from sparselearning.maskable import maskable_parameters
+from sparselearning.models.resnet import RESNETS
+
+LENET5 = {
+    "conv1.weight": 2 * 24 * 24 * 20 * 1 * 5 * 5,  # every output pixel and channel: 25 products, 25 sums
+    "conv2.weight": 2 * 8 * 8 * 50 * 20 * 5 * 5,
+    "fc3.weight": 2 * 800 * 500,
+    "fc4.weight": 2 * 500 * 10,
+}
+
+
+@pytest.fixture(scope="module")
+def resnet50():
+    with torch.device("meta"):
+        model, image = RESNETS["resnet50"](1000), torch.empty(1, 3, 224, 224)
+    return forward_flops(model, image), {name: weight.shape for name, weight in maskable_parameters(model)}
+
+
+def test_lenet5_by_hand():
+    flops = forward_flops(models.build("lenet5"), torch.zeros(1, 1, 28, 28))
+    assert flops == Flops(LENET5)
+    assert flops.dense == 4_586_000
+
+
+def test_lenet5_sparse_by_hand():
+    densities = {"conv1.weight": 0.5, "conv2.weight": 0.1, "fc3.weight": 0.02}
+    sparse = 288_000 + 320_000 + 16_000 + 10_000
+    flops = Flops(LENET5)
+    assert flops.sparse(densities) == pytest.approx(sparse)
+    assert flops.inference(densities) == pytest.approx(sparse / 4_586_000)
+
+
+def test_lenet300_100_costs_two_for_each_weight():
+    flops = forward_flops(models.build("lenet300-100"), torch.zeros(1, 1, 28, 28))
+    assert flops.dense == 2 * 266_200
+    assert flops.inference(dict.fromkeys(flops.of_weights, 0.05)) == pytest.approx(0.05)
+
+
+def test_training_as_in_the_appendix_of_rigl():
+    flops, densities = Flops({"fc.weight": 1000}), {"fc.weight": 0.2}
+    f_S, f_D = 200, 1000
+    assert flops.training(densities, dense_gradients("random", 100)) == pytest.approx(3 * f_S / (3 * f_D))
+    assert flops.training(densities, dense_gradients("momentum", 100)) == pytest.approx((2 * f_S + f_D) / (3 * f_D))
+    rigl = (3 * f_S * 100 + 2 * f_S + f_D) / (100 + 1)
+    assert flops.training(densities, dense_gradients("gradient", 100)) == pytest.approx(rigl / (3 * f_D))
+    assert flops.training({}, 1.0) == flops.inference({}) == 1
+
+
+def test_resnet50_dense(resnet50):
+    assert resnet50[0].dense == pytest.approx(8.2e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "density", "published", "of_momentum"),
+    [("uniform", 0.2, 0.23, None), ("uniform", 0.1, 0.13, None), ("erk", 0.2, 0.42, 0.61), ("erk", 0.1, 0.24, 0.50)],
+)
+def test_resnet50_as_published(resnet50, distribution, density, published, of_momentum):
+    """Evci et al. 2020, figure 2: inference of uniform networks, whose first layer is dense, and of ERK ones."""
+    flops, shapes = resnet50
+    if distribution == "uniform":
+        densities = dict.fromkeys(shapes, density) | {"conv1.weight": 1.0}
+    else:
+        counts = active_counts(list(shapes.values()), density, erdos_renyi_kernel)
+        densities = {name: count / shapes[name].numel() for name, count in zip(shapes, counts, strict=True)}
+    assert flops.inference(densities) == pytest.approx(published, abs=0.01)
+    if of_momentum:
+        assert flops.training(densities, 1.0) == pytest.approx(of_momentum, abs=0.01)
+
+
+def test_the_products_of_attention_and_of_its_weights_are_told_apart():
+    width, length = 8, 5
+    layer = nn.TransformerEncoderLayer(width, 2, 16, batch_first=True)
+    flops = forward_flops(layer, torch.randn(1, length, width))
+    assert flops.of_weights == {
+        "self_attn.in_proj_weight": 2 * length * width * 3 * width,
+        "self_attn.out_proj.weight": 2 * length * width * width,
+        "linear1.weight": 2 * length * width * 16,
+        "linear2.weight": 2 * length * width * 16,
+    }
+    assert flops.others == 2 * (2 * length * length * width)
+
+
+def test_a_weight_that_is_used_twice_counts_twice():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    assert forward_flops(model, torch.zeros(1, 4)) == Flops({"0.weight": 2 * 2 * 16})
+
+
+def test_grouped_and_strided_convolutions():
+    model = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=4)
+    assert forward_flops(model, torch.zeros(1, 8, 6, 6)) == Flops({"weight": 2 * 3 * 3 * 8 * 2 * 9})
+
+
+def test_counting_leaves_the_model_alone():
+    model = nn.Sequential(nn.BatchNorm1d(4), mlp(4, 2))
+    model[0].eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    forward_flops(model, torch.ones(1, 4))
+    assert model[1].training
+    assert not model[0].training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
