@@ -40,7 +40,7 @@ from sparselearning.experiments.arguments import (
     seed,
     whole_number,
 )
-from sparselearning.experiments.costs import describe, relative_flops
+from sparselearning.experiments.costs import describe, flops_of_run, relative_flops
 from sparselearning.experiments.datafiles import DataError
 from sparselearning.experiments.initial import choice_of_weights
 from sparselearning.experiments.run_folder import RunFolder, check_same_run
@@ -329,6 +329,7 @@ def run(args):
             plots.plot_curves(folder.metrics, folder.path / "curves.png")
             if mask is not None:
                 plots.plot_density(folder.metrics, folder.path / "density.png")
+        logger.info(describe(flops, flops_of_run(folder.metrics)))
         last = folder.metrics[-1]
         logger.info("Validation accuracy: %.4f, in five %.4f", last["valid_accuracy"], last["valid_accuracy_5"])
     return folder

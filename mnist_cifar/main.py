@@ -40,7 +40,7 @@ from sparselearning.experiments.arguments import (
     seed,
 )
 from sparselearning.experiments.bench import LayerBench
-from sparselearning.experiments.costs import describe, relative_flops
+from sparselearning.experiments.costs import describe, flops_of_run, relative_flops
 from sparselearning.experiments.initial import choice_of_weights
 from sparselearning.experiments.run_folder import MAY_CHANGE, RunFolder, check_same_run
 from sparselearning.experiments.training import (
@@ -270,7 +270,11 @@ def run(args):
                 checkpoint.save(folder.checkpoint, **parts, epoch=epoch, metrics=folder.metrics, args=vars(args))
 
         test = evaluate(model, in_order(data.test), precision)
-        folder.add(test_loss=test.loss, test_accuracy=test.accuracy, test_correct=test.correct, test_total=test.total)
+        whole_run = flops_of_run(folder.metrics)
+        folder.add(
+            **dict(test_loss=test.loss, test_accuracy=test.accuracy, test_correct=test.correct, test_total=test.total),
+            **whole_run,
+        )
         if not folder.writes:
             return folder
         if args.save_model:
@@ -289,6 +293,7 @@ def run(args):
         plots.plot_curves(folder.metrics, folder.path / "curves.png")
         if mask is not None:
             plots.plot_density(folder.metrics, folder.path / "density.png")
+        logger.info(describe(flops, whole_run))
         logger.info("Test evaluation: %s", test)
     return folder
 

@@ -75,10 +75,8 @@ def _counts(total, shares, group):
 
 
 def _given(name, mask, empty):
-    count = int(mask.sum())
-    pattern = of_fan_in(pattern_of(empty), mask.shape, count)
-    has_dead_neurons = pattern.even and not pattern.ablation and pattern.capacity(mask.shape) != count
-    if pattern != UNSTRUCTURED and (has_dead_neurons or not pattern.holds(mask)):
+    pattern = of_fan_in(pattern_of(empty), mask.shape, int(mask.sum()))
+    if pattern != UNSTRUCTURED and not pattern.holds(mask):
         raise ValueError(f"The mask of {name} is not of the pattern {pattern.name!r}. Choose another one.")
     with_pattern(empty, pattern)
     return mask

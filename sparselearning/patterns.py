@@ -97,7 +97,9 @@ class Pattern:
         if self.most is None:
             return self.whole(mask)
         counts = mask.reshape(-1, self.group).sum(1)
-        return ((counts == 0) | (counts == counts.max())).all() if self.even else (counts <= self.most).all()
+        if self.ablation:
+            return ((counts == 0) | (counts == counts.max())).all()
+        return (counts == self.most).all() if self.even else (counts <= self.most).all()
 
     def whole(self, mask: Tensor) -> Tensor:
         """Return whether every unit of a mask is active as a whole, or not at all; a 0-d tensor."""

@@ -210,9 +210,9 @@ def train_digits(place, *more):
     return [{name: value for name, value in record.items() if name != "seconds"} for record in folder.metrics]
 
 
-@pytest.mark.parametrize("growth", ["momentum", "random"])
-def test_digits_are_learned_by_two_processes_as_by_one(tmp_path, growth):
-    more = "--growth", growth
+@pytest.mark.parametrize("more", ["--growth momentum", "--growth random", "--pattern 2:4 --sparse-init snip"])
+def test_digits_are_learned_by_two_processes_as_by_one(tmp_path, more):
+    more = more.split()
     alone = train_digits(tmp_path / "alone", *more)
     first, second = run(train_digits, 2, tmp_path / "together", *more)
     assert first == second, "all processes know the accuracy of all images"

@@ -204,6 +204,14 @@ def test_a_run_begins_with_the_masks_of_another(run, tmp_path):
         assert_equal({name: layer["mask"] for name, layer in layers.items()}, masks)
 
 
+def test_flops_are_those_of_the_densities(run):
+    first, *_, last = metrics_of(run("--growth", "random", "--density", "0.1"))
+    assert first["inference_flops"] == first["training_flops"] == pytest.approx(0.1)
+    assert last["training_flops"] == pytest.approx(0.1)
+    first, *_, last = metrics_of(run("--dense", place="dense"))
+    assert first["inference_flops"] == last["training_flops"] == 1
+
+
 def test_layers_have_densities_of_their_own(run):
     folder = run("--epochs", "2", "--layer-density", "fc1=0.02", "--dense-layers", "fc3", "--redistribution", "none")
     densities = metrics_of(folder)[1]["density_per_layer"]

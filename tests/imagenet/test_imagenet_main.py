@@ -133,6 +133,15 @@ def test_benchmarks_and_the_profile_end_without_training(folder, tmp_path):
     assert metrics == []
 
 
+def test_a_run_begins_with_scores_of_one_step(folder, tmp_path):
+    more = ("--epochs", "1", "--accumulate", "2", "--dense-layers", "first", "*.downsample.*", "--density", "0.05")
+    path, metrics = train(folder, tmp_path, "--sparse-init", "snip", *more)
+    layers = torch.load(path / "checkpoint.pt")["mask"]["layers"]
+    assert not any(name.startswith("conv1") or "downsample" in name for name in layers)
+    assert metrics[0]["density"] == pytest.approx(0.05, abs=1e-6)
+    assert 0.05 < metrics[0]["inference_flops"] < metrics[0]["training_flops"] < 1
+
+
 def parsed(*given):
     return script.parse_arguments(["data", *given])
 
