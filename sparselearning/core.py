@@ -246,7 +246,7 @@ class Masking:
         self.layers += new.values()
         self._agree_and_count()
         self._check_agreement()
-        self.baseline_nonzero = self.total_nonzero
+        self.baseline_nonzero = self.total_nonzero + sum(layer.left_over for layer in self.layers)
         self.sparse_training.add(module, list(new.values()))
         self.apply_mask()
         if self.verbose:
@@ -329,7 +329,7 @@ class Masking:
     def _remove(self, unwanted):
         removed = [layer for layer in self.layers if unwanted(layer)]
         self.layers = [layer for layer in self.layers if not unwanted(layer)]
-        self.baseline_nonzero -= sum(layer.nonzeros for layer in removed)
+        self.baseline_nonzero -= sum(layer.nonzeros + layer.left_over for layer in removed)
         self.sparse_training.release(removed)
         for layer in removed:
             logger.info("%s stays dense: %d weights.", layer.name, layer.mask.numel())

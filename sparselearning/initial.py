@@ -10,7 +10,7 @@ from sparselearning.distributions import DISTRIBUTIONS, Distribution, divide
 from sparselearning.names import by_density
 from sparselearning.patterns import UNSTRUCTURED, of_fan_in, pattern_of, with_pattern
 from sparselearning.selection import add_highest, add_highest_jointly
-from sparselearning.sharded import is_sharded, shard_of, uniform_like
+from sparselearning.sharded import add_up, is_sharded, shard_of, uniform_like
 
 Density = float | Mapping[str, float]
 SparseInit = str | Distribution | Mapping[str, Tensor]
@@ -48,7 +48,9 @@ def initial_masks(empty: Mapping[str, Tensor], density: Density, sparse_init: Sp
         if isinstance(sparse_init, Mapping):
             scores = [_like(sparse_init[name], mask) for name, mask in zip(names, group, strict=True)]
             plain = [torch.zeros_like(mask) for mask in group]
-            shares = [int(mask.sum()) for mask in add_highest_jointly(scores, plain, total)]
+            shares = [
+                int(count) for count in add_up([mask.sum() for mask in add_highest_jointly(scores, plain, total)])
+            ]
         else:
             distribution = DISTRIBUTIONS[sparse_init] if isinstance(sparse_init, str) else sparse_init
             scores, shares = None, [distribution(mask.shape) for mask in group]

@@ -30,9 +30,7 @@ def check(masking) -> None:
     stepped |= masking.sparse_training.stepped_weights()
     problems = [problem for layer in masking.layers for problem in _problems(layer, owned, stepped)]
     active = sum(int(count_active(layer.mask)) for layer in masking.layers)
-    # A layer that gives up neurons may lack fewer weights than it has neurons.
-    lacking = sum(layer.room for layer in masking.layers if layer.pattern.ablation)
-    if active != masking.baseline_nonzero - lacking:
+    if active != masking.baseline_nonzero - sum(layer.left_over for layer in masking.layers):
         problems.append(
             f"{active} weights are active, {masking.baseline_nonzero} should be. A prune or grow function did not do "
             "what it was asked, or a mask was edited; the next update of the masks makes up for it."

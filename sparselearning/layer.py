@@ -35,6 +35,11 @@ class SparseLayer:
         return self.pattern.capacity(self.mask.shape) - self.nonzeros
 
     @property
+    def left_over(self) -> int:
+        """Weights that found no place when neurons were given up, fewer than the neurons that are left."""
+        return self.room if self.pattern.ablation else 0
+
+    @property
     def zeros(self) -> int:
         """Inactive weights."""
         return self.mask.numel() - self.nonzeros

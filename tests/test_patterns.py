@@ -411,6 +411,17 @@ def test_own_functions_know_nothing_of_patterns():
         assert masking.total_nonzero == masking.baseline_nonzero
 
 
+def test_a_removed_layer_takes_what_its_neurons_left_over():
+    model, masking = sparse("fan-in:0.9", growth_mode="random")
+    move(model, masking, updates=6)
+    assert masking.total_nonzero < masking.baseline_nonzero, "neurons were given up"
+    masking.check()
+    for name in list(masking.masks):
+        masking.remove_weight(name)
+        masking.check()
+    assert masking.baseline_nonzero == 0
+
+
 def test_check_sees_a_count_that_is_off():
     _, masking = sparse("fan-in:0.3")
     masking.baseline_nonzero += 1
