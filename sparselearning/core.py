@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselearning import distributed, invariants
+from sparselearning.dense_copy import INACTIVE
 from sparselearning.experiments.arguments import add_sparse_args
 from sparselearning.functions import FunctionError, is_network_wide, measures_after_pruning, resolve
 from sparselearning.grow import GROWTH_FUNCTIONS
@@ -38,7 +39,7 @@ from sparselearning.names import named
 from sparselearning.patterns import UNSTRUCTURED, patterns_for, with_pattern
 from sparselearning.prune import PRUNE_FUNCTIONS, count_of
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS, no_redistribution
-from sparselearning.regrowth import START_VALUES, start_regrown
+from sparselearning.regrowth import START_VALUES, pull_to_zero, start_regrown
 from sparselearning.schedules import Constant, CosineDecay, LinearDecay
 from sparselearning.selection import apportion
 from sparselearning.sharded import add_up, count_active, is_sharded, shard_of
@@ -84,7 +85,10 @@ class Masking:
         first_update, last_update: optimizer steps before and after which the masks stay. At the step `last_update`
             itself there is always an update, so that a density schedule arrives.
         reset_state: set the optimizer's state of a weight to zero when it becomes active.
-        regrown: what a weight is when it becomes active: 'zero', or 'random', as large as the layer's active ones.
+        regrown: what a weight is when it becomes active: 'zero', or 'random', as torch initialises layers.
+        pull: how strongly active weights are pulled to zero, added to their gradients before every step.
+        inactive: what becomes of a weight that leaves: 'zero' forgets its value; 'kept' and 'soft' keep and train it
+            beside the network, which does not see it (see dense_copy.py).
 
     Raises:
         ValueError: for an unknown mode.
@@ -112,14 +116,22 @@ class Masking:
         last_update: int | None = None,
         reset_state: bool = False,
         regrown: str = "zero",
+        pull: float = 0.0,
+        inactive: str = "zero",
     ):
         if prune_rate_decay is not None and not callable(prune_rate_decay):
             raise TypeError(
                 "Expected prune_rate_decay to be a function of the step, such as CosineDecay(0.5, T_max=1000), "
                 f"got {prune_rate_decay!r}. A constant rate is prune_rate_decay=None and prune_rate=0.5."
             )
+        if not 0 <= pull < math.inf:
+            raise ValueError(f"Expected a pull of at least 0, got {pull}.")
         if regrown not in START_VALUES:
             raise ValueError(f"Unknown regrown {regrown!r}. Choose one of {', '.join(map(repr, START_VALUES))}.")
+        if inactive not in INACTIVE:
+            raise ValueError(f"Unknown inactive {inactive!r}. Choose one of {', '.join(map(repr, INACTIVE))}.")
+        if inactive != "zero" and sparse_backend is not None:
+            raise ValueError(f"inactive={inactive!r} trains inactive weights; leave out sparse_backend.")
         self.optimizer = torch_optimizer(optimizer)
         self.stepper = optimizer
         self.prune_rate_decay = Constant(prune_rate) if prune_rate_decay is None else prune_rate_decay
@@ -131,6 +143,7 @@ class Masking:
         self.density_schedule = density_schedule
         self.first_update, self.last_update = first_update, last_update
         self.reset_state, self.regrown = reset_state, regrown
+        self.pull, self.inactive, self.dense_copy = pull, inactive, INACTIVE[inactive]
         self.verbose = verbose
         self.modules: list[nn.Module] = []
         self.layers: list[SparseLayer] = []
@@ -142,7 +155,7 @@ class Masking:
         modes = (growth_mode, redistribution_mode)
         if any("momentum" in mode for mode in modes if isinstance(mode, str)):
             keeps_momentum(self.optimizer, required=True)
-        self.sparse_training = SparseTraining(self.optimizer, sparse_backend)
+        self.sparse_training = SparseTraining(self.optimizer, sparse_backend, reset_state)
         self._watch_steps()
 
     @classmethod
@@ -185,6 +198,8 @@ class Masking:
         return masking
 
     def _watch_steps(self):
+        if self.dense_copy or self.pull:
+            self.optimizer.register_step_pre_hook(lambda _, *given: self._before_step(*given))
         self.optimizer.register_step_post_hook(lambda *_: self._after_step())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -247,6 +262,8 @@ class Masking:
         self._agree_and_count()
         self._check_agreement()
         self.baseline_nonzero = self.total_nonzero + sum(layer.left_over for layer in self.layers)
+        if self.dense_copy:
+            self.dense_copy.add(self, list(new.values()))
         self.sparse_training.add(module, list(new.values()))
         self.apply_mask()
         if self.verbose:
@@ -350,7 +367,17 @@ class Masking:
         """Step the optimizer; the masks are applied right after, as after any step of the optimizer."""
         return self.stepper.step() if closure is None else self.stepper.step(closure)
 
+    @torch.no_grad()
+    def _before_step(self, args, kwargs):
+        self._follow_devices()
+        if self.pull:
+            pull_to_zero([self.sparse_training.stepped_for(layer) for layer in self.layers], self.pull, self.optimizer)
+        if self.dense_copy:
+            self.dense_copy.before_step(self, closure=args[1] if len(args) > 1 else kwargs.get("closure"))
+
     def _after_step(self):
+        if self.dense_copy:
+            self.dense_copy.after_step(self)
         # A fused optimizer under GradScaler skips an overflowed step inside its kernel, and calls its hooks.
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and found_inf.item():
@@ -377,14 +404,18 @@ class Masking:
 
     def apply_mask(self) -> None:
         """Set all inactive weights to zero, in place; also where they are infinite or NaN."""
-        for layer in self.layers:
-            if layer.mask.device != layer.weight.device:  # the model was moved
-                layer.mask = with_pattern(layer.mask.to(layer.weight.device), layer.pattern)
-                layer.ever_active = layer.ever_active.to(layer.weight.device)
+        self._follow_devices()
         masked = self.sparse_training.apply(self.layers)
         halves = [layer for layer in masked if layer.weight is not layer.master]
         tensors = [layer.master for layer in masked] + [layer.weight for layer in halves]
         zero_inactive(tensors, [layer.mask for layer in [*masked, *halves]])
+
+    def _follow_devices(self):
+        for layer in self.layers:
+            if layer.mask.device != layer.weight.device:  # the model was moved
+                layer.mask = with_pattern(layer.mask.to(layer.weight.device), layer.pattern)
+                layer.ever_active = layer.ever_active.to(layer.weight.device)
+                layer.memory = {key: value.to(layer.weight.device) for key, value in layer.memory.items()}
 
     # One update of the masks
 
@@ -417,6 +448,8 @@ class Masking:
             raise
         self._agree_and_count()
         start_regrown(self, before)
+        if self.dense_copy:
+            self.dense_copy.follow(self.layers)
         self.apply_mask()
         self.sparse_training.updated()
 
@@ -600,6 +633,11 @@ class Masking:
         return {layer.name: layer.mask for layer in self.layers}
 
     @property
+    def memory(self) -> dict[str, dict[str, Tensor]]:
+        """Name -> tensors by key that functions keep from update to update; saved with the masks."""
+        return {layer.name: layer.memory for layer in self.layers}
+
+    @property
     def name2nonzeros(self) -> dict[str, int]:
         """Name -> active weights."""
         return {layer.name: layer.nonzeros for layer in self.layers}
@@ -676,6 +714,7 @@ class Masking:
                 "importance": layer.importance,
                 "prune_rate": layer.prune_rate,
                 "ever_active": layer.ever_active,
+                "memory": layer.memory,
             }
             for layer in self.layers
         }
@@ -704,16 +743,26 @@ class Masking:
                 )
         for layer in self.layers:
             entry = saved[layer.name]
-            for mask, saved_mask in [(layer.mask, entry["mask"]), (layer.ever_active, entry["ever_active"])]:
-                mask.copy_(shard_of(saved_mask, mask) if is_sharded(mask) else saved_mask)
+            layer.mask.copy_(_placed_like(layer.mask, entry["mask"]))
+            layer.ever_active.copy_(_placed_like(layer.mask, entry["ever_active"]))
             layer.removed, layer.importance = entry["removed"], entry["importance"]
             layer.prune_rate = entry["prune_rate"]
+            layer.memory = {key: _placed_like(layer.mask, value) for key, value in entry["memory"].items()}
         self.steps = state["steps"]
         self.baseline_nonzero = state["baseline_nonzero"]
         self.prune_threshold = state["prune_threshold"]
         self._count()
         self.sparse_training.loaded()
+        if self.dense_copy:
+            self.dense_copy.show(self.layers)
         self.apply_mask()
+
+
+def _placed_like(mask: Tensor, value: Tensor) -> Tensor:
+    """Return a copy of a saved tensor where the mask is: on its device, sharded as it is."""
+    if is_sharded(mask) and value.shape == mask.shape:
+        return shard_of(value, mask)
+    return value.to(mask.device, copy=True)
 
 
 def _to_numbers(values: list) -> list[float]:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from sparselearning import distributed
+from sparselearning.dense_copy import dense_weight
 from sparselearning.functions import FunctionError, network_wide, single_weights
 from sparselearning.selection import add_highest, add_highest_jointly, apportion
 from sparselearning.sharded import is_sharded, uniform_like
@@ -53,6 +55,75 @@ def momentum_neuron_growth(masking, name: str, new_mask: Tensor, total_regrowth:
 
 
 @network_wide
+def rewiring_growth(masking, total_regrowth: int) -> dict[str, Tensor]:
+    """Add inactive weights of the network at random, and give each a random sign that it has to keep.
+
+    Bellec et al. 2018, Deep Rewiring, https://arxiv.org/abs/1711.05136, algorithm 1, with prune_mode="sign_flip".
+    """
+    masks = add_highest_jointly(
+        [uniform_like(mask) for mask in masking.masks.values()], list(masking.masks.values()), total_regrowth
+    )
+    for layer in masking.layers:
+        drawn = (uniform_like(layer.mask) < 0.5).to(torch.int8) * 2 - 1
+        if not is_sharded(drawn):
+            distributed.send_to_all(drawn)
+        kept = layer.memory.get("sign", layer.master.sign().to(torch.int8))
+        layer.memory["sign"] = torch.where(layer.mask, kept, drawn)
+    return dict(zip(masking.masks, masks, strict=True))
+
+
+def dense_magnitude_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
+    """Add the weights whose value is largest, which they keep while they are inactive (Jayakumar et al. 2020)."""
+    return add_highest(dense_weight(masking, name).abs(), new_mask, total_regrowth)
+
+
+@network_wide
+def global_dense_magnitude_growth(masking, total_regrowth: int) -> dict[str, Tensor]:
+    """Add the weights of the network whose value is largest, which they keep while they are inactive."""
+    scores = [dense_weight(masking, name).abs() for name in masking.masks]
+    masks = add_highest_jointly(scores, list(masking.masks.values()), total_regrowth)
+    return dict(zip(masking.masks, masks, strict=True))
+
+
+def cannistraci_hebb_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
+    """Add the links of a linear layer that its paths of length three speak for most; random ones elsewhere.
+
+    Zhang et al. 2024, Epitopological learning and Cannistraci-Hebb network shape intelligence brain-inspired theory
+    for ultra-sparse advantage in deep learning, ICLR, https://openreview.net/forum?id=iayEcORsGd. The score needs no
+    gradient, only the mask; see `path_scores`. Links without such a path come after all others, at random.
+    """
+    if new_mask.dim() != 2:
+        return random_growth(masking, name, new_mask, total_regrowth, weight)
+    if is_sharded(new_mask):
+        raise FunctionError(
+            "growth_mode='cannistraci_hebb' follows paths through whole layers, and sharded weights are parts of them. "
+            "Use growth_mode='gradient', or DistributedDataParallel."
+        )
+    score = path_scores(new_mask)
+    return add_highest(torch.where(score > 0, score, -uniform_like(new_mask)), new_mask, total_regrowth)
+
+
+def path_scores(mask: Tensor) -> Tensor:
+    """Return the CH3-L3p score of every link of a layer that is absent from its mask (outputs, inputs), float32.
+
+    For an output v and an input u it is the sum over all paths u - z1 - z2 - v (z1 an output, z2 an input) of
+    1 / sqrt((1 + e(z1)) (1 + e(z2))), e(z) being the links of z that lead neither to u or v nor to a node of
+    another such path. Of z1 these are all but the one to u and those to inputs of v: 1 + e(z1) = k(z1) - P[z1, v], with
+    the degree k and P = M M^T, how many inputs two outputs share; of z2 likewise with M^T M. Takes active weights *
+    outputs * inputs multiplications.
+    """
+    links = mask.float()
+    outputs = (links.sum(dim=1, keepdim=True) - links @ links.T).clamp(min=1).rsqrt()  # [z1, v]
+    inputs = (links.sum(dim=0).unsqueeze(1) - links.T @ links).clamp(min=1).rsqrt()  # [z2, u]
+    scores = torch.zeros_like(links)
+    neighbours = mask.nonzero()[:, 1].split(mask.sum(dim=1).tolist())
+    for v, z2 in enumerate(neighbours):
+        paths = (links[:, z2] * outputs[:, v : v + 1]).T @ links  # [z2, u], summed over z1
+        scores[v] = (paths * inputs[z2]).sum(dim=0)
+    return scores.masked_fill_(mask, 0)
+
+
+@network_wide
 def global_momentum_growth(masking, total_regrowth: int) -> dict[str, Tensor]:
     """Add the weights whose momentum is largest in the whole network, whatever their layer."""
     scores = [masking.get_momentum_for_weight(layer.master).abs() for layer in masking.layers]
@@ -67,4 +138,8 @@ GROWTH_FUNCTIONS = {
     "momentum_neuron": momentum_neuron_growth,
     "global_momentum": global_momentum_growth,
     "global_momentum_growth": global_momentum_growth,
+    "rewiring": rewiring_growth,
+    "cannistraci_hebb": cannistraci_hebb_growth,
+    "dense_magnitude": dense_magnitude_growth,
+    "global_dense_magnitude": global_dense_magnitude_growth,
 }

@@ -1,6 +1,6 @@
 """One sparse weight: the parameter, its mask and what is known about them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ class SparseLayer:
     removed: int = 0  # weights pruned in the last update
     importance: float = 0.0  # share of this layer in the importance of the network
     prune_rate: float = 0.0  # fraction of active weights to prune
+    memory: dict[str, Tensor] = field(default_factory=dict)  # what functions keep from update to update, by name
 
     @property
     def pattern(self) -> Pattern:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from sparselearning.initial import Density, SparseInit
-from sparselearning.schedules import Constant, CosineDecay, CubicDensity, LinearDecay, StepDensity
+from sparselearning.schedules import Constant, CosineDecay, CubicDensity, LinearDecay, SoftDensity, StepDensity
 
 Schedule = Callable[[int], float]
 
@@ -27,10 +27,11 @@ DECAYS: Mapping[str, Callable[[float, int], Schedule]] = {
     "constant": lambda prune_rate, steps: Constant(prune_rate),
 }
 # (density at first, density at last, first step, last step) -> density at a step
-DENSITY_SCHEDULES: Mapping[str, Callable[[float, float, int, int], Schedule] | None] = {
+DENSITY_SCHEDULES: Mapping[str, Any] = {
     "constant": None,
     "cubic": CubicDensity,
     "step": lambda start, end, begin, finish: StepDensity(start, end, finish),
+    "soft": None,  # above the final density by what the next update prunes; see SoftDensity
 }
 
 
@@ -59,6 +60,8 @@ class Method:
     start_density: float | None = None  # None: the final density
     reset_state: bool = False  # of the optimizer, where a weight becomes active
     regrown: str = "zero"  # what a weight is when it becomes active
+    pull: float = 0.0  # of active weights towards zero, added to their gradients
+    inactive: str = "zero"  # what becomes of a weight that leaves
 
     def __post_init__(self):
         for part, table in [("decay_schedule", DECAYS), ("density_schedule", DENSITY_SCHEDULES)]:
@@ -72,11 +75,15 @@ class Method:
             )
         if self.start_density is not None and not 0 < self.start_density <= 1:
             raise ValueError(f"Expected a start_density in (0, 1], got {self.start_density}.")
-        if self.start_density is not None and self.density_schedule == "constant":
+        if self.start_density is not None and self.density_schedule not in ("cubic", "step"):
             raise ValueError("A start_density needs a density_schedule that leaves it: 'cubic' or 'step'.")
+        if self.density_schedule == "soft" and self.prune_rate >= 1:
+            raise ValueError(f"density_schedule='soft' needs a prune_rate below 1, got {self.prune_rate}.")
 
     def density_at_start(self, density: Density) -> Density:
         """Return the density to begin with in order to end with `density`."""
+        if self.density_schedule == "soft" and not isinstance(density, Mapping):
+            return min(density / (1 - self.prune_rate), 1.0)
         return density if self.start_density is None else self.start_density
 
 
@@ -85,6 +92,12 @@ SET = "Mocanu et al. 2018, https://arxiv.org/abs/1707.04780"
 DSR = "Mostafa & Wang 2019, https://arxiv.org/abs/1902.05967"
 RIGL = "Evci et al. 2020, https://arxiv.org/abs/1911.11134"
 GMP = "Zhu & Gupta 2017, https://arxiv.org/abs/1710.01878"
+DEEPR = "Bellec et al. 2018, https://arxiv.org/abs/1711.05136"
+TOP_KAST = "Jayakumar et al. 2020, https://arxiv.org/abs/2106.03517"
+MEST = "Yuan et al. 2021, https://arxiv.org/abs/2110.14032"
+GRANET = "Liu et al. 2021, https://arxiv.org/abs/2106.10404"
+CHT = "Zhang et al. 2024, https://openreview.net/forum?id=iayEcORsGd"
+ST3 = "Vanderschueren & De Vleeschouwer 2023, https://arxiv.org/abs/2212.01076"
 ONE_SHOT = "Han et al. 2015, https://arxiv.org/abs/1506.02626"
 ERK = "erdos_renyi_kernel"
 
@@ -98,11 +111,26 @@ METHODS: dict[str, Method] = {
     "rigl": Method("RigL", RIGL, "magnitude", "none", "gradient", ERK,
                    prune_rate=0.3, decay_schedule="cosine_to_zero", prune_every_k_steps=100, stop_fraction=0.75,
                    reset_state=True),
+    "deep_rewiring": Method("Deep Rewiring", DEEPR, "sign_flip", "none", "rewiring",
+                            prune_rate=0.0, decay_schedule="constant", prune_every_k_steps=10, pull=1e-4),
+    "top_kast": Method("Top-KAST", TOP_KAST, "dense_magnitude", "none", "dense_magnitude", ERK,
+                       prune_rate=0.0, decay_schedule="constant", prune_every_k_steps=100, inactive="kept"),
+    "mest": Method("MEST", MEST, "magnitude_gradient", "none", "random", ERK,
+                   prune_rate=0.3, decay_schedule="cosine_to_zero", prune_every_k_steps=1000, stop_fraction=0.75,
+                   density_schedule="soft"),
+    "granet": Method("GraNet", GRANET, "gradual_magnitude", "remaining", "gradient", ERK,
+                     prune_rate=0.5, prune_every_k_steps=1000, stop_fraction=0.75,
+                     density_schedule="cubic", start_density=0.5, reset_state=True),
+    "cht": Method("CHT", CHT, "magnitude", "none", "cannistraci_hebb", "linear",
+                  prune_rate=0.3, decay_schedule="constant"),
     "static": Method("Static random", RIGL, sparse_init=ERK, prune_rate=0.0, decay_schedule="constant",
                      stop_fraction=0.0),
     "gmp": Method("Gradual magnitude pruning", GMP, "global_magnitude",
                   prune_rate=0.0, decay_schedule="constant", prune_every_k_steps=100, stop_fraction=0.75,
                   density_schedule="cubic", start_density=1.0),
+    "soft_threshold": Method("Soft threshold (ST-3)", ST3, "global_dense_magnitude", "none", "global_dense_magnitude",
+                             prune_rate=0.0, decay_schedule="constant", prune_every_k_steps=100, stop_fraction=0.75,
+                             density_schedule="cubic", start_density=1.0, inactive="soft"),
     "one_shot": Method("One-shot magnitude pruning", ONE_SHOT, "global_magnitude",
                        prune_rate=0.0, decay_schedule="constant", start_fraction=0.5, stop_fraction=0.5,
                        density_schedule="step", start_density=1.0),
@@ -138,29 +166,33 @@ def masking_arguments(method: Method, density: Density, total_steps: int) -> dic
     if total_steps < 1:
         raise ValueError(f"Expected total_steps of at least 1, got {total_steps}.")
     first, last = round(method.start_fraction * total_steps), round(method.stop_fraction * total_steps)
+    decay = DECAYS[method.decay_schedule](method.prune_rate, max(last, 1))
     return dict(
-        prune_rate_decay=DECAYS[method.decay_schedule](method.prune_rate, max(last, 1)),
+        prune_rate_decay=decay,
         prune_mode=method.prune,
         growth_mode=method.growth,
         redistribution_mode=method.redistribution,
         prune_every_k_steps=method.prune_every_k_steps,
-        density_schedule=_density_schedule(method, density, first, last),
+        density_schedule=_density_schedule(method, density, first, last, decay),
         first_update=first,
         last_update=last if method.stop_fraction < 1 else None,
         reset_state=method.reset_state,
         regrown=method.regrown,
+        pull=method.pull,
+        inactive=method.inactive,
     )
 
 
-def _density_schedule(method, density, first, last):
-    schedule = DENSITY_SCHEDULES[method.density_schedule]
-    if schedule is None:
+def _density_schedule(method, density, first, last, decay):
+    if method.density_schedule == "constant":
         return None
     if isinstance(density, Mapping):
         raise ValueError(
             f"{method.name} changes the density of the network; single layers cannot have one of their own."
         )
-    return schedule(method.density_at_start(density), density, first, last)
+    if method.density_schedule == "soft":
+        return SoftDensity(density, decay, last)
+    return DENSITY_SCHEDULES[method.density_schedule](method.density_at_start(density), density, first, last)
 
 
 def table() -> str:

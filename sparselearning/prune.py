@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from sparselearning.dense_copy import dense_weight
 from sparselearning.functions import network_wide, single_weights
-from sparselearning.selection import apportion, drop_lowest, drop_lowest_jointly
+from sparselearning.selection import add_highest, add_highest_jointly, apportion, drop_lowest, drop_lowest_jointly
 from sparselearning.sharded import add_up, highest, local_part
 
 
@@ -58,6 +59,65 @@ def threshold_prune(masking) -> dict[str, Tensor]:
     return exact
 
 
+def magnitude_gradient_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
+    """Drop the weights whose |weight| + 0.01 |gradient| is lowest.
+
+    Yuan et al. 2021, MEST: Accurate and Fast Memory-Economic Sparse Training Framework on the Edge,
+    https://arxiv.org/abs/2110.14032, equation 1; the paper leaves the factor of the gradient open.
+    """
+    score = weight.abs() + 0.01 * masking.get_gradient_for_weight(weight).abs()
+    return drop_lowest(score, mask, count_to_remove(masking, name))
+
+
+@single_weights
+def sign_flip_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
+    """Drop the weights whose sign is not the one they began with; how many is theirs to say.
+
+    Bellec et al. 2018, Deep Rewiring, https://arxiv.org/abs/1711.05136, algorithm 1: a connection's sign is fixed when
+    it is made, and the connection is gone when its weight would cross zero. Here crossing is looked at in an update,
+    so that a weight may be on the wrong side until then. The first update notes the signs.
+    """
+    sign = masking.memory[name].setdefault("sign", weight.sign().to(torch.int8))
+    return mask & (weight * sign >= 0)
+
+
+@single_weights
+def dense_magnitude_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
+    """Drop the active weights that are not among the largest of all the layer's, inactive ones included.
+
+    Jayakumar et al. 2020, Top-KAST, https://arxiv.org/abs/2106.03517, section 2.1, with growth_mode="dense_magnitude".
+    """
+    keep = masking.name2nonzeros[name] - count_to_remove(masking, name)
+    return mask & add_highest(dense_weight(masking, name).abs(), torch.zeros_like(mask), keep)
+
+
+@network_wide
+@single_weights
+def global_dense_magnitude_prune(masking) -> dict[str, Tensor]:
+    """Drop the active weights that are not among the largest of the network, inactive ones included."""
+    scores = [dense_weight(masking, name).abs() for name in masking.masks]
+    empty = [torch.zeros_like(mask) for mask in masking.masks.values()]
+    largest = add_highest_jointly(scores, empty, masking.baseline_nonzero)
+    return {name: mask & large for (name, mask), large in zip(masking.masks.items(), largest, strict=True)}
+
+
+@network_wide
+@single_weights
+def gradual_magnitude_prune(masking) -> dict[str, Tensor]:
+    """Drop what the density falls by where weights are smallest in the network, then the prune rate in each layer.
+
+    Liu et al. 2021, Sparse Training via Boosting Pruning Plasticity with Neuroregeneration,
+    https://arxiv.org/abs/2106.10404 (GraNet), algorithm 1.
+    """
+    scores = [layer.master.abs() for layer in masking.layers]
+    fall = max(masking.total_nonzero - masking.baseline_nonzero, 0)
+    masks = drop_lowest_jointly(scores, list(masking.masks.values()), fall)
+    left = torch.stack(add_up([mask.sum() for mask in masks])).tolist()
+    counts = [count_of(masking.prune_rate, number) for number in left]
+    pruned = [drop_lowest(score, mask, k) for score, mask, k in zip(scores, masks, counts, strict=True)]
+    return dict(zip(masking.masks, pruned, strict=True))
+
+
 @network_wide
 @single_weights
 def adaptive_threshold_prune(masking) -> dict[str, Tensor]:
@@ -100,4 +160,9 @@ PRUNE_FUNCTIONS = {
     "threshold": threshold_prune,
     "adaptive_threshold": adaptive_threshold_prune,
     "global_magnitude": global_magnitude_prune,
+    "gradual_magnitude": gradual_magnitude_prune,
+    "magnitude_gradient": magnitude_gradient_prune,
+    "sign_flip": sign_flip_prune,
+    "dense_magnitude": dense_magnitude_prune,
+    "global_dense_magnitude": global_dense_magnitude_prune,
 }

@@ -1,5 +1,6 @@
 """What a weight starts from when it becomes active: its value, and the optimizer's state."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from sparselearning import distributed
 from sparselearning.layer import SparseLayer
-from sparselearning.sharded import add_up, is_sharded, uniform_like
+from sparselearning.sharded import is_sharded, uniform_like
 
 START_VALUES = ("zero", "random")
 
@@ -23,7 +24,20 @@ def start_regrown(masking, before: Sequence[Tensor]) -> None:
             if masking.reset_state:
                 reset_state(masking.optimizer, layer.master, regrown)
             if masking.regrown == "random":
-                draw(layer, old, regrown)
+                draw(layer, regrown)
+
+
+def pull_to_zero(weights: Sequence[Tensor], strength: float, optimizer: torch.optim.Optimizer) -> None:
+    """Add `strength` * sign(weight) to the gradients of weights: that of an L1 term in the loss."""
+    for weight in weights:
+        if weight.grad is not None:
+            weight.grad.add_(weight.sign() * (strength * gradient_scale(optimizer)))
+
+
+def gradient_scale(optimizer: torch.optim.Optimizer) -> Tensor | float:
+    """Return what gradients are still multiplied by: a fused optimizer under GradScaler divides inside its kernel."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else scale
 
 
 def reset_state(optimizer: torch.optim.Optimizer, weight: Tensor, regrown: Tensor) -> None:
@@ -33,12 +47,13 @@ def reset_state(optimizer: torch.optim.Optimizer, weight: Tensor, regrown: Tenso
             value.masked_fill_(regrown, 0)
 
 
-def draw(layer: SparseLayer, old: Tensor, regrown: Tensor) -> None:
-    """Draw the regrown weights of a layer uniformly, with the root mean square of those active before."""
+def draw(layer: SparseLayer, regrown: Tensor) -> None:
+    """Draw the regrown weights as torch initialises linear layers and convolutions: uniform in +-1 / sqrt(inputs).
+
+    Not as large as the others are by now: every draw would make the next one larger.
+    """
     weight = layer.master
-    squares, count = add_up([weight.masked_fill(~old, 0).square().sum(dtype=torch.float32), old.sum()])
-    bound = (3 * squares / count.clamp(min=1)).sqrt()
-    values = (2 * uniform_like(layer.mask) - 1) * bound
+    values = (2 * uniform_like(layer.mask) - 1) / math.sqrt(math.prod(weight.shape[1:]))
     if not is_sharded(values):
         distributed.send_to_all(values)
     weight.copy_(torch.where(regrown, values.to(weight.dtype), weight))

@@ -1,6 +1,7 @@
 """Schedules: functions from the optimizer step to a prune rate in [0, 1], or to a density in (0, 1]."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -86,7 +87,9 @@ class CubicDensity:
     def __call__(self, step: int) -> float:
         if step >= self.finish:
             return self.end
-        progress = max(step - self.begin, 0) / (self.finish - self.begin)
+        if step <= self.begin:
+            return self.start
+        progress = (step - self.begin) / (self.finish - self.begin)
         return self.end + (self.start - self.end) * (1 - progress) ** 3
 
 
@@ -108,6 +111,33 @@ class StepDensity:
 
     def __call__(self, step: int) -> float:
         return self.end if step >= self.at else self.start
+
+
+@dataclass(frozen=True)
+class SoftDensity:
+    """Above `density` by what the next update prunes, at the prune rate of `decay`; `density` from step `finish` on.
+
+    Yuan et al. 2021, MEST, https://arxiv.org/abs/2110.14032: the soft memory bound. n / (1 - rate) weights are active
+    after an update, and n when the next one has pruned.
+
+    >>> density = SoftDensity(0.06, Constant(0.4), finish=100)
+    >>> round(density(0), 4), density(100)
+    (0.1, 0.06)
+    """
+
+    density: float
+    decay: Callable[[int], float]
+    finish: int
+
+    def __post_init__(self):
+        _check_density(density=self.density)
+        if not self.decay(0) < 1:
+            raise ValueError(f"Expected a prune rate below 1, which leaves weights; got {self.decay(0)} at step 0.")
+
+    def __call__(self, step: int) -> float:
+        if step >= self.finish:
+            return self.density
+        return min(self.density / (1 - self.decay(step)), 1.0)
 
 
 def _check_density(**densities):

@@ -88,6 +88,8 @@ def test_defaults_are_the_paper_s():
         dense_layers=[],
         reset_state=False,
         regrown="zero",
+        pull=0.0,
+        inactive="zero",
         sparse_backend=None,
         method=None,
         dense=False,

@@ -84,7 +84,7 @@ def test_a_prune_rate_of_one_moves_everything():
 @pytest.mark.parametrize("growth_mode", GROWTH_FUNCTIONS)
 def test_a_full_network_stays_full(growth_mode):
     model = mlp(20, 30, 10)
-    masking = masked(model, density=1.0, growth_mode=growth_mode)
+    masking = masked(model, density=1.0, growth_mode=growth_mode, inactive="kept")
     train(model, masking)
     masking.at_end_of_epoch()
     assert masking.density == 1

@@ -11,11 +11,17 @@ from script import assert_equal, checkpoint_of, load_main, metrics_of, run_folde
 
 from sparselearning import Masking
 from sparselearning.experiments import plots
-from sparselearning.grow import gradient_growth
+from sparselearning.functions import FunctionError
+from sparselearning.grow import cannistraci_hebb_growth, gradient_growth, path_scores, rewiring_growth
 from sparselearning.methods import METHODS, find_method, masking_arguments
-from sparselearning.prune import adaptive_threshold_prune
+from sparselearning.prune import (
+    adaptive_threshold_prune,
+    gradual_magnitude_prune,
+    magnitude_gradient_prune,
+    sign_flip_prune,
+)
 from sparselearning.redistribute import nonzero_redistribution, remaining_redistribution
-from sparselearning.schedules import Constant, CosineDecay, CubicDensity, StepDensity
+from sparselearning.schedules import Constant, CosineDecay, CubicDensity, SoftDensity, StepDensity
 
 T, F = True, False
 STEPS, EPOCH = 24, 6  # of the short trainings here, with an update every other step where a method updates by steps
@@ -152,6 +158,7 @@ def test_an_unknown_part_names_the_known_ones():
         (dict(decay_schedule="cubic"), "Unknown decay_schedule 'cubic'. Choose one of 'cosine', "),
         (dict(density_schedule="cosine"), "Unknown density_schedule 'cosine'. Choose one of 'constant', 'cubic', "),
         (dict(start_fraction=0.8), "Expected 0 <= start_fraction <= stop_fraction <= 1, got 0.8 and 0.75."),
+        (dict(density_schedule="soft", prune_rate=1.0), "density_schedule='soft' needs a prune_rate below 1, got 1.0."),
         (dict(start_density=1.5, density_schedule="cubic"), "Expected a start_density in (0, 1], got 1.5."),
         (dict(start_density=0.5), "A start_density needs a density_schedule that leaves it: 'cubic' or 'step'."),
     ],
@@ -174,6 +181,8 @@ def test_a_method_is_the_arguments_of_masking():
         last_update=750,
         reset_state=True,
         regrown="zero",
+        pull=0.0,
+        inactive="zero",
     )
     gradual = masking_arguments(METHODS["gmp"], density=0.05, total_steps=1000)
     assert gradual["density_schedule"] == CubicDensity(1.0, 0.05, 0, 750)
@@ -244,6 +253,18 @@ def test_the_schedule_arrives_at_the_last_update():
     assert counts == 4 * [900] + 2 * [round(900 * schedule(5))] + 6 * [90]
 
 
+def test_density_schedules_at_their_edges():
+    at_once = CubicDensity(1.0, 0.1, 5, 5)
+    assert [at_once(step) for step in (0, 4, 5, 9)] == [1.0, 1.0, 0.1, 0.1]
+    assert SoftDensity(0.8, Constant(0.5), 3)(0) == 1.0
+    with pytest.raises(ValueError, match="Expected a prune rate below 1"):
+        SoftDensity(0.1, Constant(1.0), 3)
+    with pytest.raises(ValueError, match=r"Expected the density end in \(0, 1\], got 0."):
+        StepDensity(1.0, 0, 3)
+    with pytest.raises(ValueError, match="Expected steps 0 <= begin <= finish"):
+        CubicDensity(1.0, 0.1, 5, 4)
+
+
 def test_masks_stay_before_the_first_update():
     model = mlp(20, 30, 10)
     masking = masked(model, prune_every_k_steps=1, first_update=3)
@@ -281,18 +302,17 @@ def test_the_state_of_regrown_weights_is_reset(optimizer, reset):
                 assert value[layer.mask & ~regrown].any()
 
 
-def test_regrown_weights_are_as_large_as_the_others():
+def test_regrown_weights_are_drawn_as_torch_does():
     model = mlp(300, 200, 10)
     masking = masked(model, density=0.3, prune_rate=0.3, regrown="random", growth_mode="random")
     before = snapshot(masking)
-    rms = {layer.name: layer.weight[layer.mask].square().mean().sqrt().item() for layer in masking.layers}
     masking.at_end_of_epoch()
     assert_masks_hold(masking)
     layer = masking.layers[0]
     regrown = layer.weight[layer.mask & ~before[layer.name]]
-    assert regrown.square().mean().sqrt().item() == pytest.approx(rms[layer.name], rel=0.05)
-    assert abs(regrown.mean().item()) < 0.1 * rms[layer.name]
-    assert regrown.abs().max().item() <= math.sqrt(3) * rms[layer.name]
+    assert regrown.abs().max().item() == pytest.approx(1 / math.sqrt(300), rel=0.01)
+    assert regrown.abs().mean().item() == pytest.approx(0.5 / math.sqrt(300), rel=0.05)
+    assert abs(regrown.mean().item()) < 0.05 / math.sqrt(300)
 
 
 def test_an_unknown_start_value_is_refused():
@@ -360,3 +380,186 @@ def test_exploration_counts_every_weight_once():
     explored = first | (~first & (torch.arange(16).reshape(4, 4) < 10))
     assert masking.exploration_rate == explored.sum().item() / 16
     assert torch.equal(masking.ever_active["fc1.weight"], explored)
+
+
+def test_magnitude_and_gradient_together_rank_weights():
+    masking = layer_with([[0.5, 0.4, 0.3, 0.0]], [[T, T, T, F]], prune_rate=1 / 3)
+    layer = masking.layers[0]
+    layer.weight.grad = torch.tensor([[0.0, 5.0, 30.0, 0.0]])  # scores 0.5, 0.45 and 0.6
+    assert magnitude_gradient_prune(masking, layer.mask, layer.weight, "weight").tolist() == [[T, F, T, F]]
+
+
+def test_weights_that_change_sign_leave_and_new_ones_have_a_sign_to_keep():
+    masking = layer_with([[0.5, -0.4, 0.3, 0.0]], [[T, T, T, F]])
+    layer = masking.layers[0]
+    assert sign_flip_prune(masking, layer.mask, layer.weight, "weight").tolist() == [[T, T, T, F]]
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[-0.1, -0.2, 0.0, 0.0]]))
+    layer.mask.copy_(sign_flip_prune(masking, layer.mask, layer.weight, "weight"))
+    assert layer.mask.tolist() == [[F, T, T, F]]
+    assert rewiring_growth(masking, 2)["weight"].tolist() == [[T, T, T, T]]
+    signs = layer.memory["sign"][0].tolist()
+    assert signs[1:3] == [-1, 1]
+    assert abs(signs[0]) == abs(signs[3]) == 1
+
+
+def test_gradual_pruning_falls_everywhere_and_then_moves_in_each_layer():
+    model = mlp(4, 1, 4)
+    masking = masked(model, density=1.0, prune_rate=0.5)
+    with torch.no_grad():
+        model.fc1.weight.copy_(torch.tensor([[0.1, 0.2, 0.3, 0.9]]))
+        model.fc2.weight.copy_(torch.tensor([[0.4], [0.5], [0.6], [0.7]]))
+    masking.baseline_nonzero = 6
+    masks = gradual_magnitude_prune(masking)
+    # 0.1 and 0.2 are the smallest of all; of the two and four that are left half go.
+    assert masks["fc1.weight"].tolist() == [[F, F, F, T]]
+    assert masks["fc2.weight"].flatten().tolist() == [F, F, T, T]
+
+
+def paths_by_hand(mask):
+    """The CH3-L3p scores as loops over all paths."""
+    outputs, inputs = mask.shape
+    nodes = [("in", u) for u in range(inputs)] + [("out", v) for v in range(outputs)]
+    linked = {(("out", v), ("in", u)) for v in range(outputs) for u in range(inputs) if mask[v, u]}
+    linked |= {(b, a) for a, b in linked}
+    neighbours = {node: {other for other in nodes if (node, other) in linked} for node in nodes}
+    scores = torch.zeros(mask.shape)
+    for v in range(outputs):
+        for u in range(inputs):
+            start, end = ("in", u), ("out", v)
+            paths = [(a, b) for a in neighbours[start] for b in neighbours[end] if b in neighbours[a]]
+            community = {node for path in paths for node in path}
+            external = {node: len(neighbours[node] - community - {start, end}) for node in community}
+            if not mask[v, u]:
+                scores[v, u] = sum(((1 + external[a]) * (1 + external[b])) ** -0.5 for a, b in paths)
+    return scores
+
+
+def test_path_scores_are_those_of_a_loop_over_paths():
+    torch.manual_seed(0)
+    for density in (0.2, 0.5, 0.8):
+        mask = torch.rand(7, 9) < density
+        torch.testing.assert_close(path_scores(mask), paths_by_hand(mask))
+
+
+def test_a_path_of_length_three_brings_its_link():
+    # Output 0 has inputs 0 and 1, output 1 has input 1: input 0 - output 0 - input 1 - output 1 closes with [1, 0].
+    mask = torch.tensor([[T, T, F], [F, T, F], [F, F, T]])
+    assert path_scores(mask).tolist() == [[0, 0, 0], [1, 0, 0], [0, 0, 0]]
+    masking = layer_with([[0.0] * 3] * 3, mask.tolist())
+    grown = cannistraci_hebb_growth(masking, "weight", mask, 1, masking.layers[0].weight)
+    assert (grown ^ mask).nonzero().tolist() == [[1, 0]]
+
+
+# Weights that keep their values while they are inactive
+
+
+def kept(weight, mask, inactive):
+    """A masking on one linear layer with these weights, of which those outside the mask are kept."""
+    layer = torch.nn.Linear(len(weight[0]), len(weight), bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(weight))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, weight_decay=0.1)
+    modes = dict(prune_mode="dense_magnitude", growth_mode="dense_magnitude", redistribution_mode="none")
+    masking = Masking(optimizer, None, **modes, inactive=inactive)
+    masking.add_module(layer, 1.0, {"weight": torch.tensor(mask)})
+    return layer, masking
+
+
+def test_inactive_weights_keep_their_values_and_train():
+    layer, masking = kept([[4.0, 0.5, 2.0, 1.0]], [[T, F, F, F]], "kept")
+    assert layer.weight.tolist() == [[4, 0, 0, 0]]
+    layer.weight.grad = torch.tensor([[1.0, 9.0, -4.0, 9.0]])
+    masking.step()
+    # Trained are the active weight and the largest other one, whose decay of 0.1 is divided by the density 0.25.
+    assert masking.memory["weight"]["dense"][0].tolist() == pytest.approx([4 - 1 - 0.4, 0.5, 2 + 4 - 0.8, 1.0])
+    assert layer.weight[0].tolist() == pytest.approx([2.6, 0, 0, 0])
+    masking.at_end_of_epoch()
+    assert layer.weight[0].tolist() == pytest.approx([0, 0, 5.2, 0])
+    assert masking.memory["weight"]["trained"].tolist() == [[T, F, T, F]]
+    masking.check()
+
+
+def test_soft_weights_are_smaller_by_the_largest_inactive_one():
+    layer, masking = kept([[4.0, -3.0, 2.0, 1.0]], [[T, T, F, F]], "soft")
+    assert layer.weight.tolist() == [[2, -1, 0, 0]]
+    masking.optimizer.param_groups[0]["weight_decay"] = 0
+    layer.weight.grad = torch.tensor([[0.0, 0.0, -3.0, 0.0]])  # passes straight through
+    masking.step()
+    assert masking.memory["weight"]["dense"].tolist() == [[4, -3, 5, 1]]
+    assert layer.weight.tolist() == [[2, -1, 0, 0]]
+    masking.at_end_of_epoch()
+    assert layer.weight.tolist() == [[1, 0, 2, 0]]
+
+
+def test_a_closure_would_see_what_the_network_does_not():
+    _, masking = kept([[4.0, 0.5, 2.0, 1.0]], [[T, F, F, F]], "kept")
+    with pytest.raises(RuntimeError, match=r"and a closure would see the dense ones"):
+        masking.step(lambda: 0.0)
+
+
+def test_modes_that_compare_inactive_weights_need_them_kept():
+    model = mlp(20, 30, 10)
+    masking = masked(model, prune_mode="dense_magnitude")
+    with pytest.raises(FunctionError, match="inactive='kept'"):
+        masking.at_end_of_epoch()
+
+
+def test_what_cannot_be_kept_is_refused():
+    with pytest.raises(ValueError, match=r"Unknown inactive 'gone'. Choose one of 'zero', 'kept', 'soft'."):
+        masked(mlp(5, 5), inactive="gone")
+    with pytest.raises(ValueError, match="leave out sparse_backend"):
+        masked(mlp(5, 5), inactive="kept", sparse_backend="cpu")
+
+
+def test_a_pull_is_an_l1_term():
+    model, twin = mlp(20, 30, 10), mlp(20, 30, 10)
+    twin.load_state_dict(model.state_dict())
+    inputs = torch.randn(8, 20)
+    plain, pulled = (masked(net, density=1.0, **kind) for net, kind in [(model, {}), (twin, dict(pull=0.01))])
+    for net, masking, l1 in [(model, plain, 0.01), (twin, pulled, 0)]:
+        net.zero_grad()
+        weights = [layer.weight for layer in masking.layers]
+        ((net(inputs) - 1).square().mean() + l1 * sum(weight.abs().sum() for weight in weights)).backward()
+        masking.step()
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_soft_bound_prunes_back_to_the_density():
+    model, optimizer, masking = begin("mest", stop_fraction=0.5)
+    assert masking.total_nonzero == round(180 / 0.7)
+    for step in go_on(model, optimizer, masking):
+        rate = masking.prune_rate
+        if step < 12 and step % 2 == 0:
+            assert masking.total_nonzero == round(180 / (1 - rate))
+            assert masking.total_nonzero - 180 == pytest.approx(rate * masking.total_nonzero, abs=2)
+        if step >= 12:
+            assert masking.total_nonzero == 180
+
+
+# On sparse kernels
+
+
+@pytest.mark.parametrize("method", ["set", "rigl", "mest", "deep_rewiring", "granet", "cht"])
+def test_methods_train_on_sparse_kernels(method):
+    model, optimizer, masking = begin(method, sparse_backend="cpu", regrown="random")
+    for _ in go_on(model, optimizer, masking):
+        for layer in masking.layers:
+            assert not layer.weight[~layer.mask].any()
+    assert masking.total_nonzero == 180
+    assert masking.exploration_rate > masking.density or method == "deep_rewiring"
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_sparse_kernels_reset_the_state_of_regrown_weights(reset):
+    model, optimizer, masking = begin("rigl", sparse_backend="cpu", prune_every_k_steps=3, reset_state=reset)
+    train(model, optimizer, 2)
+    before = snapshot(masking)
+    train(model, optimizer, 1)
+    for layer in masking.layers:
+        module = masking.sparse_training.trained[layer.name]
+        regrown = (layer.mask & ~before[layer.name]).flatten()[module.position]
+        momentum = optimizer.state[module.value]["momentum_buffer"]
+        assert bool(momentum[regrown].any()) is not reset
+        assert momentum[~regrown].any()

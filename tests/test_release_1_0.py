@@ -147,7 +147,8 @@ def test_schedules_stay_at_their_end():
 @pytest.mark.parametrize("prune_mode", prune_funcs)
 def test_a_prune_rate_of_zero_keeps_active_zeros(prune_mode):
     # 1.0 returned `weight != 0`, which dropped the newly grown.
-    masking = layer_with([[0.0, 1.0, 0.0, 2.0]], [[T, T, F, T]], prune_rate=0.0, prune_mode=prune_mode)
+    masking = layer_with([[0.0, 1.0, 0.0, 2.0]], [[T, T, F, T]], prune_rate=0.0, prune_mode=prune_mode, inactive="kept")
+    masking.layers[0].weight.grad = torch.zeros(1, 4)
     masking.at_end_of_epoch()
     assert masking.masks["weight"].tolist() == [[T, T, F, T]]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sparselearning.before_training import SCORES
+from sparselearning.dense_copy import INACTIVE
 from sparselearning.distributions import DISTRIBUTIONS
 from sparselearning.functions import FunctionError, resolve
 from sparselearning.grow import GROWTH_FUNCTIONS
@@ -170,13 +171,26 @@ def add_sparse_args(
         "--regrown",
         choices=START_VALUES,
         default="zero",
-        help="what a weight is when it grows; random is as large as the layer's others (default: %(default)s)",
+        help="what a weight is when it grows; random is as torch initialises layers (default: %(default)s)",
     )
     add(
         "--sparse-backend",
         choices=["cpu"],
         help="train on sparse kernels, in time that follows the active weights; docs/sparse.md says how growth differs "
         "then (default: dense kernels and masks)",
+    )
+    add(
+        "--pull",
+        type=non_negative,
+        default=0.0,
+        help="how strongly active weights are pulled to zero, added to their gradients (default: %(default)s)",
+    )
+    add(
+        "--inactive",
+        choices=[*INACTIVE],
+        default="zero",
+        help="what becomes of a weight that leaves: zero forgets its value, kept and soft train it beside the network "
+        "(default: %(default)s)",
     )
     kind_of_run = group.add_mutually_exclusive_group()
     kind_of_run.add_argument("--dense", action="store_true", help="train the dense model")

@@ -154,12 +154,12 @@ KINDS = {nn.Linear: TrainedLinear, nn.Conv2d: TrainedConv2d}
 class SparseTraining:
     """The layers of a Masking that train on sparse kernels, and the optimizer's state of their active weights."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, backend: str | None):
+    def __init__(self, optimizer: torch.optim.Optimizer, backend: str | None, reset_state: bool = False):
         if backend not in (None, "cpu"):
             raise ValueError(f"Unknown sparse_backend {backend!r}. Choose 'cpu', or None to train with masks.")
         if backend == "cpu":
             kernels()  # says so if there are none
-        self.optimizer = optimizer
+        self.optimizer, self.reset_state = optimizer, reset_state
         self.active = backend == "cpu"
         self.roots: list[nn.Module] = []
         self.trained: dict[str, Trained] = {}  # by the layer's name
@@ -221,6 +221,11 @@ class SparseTraining:
         """Return the ids of the dense weights whose values the optimizer steps."""
         return {id(module.weight) for module in self.trained.values()}
 
+    def stepped_for(self, layer: SparseLayer) -> Tensor:
+        """Return what the optimizer steps for a layer: its values here, or its dense weight."""
+        module = self.trained.get(layer.name)
+        return layer.master if module is None else module.value
+
     def loaded(self) -> None:
         """Expect masks, weights and optimizer state from a checkpoint, which belong together already."""
         self.carry = False
@@ -262,9 +267,10 @@ class SparseTraining:
     def start_of(self, key: Any, module: Trained) -> Tensor:
         """Return what an optimizer's state would start from where a weight grows, for the flattened weight.
 
-        A momentum is that of a weight whose gradient has long been the mean of those observed; all else is zero.
+        A momentum is that of a weight whose gradient has long been the mean of those observed; all else is zero, and
+        with `reset_state` everything.
         """
-        if key != "momentum_buffer" or module.gradient is None:
+        if self.reset_state or key != "momentum_buffer" or module.gradient is None:
             return torch.zeros_like(module.weight).reshape(-1)
         group = next(group for group in self.optimizer.param_groups if any(p is module.value for p in group["params"]))
         gain = (1 - group["dampening"]) / (1 - group["momentum"])
