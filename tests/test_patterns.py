@@ -124,6 +124,10 @@ def test_units_of_different_size_are_not_chosen_jointly():
 PATTERNS = ["2:4", "1:4", "block:4x2", "neuron", "fan-in", "fan-in:0.3"]
 TABLES = dict(prune_mode=PRUNE_FUNCTIONS, growth_mode=GROWTH_FUNCTIONS, redistribution_mode=REDISTRIBUTION_FUNCTIONS)
 MODES = [dict(zip(TABLES, modes, strict=True)) for modes in itertools.product(*map(without_aliases, TABLES.values()))]
+# Those of single methods, which find for themselves how many weights move, or need more than a mask.
+APART = {"sign_flip", "magnitude_gradient", "gradual_magnitude", "rewiring", "cannistraci_hebb"}
+APART |= {"dense_magnitude", "global_dense_magnitude"}
+MODES = [modes for modes in MODES if not APART & set(modes.values())]
 PLAIN = dict(prune_mode="magnitude", growth_mode="momentum", redistribution_mode="none")
 
 
