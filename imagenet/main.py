@@ -7,7 +7,8 @@
 DIR holds train/<class>/<image> and val/<class>/<image>; `webdataset:DIR` holds tar shards *train*.tar and *val*.tar.
 A run leaves runs/imagenet-<model>-<density>-<seed>-<hash>/ with args.json, log.txt, metrics.jsonl, checkpoint.pt,
 checkpoint-best.pt, curves.png and density.png. `--resume <that folder>` goes on where it was stopped, on any number of
-processes.
+processes; a command with `--resume auto` goes on if its run has begun, and begins it if not. On SIGTERM and SIGINT
+(Ctrl-C) the run writes a checkpoint after the running step, and exits with status 143 or 130.
 """
 
 import argparse
@@ -19,7 +20,6 @@ import warnings
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -28,9 +28,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sparselearning import checkpoint, distributed
 from sparselearning.core import Masking, add_sparse_args
-from sparselearning.experiments import images, plots
+from sparselearning.experiments import images, plots, resuming
 from sparselearning.experiments.arguments import (
     ArgumentParser,
+    add_checkpoint_args,
     check_sparse_backend,
     chosen_method,
     fail,
@@ -48,6 +49,7 @@ from sparselearning.experiments.training import (
     ApexPrecision,
     NotFinite,
     Precision,
+    Progress,
     evaluate,
     find_apex,
     progress_bar,
@@ -126,7 +128,9 @@ def parse_arguments(argv=None):
         help=f"weight decay on normalisation and biases too {of_recipe}")
     add("-p", "--print-freq", type=positive_int, default=10, metavar="STEPS",
         help="steps between two losses shown (default: 10)")
-    add("--resume", metavar="PATH", help="run folder or checkpoint to go on from")
+    add("--resume", metavar="PATH", help="run folder or checkpoint to go on from; "
+        "auto: the newest good checkpoint of the run with these arguments, if there is one")
+    add_checkpoint_args(parser)
     add("-e", "--evaluate", action="store_true", help="evaluate on the validation images, and end")
     add("--pretrained-weights", metavar="FILE", help="checkpoint or state_dict to take the weights from")
     add("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed precision (default: none)")
@@ -186,8 +190,6 @@ def check(parser, args, recipe):
         parser.error("--sparse-init resume takes the nonzeros of saved weights: add --pretrained-weights FILE")
     if args.start_epoch > args.epochs:
         parser.error(f"--start-epoch {args.start_epoch} is after the last of {args.epochs} epochs")
-    if args.resume and Path(args.resume).is_dir():
-        args.resume = str(Path(args.resume) / "checkpoint.pt")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % (processes * args.accumulate):
         parts = f"{processes} processes x {args.accumulate} parts (--accumulate)"
@@ -207,8 +209,10 @@ def run(args):
     rank, processes = distributed.rank(), distributed.processes()
     seed_generators(args.seed)
     torch.backends.cudnn.benchmark = True  # all batches have one shape
-    if args.resume:
-        check_same_run(args.resume, checkpoint.read(args.resume).get("args", {}), args)
+    found = resuming.find(args)
+    args.resume = found and str(found[0])
+    if found:
+        check_same_run(args.resume, found[1].get("args", {}), args)
 
     train_source, valid_source = images.sources(args.data_dir)
     train_images = images.Photographs(train_source, args.image_size, train=True, seed=args.seed)
@@ -252,22 +256,22 @@ def run(args):
     if args.fsdp:
         parts = {name: Whole(part) for name, part in parts.items()}
     parts |= dict(scheduler=scheduler, precision=precision)
-    first_epoch, metrics = args.start_epoch, None
-    if args.resume:
-        saved = checkpoint.load(args.resume, device, **parts)
-        first_epoch, metrics = saved["epoch"] + 1, saved["metrics"]
+    # Before a checkpoint is loaded: it sends the first process's statistics of BatchNorm to all.
+    network = model if args.fsdp else distributed.replicate(model)
+    first_epoch, begun, metrics = args.start_epoch, None, None
     if rank:  # each process drops out units of its own
         seed_generators(args.seed + 1000 * first_epoch + rank)
+    if found:
+        first_epoch, begun = resuming.take(*found, parts, model)
+        metrics = found[1]["metrics"]
     folder = RunFolder(args, metrics)
-
-    network = model if args.fsdp else distributed.replicate(model)
 
     # From here on `train` and `validate` are all there is to know of data, precision and processes.
     loss_function = partial(F.cross_entropy, label_smoothing=args.label_smoothing)
     settings = dict(loss_function=loss_function, report_every=args.print_freq, accumulate=args.accumulate)
 
-    def train(batches, report=None):
-        return train_epoch(network, batches, mask or optimizer, scheduler, precision, report=report, **settings)
+    def train(batches, **more):
+        return train_epoch(network, batches, mask or optimizer, scheduler, precision, **settings, **more)
 
     def validate(batches):
         return evaluate(model, batches, precision, F.cross_entropy)
@@ -296,34 +300,35 @@ def run(args):
                     benchmark(args, folder, kind, work, endless(loaded, loader), args.batch_size // args.accumulate)
             return folder
 
-        for epoch in range(first_epoch, args.epochs + 1):
-            started = time.perf_counter()
-            batches.epoch = epoch
-            try:
-                with progress_bar(f"epoch {epoch}", steps_per_epoch) as report:
-                    loss = train(loaded(train_loader), report)
-                training_seconds = time.perf_counter() - started
-                distributed.average_buffers(model)
-                valid = validate(loaded(valid_loader))
-            except NotFinite as error:
-                raise NotFinite(f"Epoch {epoch}: {error}. {folder.kept(epoch)} Try a lower --lr.") from None
-            record = dict(epoch=epoch, steps=epoch * steps_per_epoch, train_loss=loss, valid_loss=valid.loss)
-            record |= dict(valid_accuracy=valid.accuracy, valid_accuracy_5=valid.correct_in_5 / valid.total)
-            record |= dict(lr=scheduler.get_last_lr()[0], density=1.0, active_weights=active)
-            record |= relative_flops(flops, mask, steps_per_epoch)
-            if mask is not None:
-                densities = {layer.name: layer.density for layer in mask.layers}
-                record |= dict(density=mask.density, active_weights=mask.total_nonzero, density_per_layer=densities)
-                record |= dict(prune_rate=mask.prune_rate, exploration_rate=mask.exploration_rate)
-                if epoch < args.epochs:
-                    mask.at_end_of_epoch()
-            record |= dict(images_per_second=steps_per_epoch * args.batch_size / training_seconds)
-            folder.add(**record, seconds=time.perf_counter() - started)
-            logger.info(folder.line())
-            is_best = valid.accuracy >= max(entry.get("valid_accuracy", 0) for entry in folder.metrics)
-            names = ["checkpoint.pt"] + ["checkpoint-best.pt"] * is_best
-            names += [f"checkpoint-{epoch}.pt"] * args.gather_checkpoints
-            save(folder.path, names, parts, epoch=epoch, metrics=folder.metrics, args=vars(args))
+        with resuming.StopRequests() as stop:
+            checkpoints = resuming.Checkpoints(folder, parts, model, args, stop, steps_per_epoch)
+            for epoch in range(first_epoch, args.epochs + 1):
+                progress, begun = begun or Progress(), None
+                batches.epoch, batches.start = epoch, progress.steps * args.accumulate
+                after_step = partial(checkpoints.after_step, epoch, progress)
+                try:
+                    with progress_bar(f"epoch {epoch}", steps_per_epoch) as report:
+                        loss = train(loaded(train_loader), progress=progress, after_step=after_step, report=report)
+                    training_seconds = progress.seconds
+                    valid = validate(checkpoints.watch(loaded(valid_loader), epoch, progress))
+                except NotFinite as error:
+                    raise NotFinite(f"Epoch {epoch}: {error}. {folder.kept()} Try a lower --lr.") from None
+                record = dict(epoch=epoch, steps=epoch * steps_per_epoch, train_loss=loss, valid_loss=valid.loss)
+                record |= dict(valid_accuracy=valid.accuracy, valid_accuracy_5=valid.correct_in_5 / valid.total)
+                record |= dict(lr=scheduler.get_last_lr()[0], density=1.0, active_weights=active)
+                record |= relative_flops(flops, mask, steps_per_epoch)
+                if mask is not None:
+                    densities = {layer.name: layer.density for layer in mask.layers}
+                    record |= dict(density=mask.density, active_weights=mask.total_nonzero, density_per_layer=densities)
+                    record |= dict(prune_rate=mask.prune_rate, exploration_rate=mask.exploration_rate)
+                    if epoch < args.epochs:
+                        mask.at_end_of_epoch()
+                record |= dict(images_per_second=steps_per_epoch * args.batch_size / training_seconds)
+                folder.add(**record, seconds=progress.seconds)
+                logger.info(folder.line())
+                is_best = valid.accuracy >= max(entry.get("valid_accuracy", 0) for entry in folder.metrics)
+                copies = ["checkpoint-best.pt"] * is_best + [f"checkpoint-{epoch}.pt"] * args.gather_checkpoints
+                checkpoints.after_epoch(epoch, copies)
 
         if rank == 0:
             plots.plot_curves(folder.metrics, folder.path / "curves.png")
@@ -397,18 +402,6 @@ def build_mask(args, model, optimizer, steps, to_score=None):
     return Masking.from_method(chosen_method(args), model, optimizer, steps, **chosen, **kind)
 
 
-def save(folder, names, parts, **rest):
-    """Write a checkpoint under each of the names; the first process does, the others hand it their shards."""
-    if distributed.rank():
-        for part in parts.values():
-            part.state_dict()
-        return
-    checkpoint.save(folder / names[0], **parts, **rest)
-    whole = (folder / names[0]).read_bytes() if names[1:] else b""
-    for name in names[1:]:
-        checkpoint.write_atomically(folder / name, lambda file: file.write(whole))
-
-
 def report_evaluation(folder, valid):
     """Log an evaluation and keep it."""
     in_5 = valid.correct_in_5 / valid.total
@@ -453,13 +446,12 @@ def main(argv=None):
     # The schedule follows the data: it steps also where fp16 overflowed, so perhaps before the optimizer.
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
     try:
-        with logging_redirect_tqdm():
+        with logging_redirect_tqdm(), resuming.handled(resuming.stop_at_once):
             run(args)
     except USER_ERRORS as error:
         fail("main.py", error)
-    except KeyboardInterrupt:
-        print("main.py: interrupted; --resume RUN_FOLDER goes on after the last whole epoch", file=sys.stderr)
-        sys.exit(130)  # what a shell reports for SIGINT
+    except KeyboardInterrupt as stop:
+        resuming.end_stopped("main.py", stop)
     finally:
         distributed.stop()
 

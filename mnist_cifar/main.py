@@ -6,15 +6,17 @@
     torchrun --nproc_per_node 2 main.py --data cifar --model wrn-16-8 --density 0.05 --amp bf16
 
 A run leaves runs/<data>-<model>-<density>-<seed>-<hash>/ with args.json, log.txt, metrics.jsonl, checkpoint.pt,
-curves.png and density.png. `--resume <that folder>` goes on where it was stopped, with the same arguments.
+curves.png and density.png. `--resume <that folder>` goes on where it was stopped, with the same arguments; a command
+with `--resume auto` goes on if its run has begun, and begins it if not. On SIGTERM and SIGINT (Ctrl-C) the run writes a
+checkpoint after the running step, and exits with status 143 or 130.
 """
 
 import argparse
 import logging
 import os
 import sys
-import time
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -27,9 +29,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from sparselearning import checkpoint, distributed, models
 from sparselearning.core import Masking, add_sparse_args
 from sparselearning.experiments import data as datasets
-from sparselearning.experiments import features, plots
+from sparselearning.experiments import features, plots, resuming
 from sparselearning.experiments.arguments import (
     ArgumentParser,
+    add_checkpoint_args,
     check_sparse_backend,
     chosen_method,
     fail,
@@ -42,11 +45,12 @@ from sparselearning.experiments.arguments import (
 from sparselearning.experiments.bench import LayerBench
 from sparselearning.experiments.costs import describe, flops_of_run, relative_flops
 from sparselearning.experiments.initial import choice_of_weights
-from sparselearning.experiments.run_folder import MAY_CHANGE, RunFolder, check_same_run
+from sparselearning.experiments.run_folder import MAY_CHANGE, RunFolder, arguments_of, check_same_run
 from sparselearning.experiments.training import (
     ApexPrecision,
     NotFinite,
     Precision,
+    Progress,
     evaluate,
     find_apex,
     progress_bar,
@@ -98,8 +102,10 @@ def parse_arguments(argv=None):
         help="CPU threads, at most one a core (default: 10)")
     add("--data-dir", help="folder of the data files (default: $SPARSELEARNING_DATA or ./data)")
     add("--run-dir", default="runs", help="folder of the run folders (default: runs)")
-    add("--resume", type=checkpoint_path, metavar="PATH",
-        help="run folder or checkpoint to go on from; the arguments default to those of its run then")
+    add("--resume", metavar="PATH",
+        help="run folder or checkpoint to go on from, the arguments default to those of its run then; "
+        "auto: the newest good checkpoint of the run with these arguments, if there is one")
+    add_checkpoint_args(parser)
     add("--save-model", metavar="FILE", help="write the trained model's state_dict there too")
     add("--log-interval", type=positive_int, default=100, metavar="STEPS",
         help="steps between two losses shown (default: 100)")
@@ -109,16 +115,11 @@ def parse_arguments(argv=None):
     # fmt: on
     add_sparse_args(parser, EXTENSIONS)
     args = parser.parse_args(argv)
-    if goes_on(args):
+    if goes_on(args) and args.resume != "auto":
         take_defaults_of_run(parser, args)
         args = parser.parse_args(argv)
     check(parser, args)
     return args
-
-
-def checkpoint_path(text):
-    """Return the path of a checkpoint, also for the run folder that holds it."""
-    return str(Path(text) / "checkpoint.pt") if Path(text).is_dir() else text
 
 
 def goes_on(args):
@@ -129,14 +130,14 @@ def goes_on(args):
 def take_defaults_of_run(parser, args):
     """Let the arguments of the run to be resumed be the defaults."""
     try:
-        saved = checkpoint.read(args.resume).get("args", {})
+        saved = arguments_of(args.resume)
     except (checkpoint.CheckpointError, OSError) as error:
         parser.error(str(error))
     kept = vars(args).keys() - MAY_CHANGE | {"epochs"}
     if saved.get("sparse_init") != "resume":
         kept |= {"sparse_init"}
     parser.set_defaults(**{name: saved[name] for name in kept & saved.keys()})
-    folder = Path(args.resume).parent
+    folder = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
     if (folder / "args.json").is_file():
         parser.set_defaults(run_dir=str(folder.parent))
 
@@ -161,7 +162,9 @@ def check(parser, args):
         parser.error("variance functions need Adam's second moment: add --optimizer adam --lr 0.001")
     if args.sparse_init == "resume" and not args.resume:
         parser.error("--sparse-init resume takes the nonzeros of a checkpoint: add --resume PATH")
-    if args.iters > 1 and goes_on(args):
+    if args.sparse_init == "resume" and args.resume == "auto":
+        parser.error("--sparse-init resume takes the nonzeros of a checkpoint: --resume auto names none")
+    if args.iters > 1 and goes_on(args) and args.resume != "auto":
         parser.error("--resume goes on with one run: leave out --iters")
     if args.iters > 1 and args.save_model:
         parser.error("--save-model keeps one model: leave out --iters, every run keeps a checkpoint")
@@ -190,15 +193,17 @@ def run(args):
     device = distributed.start(args.device)
     torch.set_num_threads(min(args.max_threads, os.cpu_count() or 1))
     seed_generators(args.seed)
-    if goes_on(args):
-        check_same_run(args.resume, checkpoint.read(args.resume).get("args", {}), args)
+    found = resuming.find(args)
+    args.resume = found and str(found[0])
+    if found and goes_on(args):
+        check_same_run(args.resume, found[1].get("args", {}), args)
 
     data = datasets.load(args.data, args.data_dir, device, args.valid_split)
     look = dict(mean=data.mean, std=data.std, channels_last=True)
     steps_per_epoch = datasets.count_batches(data.train, args.batch_size)
 
-    def in_order(split):
-        return datasets.share(datasets.batches(split, args.test_batch_size, **look))
+    def in_order(split, watch=iter):
+        return datasets.share(watch(datasets.batches(split, args.test_batch_size, **look)))
 
     def one_batch():
         return list(islice(datasets.batches(data.train, args.batch_size, shuffle=True, **look), 1))
@@ -222,12 +227,13 @@ def run(args):
     parts = dict(model=model, optimizer=torch_optimizer(optimizer), scheduler=scheduler, precision=precision)
     if mask is not None:
         parts["mask"] = mask
-    first_epoch, metrics = args.start_epoch, None
-    if goes_on(args):
-        saved = checkpoint.load(args.resume, device, **parts)
-        first_epoch, metrics = saved["epoch"] + 1, saved["metrics"]
-    folder = RunFolder(args, metrics)
+    # Before a checkpoint is loaded: it sends the first process's statistics of BatchNorm to all.
     network = distributed.replicate(model)
+    first_epoch, begun, metrics = args.start_epoch, None, None
+    if found and goes_on(args):
+        first_epoch, begun = resuming.take(*found, parts, model)
+        metrics = found[1]["metrics"]
+    folder = RunFolder(args, metrics)
 
     with folder.log():
         logger.info("%s: %s", folder.path, " ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
@@ -237,37 +243,41 @@ def run(args):
             logger.info("density %.4f: %d weights active, %d not", mask.density, mask.total_nonzero, mask.total_zero)
         logger.info(describe(flops, relative_flops(flops, mask, steps_per_epoch)))
 
-        for epoch in range(first_epoch, args.epochs + 1):
-            started = time.perf_counter()
-            batches = datasets.batches(data.train, args.batch_size, shuffle=True, augment=data.augment, **look)
-            batches = datasets.share(batches, evenly=True)
-            try:
-                with progress_bar(f"epoch {epoch}", steps_per_epoch) as report:
-                    loss = train_epoch(
-                        network, batches, mask or optimizer, scheduler, precision, args.l1, report, args.log_interval
-                    )
-                distributed.average_buffers(model)
-                valid = None if data.valid is None else evaluate(model, in_order(data.valid), precision)
-            except NotFinite as error:
-                raise NotFinite(f"Epoch {epoch}: {error}. {folder.kept(epoch)} Try a lower --lr.") from None
-            record = dict(epoch=epoch, steps=epoch * steps_per_epoch, train_loss=loss)
-            if valid is not None:
-                record |= dict(valid_loss=valid.loss, valid_accuracy=valid.accuracy)
-            record |= dict(lr=scheduler.get_last_lr()[0], density=1.0, active_weights=weights)
-            record |= relative_flops(flops, mask, steps_per_epoch)
-            if mask is not None:
-                densities = {layer.name: layer.density for layer in mask.layers}
-                record |= dict(density=mask.density, active_weights=mask.total_nonzero, density_per_layer=densities)
-                record |= dict(prune_rate=mask.prune_rate, exploration_rate=mask.exploration_rate)
-                if epoch < args.epochs:
-                    try:
-                        mask.at_end_of_epoch()
-                    except ValueError as error:  # an importance is infinite
-                        raise NotFinite(f"Epoch {epoch}: {error} {folder.kept(epoch)}") from None
-            folder.add(**record, seconds=time.perf_counter() - started)
-            logger.info(folder.line())
-            if folder.writes:
-                checkpoint.save(folder.checkpoint, **parts, epoch=epoch, metrics=folder.metrics, args=vars(args))
+        with resuming.StopRequests() as stop:
+            checkpoints = resuming.Checkpoints(folder, parts, model, args, stop, steps_per_epoch)
+            for epoch in range(first_epoch, args.epochs + 1):
+                progress = begun or Progress(order=torch.randperm(len(data.train)))
+                begun = None
+                left = dict(order=progress.order, start=progress.steps)
+                batches = datasets.batches(data.train, args.batch_size, augment=data.augment, **left, **look)
+                batches = datasets.share(batches, evenly=True)
+                after_step = partial(checkpoints.after_step, epoch, progress)
+                try:
+                    with progress_bar(f"epoch {epoch}", steps_per_epoch) as report:
+                        shown = dict(report=report, report_every=args.log_interval)
+                        settings = dict(l1=args.l1, progress=progress, after_step=after_step, **shown)
+                        loss = train_epoch(network, batches, mask or optimizer, scheduler, precision, **settings)
+                    watch = partial(checkpoints.watch, epoch=epoch, progress=progress)
+                    valid = None if data.valid is None else evaluate(model, in_order(data.valid, watch), precision)
+                except NotFinite as error:
+                    raise NotFinite(f"Epoch {epoch}: {error}. {folder.kept()} Try a lower --lr.") from None
+                record = dict(epoch=epoch, steps=epoch * steps_per_epoch, train_loss=loss)
+                if valid is not None:
+                    record |= dict(valid_loss=valid.loss, valid_accuracy=valid.accuracy)
+                record |= dict(lr=scheduler.get_last_lr()[0], density=1.0, active_weights=weights)
+                record |= relative_flops(flops, mask, steps_per_epoch)
+                if mask is not None:
+                    densities = {layer.name: layer.density for layer in mask.layers}
+                    record |= dict(density=mask.density, active_weights=mask.total_nonzero, density_per_layer=densities)
+                    record |= dict(prune_rate=mask.prune_rate, exploration_rate=mask.exploration_rate)
+                    if epoch < args.epochs:
+                        try:
+                            mask.at_end_of_epoch()
+                        except ValueError as error:  # an importance is infinite
+                            raise NotFinite(f"Epoch {epoch}: {error} {folder.kept()}") from None
+                folder.add(**record, seconds=progress.seconds)
+                logger.info(folder.line())
+                checkpoints.after_epoch(epoch)
 
         test = evaluate(model, in_order(data.test), precision)
         whole_run = flops_of_run(folder.metrics)
@@ -321,14 +331,13 @@ def main(argv=None):
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR  # one process of many speaks
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
     try:
-        with logging_redirect_tqdm():
+        with logging_redirect_tqdm(), resuming.handled(resuming.stop_at_once):
             for i in range(args.iters):
                 run(argparse.Namespace(**{**vars(args), "seed": args.seed + i}))
     except (datasets.DataError, checkpoint.CheckpointError, NotFinite, FunctionError, OSError, ValueError) as error:
         fail("main.py", error)
-    except KeyboardInterrupt:
-        print("main.py: interrupted; --resume RUN_FOLDER goes on after the last whole epoch", file=sys.stderr)
-        sys.exit(130)  # what a shell reports for SIGINT
+    except KeyboardInterrupt as stop:
+        resuming.end_stopped("main.py", stop)
     finally:
         distributed.stop()
 

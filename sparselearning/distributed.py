@@ -24,7 +24,8 @@ def start(device: torch.device | str) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # Numbers of the host travel by Gloo: they have nothing to wait for on the GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
 
@@ -61,6 +62,24 @@ def send_to_all(values: Tensor) -> Tensor:
     if in_process_group():
         dist.broadcast(values, src=0)
     return values
+
+
+def from_first(value: Any) -> Any:
+    """Return what the first process gives; it may be any object."""
+    if not in_process_group():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Return on the first process what each gives, by rank; on the others an empty list. It may be any object."""
+    if not in_process_group():
+        return [value]
+    values = [None] * processes() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
 
 
 def average_buffers(model: nn.Module) -> None:

@@ -12,7 +12,9 @@ import torch.distributed as dist
 
 # Starts from a server that has imported torch once: a fork of this process would share its threads.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "sparselearning"])
+context.set_forkserver_preload(
+    ["torch", "torch.distributed.fsdp", "sklearn.datasets", "sparselearning", "sparselearning.experiments.plots"]
+)
 
 
 def run(function, processes, *arguments):

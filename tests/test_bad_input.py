@@ -248,17 +248,17 @@ def test_the_last_good_checkpoint_is_kept(refusal, tmp_path, monkeypatch, when):
         with torch.no_grad():
             model.fc1.bias[0] = torch.inf
 
-    def train_and_spoil(model, batches, *arguments):
+    def train_and_spoil(model, batches, *arguments, **more):
         epochs.append(len(epochs) + 1)
         if epochs == [1, 2]:
             batches = spoil(batches, model) if when == "after" else [*spoil(batches, model)]
-        return train_epoch(model, batches, *arguments)
+        return train_epoch(model, batches, *arguments, **more)
 
     monkeypatch.setattr(main, "train_epoch", train_and_spoil)
     line = refusal(f"{DIGITS} --l2 0 --max-threads 1")
     folder = run_folder(tmp_path / "runs")
     assert f"Epoch 2: {'the weights are no longer finite after' if when == 'after' else 'the loss is'}" in line
-    assert f"The checkpoint of epoch 1 is kept in runs/{folder.name}/checkpoint.pt." in line
+    assert f"The last checkpoint is kept in runs/{folder.name}/checkpoint.pt." in line
     saved = torch.load(folder / "checkpoint.pt")
     assert saved["epoch"] == 1
     assert all(weight.isfinite().all() for weight in saved["model"].values())
@@ -315,4 +315,6 @@ def test_an_interrupt_ends_in_one_line_too(call, capsys, monkeypatch):
     with pytest.raises(SystemExit) as end:
         call(DIGITS)
     assert end.value.code == 130
-    assert capsys.readouterr().err == "main.py: interrupted; --resume RUN_FOLDER goes on after the last whole epoch\n"
+    assert capsys.readouterr().err == (
+        "main.py: stopped by SIGINT; the same command with --resume auto goes on from the last checkpoint\n"
+    )

@@ -128,7 +128,7 @@ def test_parameter_groups_of_another_shape_change_nothing_at_all(tmp_path):
 def test_a_damaged_part_changes_nothing_at_all(tmp_path):
     saved = parts_of()
     checkpoint.save(tmp_path / "c.pt", **saved)
-    state = torch.load(tmp_path / "c.pt")
+    state = torch.load(tmp_path / "c.pt") | {"format": 1}  # without checksums
     for name in ("mask", "random"):
         torch.save(state | {name: 3}, tmp_path / f"{name}.pt")
         assert_refused_unchanged(tmp_path / f"{name}.pt", parts_of(), f"The {name} of ")

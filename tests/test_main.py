@@ -86,7 +86,7 @@ def test_a_run_ends_with_the_test_line(typed):
 
 def test_a_run_leaves_its_files(typed):
     process, folder = typed
-    files = {"args.json", "log.txt", "metrics.jsonl", "checkpoint.pt", "curves.png", "density.png"}
+    files = {"args.json", "log.txt", "metrics.jsonl", "curves.png", "density.png", "checkpoint.pt", "checkpoint.1.pt"}
     assert {path.name for path in folder.iterdir()} == files
     assert re.fullmatch(r"digits-lenet300-100-0\.05-17-[0-9a-f]{8}", folder.name)
     assert (folder / "log.txt").read_text() == process.stdout
@@ -155,11 +155,11 @@ def interrupt(monkeypatch):
     def interrupt(run, *argv):
         epochs, train_epoch = [], main.train_epoch
 
-        def train_two(*arguments):
+        def train_two(*arguments, **more):
             epochs.append(len(epochs) + 1)
             if len(epochs) == 3:
                 raise KeyboardInterrupt
-            return train_epoch(*arguments)
+            return train_epoch(*arguments, **more)
 
         with monkeypatch.context() as patch:
             patch.setattr(main, "train_epoch", train_two)

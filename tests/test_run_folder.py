@@ -95,9 +95,9 @@ def test_what_is_logged_is_copied(args, caplog):
 
 def test_which_checkpoint_is_kept(args):
     folder = RunFolder(args)
-    assert folder.kept(1) == "There is no checkpoint yet."
+    assert folder.kept() == "There is no checkpoint yet."
     folder.checkpoint.touch()
-    assert folder.kept(5) == f"The checkpoint of epoch 4 is kept in {folder.checkpoint}."
+    assert folder.kept() == f"The last checkpoint is kept in {folder.checkpoint}."
 
 
 def test_a_folder_that_cannot_be_written_says_what_to_do(args, tmp_path):

@@ -287,6 +287,23 @@ def _pattern(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say when a checkpoint is written besides at the end of an epoch, and how many stay."""
+    parser.add_argument(
+        "--checkpoint-every",
+        type=positive_int,
+        metavar="STEPS",
+        help="write a checkpoint every so many steps too (default: at the end of an epoch, and on a signal)",
+    )
+    parser.add_argument(
+        "--keep",
+        type=positive_int,
+        default=2,
+        metavar="N",
+        help="checkpoints to keep: checkpoint.pt, and checkpoint.1.pt, ... before it (default: %(default)s)",
+    )
+
+
 def fraction(text: str) -> float:
     """Parse a number in [0, 1]."""
     return _parse(text, float, lambda x: 0 <= x <= 1, "a fraction in [0, 1]")

@@ -7,6 +7,7 @@ same on any number of processes and workers, and after a resume.
 import io
 import json
 import os
+import signal
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -223,6 +224,7 @@ class TrainingBatches:
     processes: int = 1
     seed: int = 0
     epoch: int = 1
+    start: int = 0  # batches of the epoch that are done
 
     def __len__(self) -> int:
         return self.count // self.batch_size * self.accumulate
@@ -230,7 +232,7 @@ class TrainingBatches:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
         size = self.batch_size // self.accumulate
-        for i in range(len(self)):
+        for i in range(self.start, len(self)):
             mine = order[i * size : (i + 1) * size][self.rank :: self.processes]
             yield [(self.epoch, int(index)) for index in mine]
 
@@ -288,7 +290,15 @@ def load(images: Photographs, batches: Any, workers: int, device: torch.device) 
         num_workers=workers,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
+        generator=torch.Generator(),  # its draws would make a resumed run another one
+        worker_init_fn=_leave_signals_to_the_trainer,
     )
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ignore what asks the run to stop: it ends the workers after the running step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def on_device(

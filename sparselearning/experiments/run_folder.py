@@ -1,11 +1,11 @@
-"""The folder a run leaves: args.json, log.txt, metrics.jsonl, checkpoint.pt and pictures."""
+"""The folder a run leaves: args.json, log.txt, metrics.jsonl, checkpoints and pictures."""
 
 import argparse
 import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from sparselearning.distributed import rank
 NOT_IN_THE_NAME = {
     *("bench", "data_dir", "iters", "log_interval", "max_threads", "resume", "run_dir"),
     *("save_features", "save_model", "verbose"),
+    *("checkpoint_every", "keep"),
     *("accumulate", "bench_iterations", "bench_warmup", "evaluate", "fsdp", "gather_checkpoints"),
     *("print_freq", "workers"),
 }
@@ -51,7 +52,7 @@ class RunFolder:
     """
 
     def __init__(self, args: argparse.Namespace, metrics: list[dict[str, Any]] | None = None):
-        self.path = Path(args.run_dir) / _name(args)
+        self.path = place(args)
         self.metrics = list(metrics or [])
         self.writes = rank() == 0
         if not self.writes:
@@ -63,6 +64,7 @@ class RunFolder:
                 beside = (self.path.with_name(f"{self.path.name}.{i}") for i in count(1))
                 self.path.rename(next(path for path in beside if not path.exists()))
             self.path.mkdir(parents=True, exist_ok=True)
+            checkpoint.remove_scratch(self.path)
             checkpoint.write_atomically(self.path / "args.json", lambda file: file.write(text.encode()))
             self._write_metrics()
         except OSError as error:
@@ -87,10 +89,10 @@ class RunFolder:
             if not isinstance(value, dict)
         )
 
-    def kept(self, epoch: int) -> str:
-        """Return which checkpoint is left when epoch `epoch` fails."""
+    def kept(self) -> str:
+        """Return which checkpoint is left when the run fails."""
         if self.checkpoint.exists():
-            return f"The checkpoint of epoch {epoch - 1} is kept in {self.checkpoint}."
+            return f"The last checkpoint is kept in {self.checkpoint}."
         return "There is no checkpoint yet."
 
     def _write_metrics(self):
@@ -102,7 +104,7 @@ class RunFolder:
     @contextmanager
     def log(self) -> Iterator[None]:
         """Copy what is logged to log.txt."""
-        handler = logging.FileHandler(self.path / "log.txt") if self.writes else logging.NullHandler()
+        handler = _LogFile(self.path / "log.txt") if self.writes else logging.NullHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logging.getLogger().addHandler(handler)
         try:
@@ -110,6 +112,33 @@ class RunFolder:
         finally:
             logging.getLogger().removeHandler(handler)
             handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """Lets an error of the disk end the run, where logging would print a traceback per line and go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise
+
+
+def place(args: argparse.Namespace) -> Path:
+    """Return the path of the folder of a run with these arguments."""
+    return Path(args.run_dir) / _name(args)
+
+
+def arguments_of(path: str | Path) -> dict[str, Any]:
+    """Return the arguments that a run began with, from its folder or one of its checkpoints.
+
+    Raises:
+        FileNotFoundError, CheckpointError: if there is none, or none that can be read.
+    """
+    path = Path(path)
+    if (path / "args.json").is_file():
+        with suppress(ValueError):
+            return json.loads((path / "args.json").read_text())
+    if path.is_dir():
+        return checkpoint.read_newest(path / "checkpoint.pt")[1].get("args", {})
+    return checkpoint.read(path).get("args", {})
 
 
 def check_same_run(path: str | Path, saved: Mapping[str, Any], args: argparse.Namespace) -> None:

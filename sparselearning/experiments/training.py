@@ -2,6 +2,7 @@
 
 import math
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from sparselearning.distributed import add_up, processes, rank, without_sync
+from sparselearning.distributed import add_up, average_buffers, processes, rank, without_sync
 from sparselearning.sharded import local_part
 
 LossFunction = Callable[..., Tensor]
@@ -115,6 +116,63 @@ def find_apex() -> Any:
     return FP16_Optimizer
 
 
+class Progress:
+    """How far an epoch has come: its steps done, the sum of their losses over all processes, the seconds it took.
+
+    Losses are added on the device, and fetched from it now and then. `order` is the order of the training images,
+    where it was drawn.
+    """
+
+    def __init__(self, steps: int = 0, loss: float = 0.0, seconds: float = 0.0, order: Tensor | None = None):
+        self.steps = steps
+        self.loss = loss
+        self.order = order
+        self._fresh: list[Tensor] = []
+        self._started = time.perf_counter() - seconds
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the epoch began, without those between a stop and going on."""
+        return time.perf_counter() - self._started
+
+    def add(self, loss: Tensor) -> None:
+        """Count a step."""
+        self.steps += 1
+        self._fresh.append(loss)
+
+    def fetch(self) -> float:
+        """Wait for the device and the other processes; return the mean loss of the steps since the last time.
+
+        Raises:
+            NotFinite: if the loss of a step is NaN or infinite.
+        """
+        if not self._fresh:
+            return 0.0
+        losses = (add_up(torch.stack(self._fresh)) / processes()).tolist()
+        first = self.steps - len(losses) + 1
+        self._fresh.clear()
+        for step, loss in enumerate(losses, start=first):
+            if not math.isfinite(loss):
+                raise NotFinite(f"the loss is {loss} at step {step} of the epoch")
+            self.loss += loss  # one by one: the sum is the same whenever it is fetched
+        return sum(losses) / len(losses)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `Progress(**state)` goes on from."""
+        self.fetch()
+        return {"steps": self.steps, "loss": self.loss, "seconds": self.seconds, "order": self.order}
+
+
+def check_weights(model: nn.Module, step: int) -> None:
+    """Check that all weights are finite.
+
+    Raises:
+        NotFinite: if one is not.
+    """
+    if not torch.stack([local_part(parameter).isfinite().all() for parameter in model.parameters()]).all():
+        raise NotFinite(f"the weights are no longer finite after step {step} of the epoch")
+
+
 def train_epoch(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -126,8 +184,12 @@ def train_epoch(
     report_every: int = 100,
     loss_function: LossFunction = F.nll_loss,
     accumulate: int = 1,
+    progress: Progress | None = None,
+    after_step: Callable[[], None] | None = None,
 ) -> float:
     """Train once over `batches` of images and labels; return the mean loss of the steps, over all processes.
+
+    The statistics of BatchNorm are averaged over the processes at the end.
 
     Args:
         optimizer: a torch optimizer or a Masking.
@@ -137,30 +199,19 @@ def train_epoch(
         report: called with the number of steps and the mean loss since the last report.
         loss_function: of the model's output in fp32 and the labels; a mean over images.
         accumulate: batches whose mean gradient makes a step.
+        progress: of an epoch that goes on; `batches` are those that are left of it.
+        after_step: called after every step, when `progress` counts it.
 
     Raises:
         NotFinite: if the loss is NaN or infinite, noticed at the next report, or a weight is after the last step.
     """
     model.train()
-    losses: list[Tensor] = []
-    total, done = 0.0, 0
-
-    def fetch():  # the only time the host waits for the device
-        nonlocal total, done
-        of_batches = add_up(torch.stack(losses)) / processes()
-        values = of_batches.view(-1, accumulate).mean(dim=1).tolist()
-        for value in values:
-            done += 1
-            if not math.isfinite(value):
-                raise NotFinite(f"the loss is {value} at step {done} of the epoch")
-        total += sum(values)
-        losses.clear()
-        if report is not None:
-            report(done, sum(values) / len(values))
-
+    progress = progress or Progress()
+    before = progress.steps
     weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    for i, (images, labels) in enumerate(batches):
-        first, last = i % accumulate == 0, (i + 1) % accumulate == 0
+    losses: list[Tensor] = []  # of the parts of a step
+    for images, labels in batches:
+        first, last = not losses, len(losses) + 1 == accumulate
         if first:
             optimizer.zero_grad()
         with nullcontext() if last else without_sync(model):
@@ -171,16 +222,25 @@ def train_epoch(
                     loss = loss + l1 * torch.stack(sums).sum()
             precision.backward(loss / accumulate if accumulate > 1 else loss, last)
         losses.append(loss.detach())
-        if last:
-            precision.step(optimizer)
-            scheduler.step()
-        if len(losses) == report_every * accumulate:
-            fetch()
-    if losses:
-        fetch()
-    if not torch.stack([local_part(parameter).isfinite().all() for parameter in model.parameters()]).all():
-        raise NotFinite(f"the weights are no longer finite after step {done} of the epoch")
-    return total / max(done, 1)
+        if not last:
+            continue
+        precision.step(optimizer)
+        scheduler.step()
+        progress.add(losses[0] if accumulate == 1 else torch.stack(losses).mean())
+        losses.clear()
+        if progress.steps % report_every == 0:
+            mean = progress.fetch()  # the only time the host waits for the device
+            if report is not None:
+                report(progress.steps, mean)
+        if after_step is not None:
+            after_step()
+    mean = progress.fetch()
+    if report is not None and progress.steps % report_every:
+        report(progress.steps, mean)
+    check_weights(model, progress.steps)
+    if progress.steps > before:
+        average_buffers(model)
+    return progress.loss / max(progress.steps, 1)
 
 
 @contextmanager

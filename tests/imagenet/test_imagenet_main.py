@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from processes import run
 from torch import nn
 
 from sparselearning import distributed
+from sparselearning.experiments import resuming
+from sparselearning.experiments.training import Progress
 
 SCRIPT = Path(__file__).parents[2] / "imagenet" / "main.py"
 
@@ -70,7 +73,7 @@ def test_a_run_leaves_its_files_and_keeps_its_density(whole_run):
     path, metrics = whole_run
     names = {"args.json", "checkpoint-1.pt", "checkpoint-2.pt", "checkpoint-3.pt", "checkpoint-best.pt"}
     assert {file.name for file in path.iterdir()} == names | {
-        *("checkpoint.pt", "curves.png", "density.png", "log.txt", "metrics.jsonl")
+        *("checkpoint.pt", "checkpoint.1.pt", "curves.png", "density.png", "log.txt", "metrics.jsonl")
     }
     assert [record["epoch"] for record in metrics] == [1, 2, 3]
     assert len({record["active_weights"] for record in metrics}) == 1
@@ -84,6 +87,54 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(whole_run, folder, tm
     again, resumed = train(folder, tmp_path, *more)
     assert without_times(resumed) == without_times(metrics)
     same_state(again / "checkpoint.pt", path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("where", ["step 1 of 2", "the evaluation after epoch 2"])
+def test_a_run_stopped_inside_an_epoch_goes_on_to_the_bit(whole_run, folder, tmp_path, monkeypatch, where):
+    path, metrics = whole_run
+    with monkeypatch.context() as patch:
+        stop_at(patch, step=3 if "step" in where else 4)
+        with pytest.raises(resuming.Stopped, match=f"{where}; --resume"):
+            train(folder, tmp_path, "--gather-checkpoints")
+    again, resumed = train(folder, tmp_path, "--gather-checkpoints", "--resume", "auto")
+    assert without_times(resumed) == without_times(metrics)
+    same_state(again / "checkpoint.pt", path / "checkpoint.pt")
+
+
+def stop_at(patch, step):
+    """Send this process a signal in its n-th step."""
+    add, seen = Progress.add, []
+
+    def signalling(progress, loss):
+        seen.append(loss)
+        if len(seen) == step:
+            signal.raise_signal(signal.SIGTERM)
+        add(progress, loss)
+
+    patch.setattr(Progress, "add", signalling)
+
+
+def train_and_stop(step, given):
+    """Train on this process's share, the second one gets a signal in a step; return metrics, or where it stopped."""
+    os.environ["WORLD_SIZE"] = str(distributed.processes())
+    with pytest.MonkeyPatch.context() as patch:
+        if step and distributed.rank() == 1:
+            stop_at(patch, step)
+        try:
+            return without_times(script.run(script.parse_arguments(given)).metrics)
+        except resuming.Stopped as stop:
+            return str(stop)
+
+
+@pytest.mark.parametrize("more", [(), pytest.param(("--fsdp",), marks=pytest.mark.slow)])
+def test_processes_stopped_inside_an_epoch_go_on_to_the_bit(folder, tmp_path, more):
+    more = ["--epochs", "2", "--checkpoint-every", "1", "--batch-size", "4", *more]  # statistics of BatchNorm differ
+    whole = run(train_and_stop, 2, None, arguments(folder, tmp_path / "whole", *more))
+    for hint in run(train_and_stop, 2, 2, arguments(folder, tmp_path / "runs", *more)):
+        assert "in epoch 1 after step 3 of 4" in hint
+    assert run(train_and_stop, 2, None, arguments(folder, tmp_path / "runs", *more, "--resume", "auto")) == whole
+    (one,), (other,) = ((tmp_path / place).glob("*/checkpoint.pt") for place in ("runs", "whole"))
+    same_state(one, other)
 
 
 def test_evaluation_alone_gives_the_accuracy_of_the_run(whole_run, folder, tmp_path):

@@ -17,11 +17,3 @@ def force_instruction_set(monkeypatch):
         monkeypatch.setattr(kernels(), "instruction_set", index)
 
     return force
-
-
-def pytest_collection_modifyitems(config, items):
-    """Run what takes minutes only when asked for by `-m slow`."""
-    if "slow" not in config.getoption("-m"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
