@@ -330,6 +330,8 @@ def run(args):
                 copies = ["checkpoint-best.pt"] * is_best + [f"checkpoint-{epoch}.pt"] * args.gather_checkpoints
                 checkpoints.after_epoch(epoch, copies)
 
+        if mask is not None and distributed.in_process_group():
+            distributed.check_agreement(list(mask.masks.values()))
         if rank == 0:
             plots.plot_curves(folder.metrics, folder.path / "curves.png")
             if mask is not None:
@@ -446,10 +448,12 @@ def main(argv=None):
     # The schedule follows the data: it steps also where fp16 overflowed, so perhaps before the optimizer.
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
     try:
-        with logging_redirect_tqdm(), resuming.handled(resuming.stop_at_once):
+        with logging_redirect_tqdm(), resuming.handled(resuming.stop_at_once), distributed.noticing_losses():
             run(args)
     except USER_ERRORS as error:
         fail("main.py", error)
+    except distributed.ProcessError as error:
+        fail("main.py", error, status=1)
     except KeyboardInterrupt as stop:
         resuming.end_stopped("main.py", stop)
     finally:

@@ -279,6 +279,8 @@ def run(args):
                 logger.info(folder.line())
                 checkpoints.after_epoch(epoch)
 
+        if mask is not None and distributed.in_process_group():
+            distributed.check_agreement(list(mask.masks.values()))
         test = evaluate(model, in_order(data.test), precision)
         whole_run = flops_of_run(folder.metrics)
         folder.add(
@@ -331,11 +333,13 @@ def main(argv=None):
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR  # one process of many speaks
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
     try:
-        with logging_redirect_tqdm(), resuming.handled(resuming.stop_at_once):
+        with logging_redirect_tqdm(), resuming.handled(resuming.stop_at_once), distributed.noticing_losses():
             for i in range(args.iters):
                 run(argparse.Namespace(**{**vars(args), "seed": args.seed + i}))
     except (datasets.DataError, checkpoint.CheckpointError, NotFinite, FunctionError, OSError, ValueError) as error:
         fail("main.py", error)
+    except distributed.ProcessError as error:
+        fail("main.py", error, status=1)
     except KeyboardInterrupt as stop:
         resuming.end_stopped("main.py", stop)
     finally:

@@ -17,8 +17,10 @@ falls by is pruned first, k_i = -c_i + ceil(p_i * (nnz_i + c_i)); after pruning,
 it then lacks: what was pruned, less what the density fell by, or more where it rose.
 """
 
+import gc
 import logging
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, SupportsFloat
 
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 
 from sparselearning import distributed, invariants
 from sparselearning.dense_copy import INACTIVE
+from sparselearning.distributions import none_empty
 from sparselearning.experiments.arguments import add_sparse_args
 from sparselearning.functions import FunctionError, is_network_wide, measures_after_pruning, resolve
 from sparselearning.grow import GROWTH_FUNCTIONS
@@ -51,6 +54,7 @@ __all__ = ["CosineDecay", "LinearDecay", "Masking", "add_sparse_args"]
 logger = logging.getLogger(__name__)
 
 Schedule = Callable[[int], float]
+MASKINGS: weakref.WeakSet["Masking"] = weakref.WeakSet()  # all there are, so that no two mask one weight
 
 
 class Masking:
@@ -157,6 +161,7 @@ class Masking:
             keeps_momentum(self.optimizer, required=True)
         self.sparse_training = SparseTraining(self.optimizer, sparse_backend, reset_state)
         self._watch_steps()
+        MASKINGS.add(self)
 
     @classmethod
     def from_method(
@@ -206,6 +211,7 @@ class Masking:
         """Restore a copy (deepcopy, pickle): an optimizer's copy has lost its hooks, and would train unmasked."""
         self.__dict__.update(state)
         self._watch_steps()
+        MASKINGS.add(self)
 
     # Which weights are sparse
 
@@ -241,9 +247,11 @@ class Masking:
             ValueError: for a density outside (0, 1] or so small that no weight stays, an unknown `sparse_init`,
                 scores or masks that do not fit, a name that matches no weight, a pattern that does not fit a weight or
                 the functions, or nothing to mask.
+            RuntimeError: if another Masking masks one of the weights.
         """
         skip = (remove_param_names,) if isinstance(remove_param_names, str) else tuple(remove_param_names)
         new = self._new_layers(module, skip, sparse_embeddings, dense)
+        self._refuse_second_masks(new.values())
         if not new:
             raise ValueError(
                 f"{type(self.optimizer).__name__} steps no weight of {type(module).__name__} that could be masked "
@@ -291,6 +299,21 @@ class Masking:
             raise ValueError(
                 f"The units of pattern {name!r} have {', '.join(map(str, sizes))} weights in different layers, so none "
                 "can move from one layer to another. Use redistribution_mode='none', and prune and grow layer by layer."
+            )
+
+    def _refuse_second_masks(self, new):
+        weights = {id(layer.weight) for layer in new}
+
+        def masked_elsewhere():
+            layers = (layer for other in MASKINGS if other is not self for layer in other.layers)
+            return [layer.name for layer in layers if id(layer.weight) in weights]
+
+        if masked_elsewhere():
+            gc.collect()  # an optimizer and a Masking that nobody holds any more hold each other
+        if names := masked_elsewhere():
+            raise RuntimeError(
+                f"Another Masking masks {', '.join(names)}; two would undo each other's masks. Use that one, or call "
+                "its remove_weight_partial_name('') first."
             )
 
     def _new_layers(self, module, skip, sparse_embeddings, dense):
@@ -427,9 +450,11 @@ class Masking:
 
         Raises:
             NonFiniteError: if a weight or its momentum is NaN or infinite.
+            InvariantError: if the module or the optimizer no longer holds a weight, or something trains it unmasked.
         """
         if not self.layers:
             return
+        invariants.refuse_strangers(self)
         invariants.refuse_non_finite(self)
         self._check_agreement()
         before = [layer.mask.clone() for layer in self.layers]
@@ -536,7 +561,9 @@ class Masking:
         if sum(room) < lacking:
             room = [layer.room // unit for layer in self.layers]
         counts = apportion(min(lacking, sum(room)), [layer.importance for layer in self.layers], room)
-        return [count * unit for count in counts]
+        # A layer that lost its last weight would have no importance, and stay empty for ever.
+        emptied = [int(layer.removed > 0 and layer.nonzeros == 0 and layer.room >= unit) for layer in self.layers]
+        return [count * unit for count in none_empty(counts, emptied)]
 
     def _grow_weights(self, regrowth):
         if is_network_wide(self.grow):
@@ -744,14 +771,15 @@ class Masking:
         for layer in self.layers:
             entry = saved[layer.name]
             layer.mask.copy_(_placed_like(layer.mask, entry["mask"]))
-            layer.ever_active.copy_(_placed_like(layer.mask, entry["ever_active"]))
+            layer.ever_active.copy_(_placed_like(layer.mask, entry.get("ever_active", entry["mask"])))
             layer.removed, layer.importance = entry["removed"], entry["importance"]
             layer.prune_rate = entry["prune_rate"]
-            layer.memory = {key: _placed_like(layer.mask, value) for key, value in entry["memory"].items()}
+            layer.memory = {key: _placed_like(layer.mask, value) for key, value in entry.get("memory", {}).items()}
         self.steps = state["steps"]
         self.baseline_nonzero = state["baseline_nonzero"]
         self.prune_threshold = state["prune_threshold"]
         self._count()
+        self._check_agreement()
         self.sparse_training.loaded()
         if self.dense_copy:
             self.dense_copy.show(self.layers)

@@ -2,8 +2,9 @@
 
 import inspect
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,6 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparselearning.sharded import is_sharded
+
+PATIENCE = timedelta(minutes=5)  # of a process for another that is alive and silent; one that ends is noticed at once
+
+
+class ProcessError(RuntimeError):
+    """The processes no longer train one model: masks differ, or one of them is gone."""
 
 
 def start(device: torch.device | str) -> torch.device:
@@ -25,8 +32,21 @@ def start(device: torch.device | str) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     # Numbers of the host travel by Gloo: they have nothing to wait for on the GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return device
+
+
+@contextmanager
+def noticing_losses() -> Iterator[None]:
+    """Turn the errors of a connection to another process, whatever their type, into a ProcessError."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "ProcessGroup")
+        if not in_process_group() or not any(word in str(error) for word in words):
+            raise
+        reason = str(error).splitlines()[0]
+        raise ProcessError(f"Process {rank()} lost another one, which has died or hangs: {reason}") from error
 
 
 def stop() -> None:
@@ -129,7 +149,7 @@ def check_agreement(masks: Sequence[Tensor]) -> None:
     """Check that all processes hold the same masks, by a checksum.
 
     Raises:
-        RuntimeError: on every process, if they do not.
+        ProcessError: on every process, if they do not.
     """
     masks = [mask for mask in masks if not is_sharded(mask)]
     device = masks[0].device if masks else torch.device("cpu")
@@ -140,7 +160,7 @@ def check_agreement(masks: Sequence[Tensor]) -> None:
     dist.all_gather(all_of_them, mine)
     values = torch.stack(all_of_them).tolist()
     if differing := [i for i, value in enumerate(values) if value != values[0]]:
-        raise RuntimeError(
+        raise ProcessError(
             f"The masks of rank {', '.join(map(str, differing))} differ from those of rank 0. Expected the same on all "
             "processes: call add_module, remove_weight and load_state_dict alike on each."
         )

@@ -1,6 +1,7 @@
 """Sparsity distributions: from the shape of a weight to its share of the network's active weights."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 
 from sparselearning.selection import apportion
@@ -34,8 +35,9 @@ def erdos_renyi_kernel(shape: Sequence[int]) -> float:
 def active_counts(shapes: Sequence[Sequence[int]], density: float, distribution: Distribution) -> list[int]:
     """Divide round(density * number of weights) active weights among layers of the given shapes.
 
-    The total is exact. A layer takes at most its size, what is over goes to the others. No layer is left
-    empty while another has two weights or more, for nothing would ever flow through it.
+    The total is exact. A layer takes at most its size, what is over goes to the others. No layer is left empty, for
+    nothing would ever flow through it: one that gets nothing takes a weight of the largest, and where there are fewer
+    active weights than layers the total becomes one for each, with a warning.
 
     >>> active_counts([(10, 100), (5, 10)], density=0.1, distribution=erdos_renyi_kernel)
     [92, 13]
@@ -55,10 +57,23 @@ def divide(total: int, shares: Sequence[float], capacities: Sequence[int], steps
     """
     if len(set(steps)) == 1:
         rooms = [capacity // step for capacity, step in zip(capacities, steps, strict=True)]
-        counts = none_empty(apportion(round(total / steps[0]), shares, rooms), rooms)
+        units = at_least_one_each(round(total / steps[0]), rooms)
+        counts = none_empty(apportion(units, shares, rooms), rooms)
         return [count * step for count, step in zip(counts, steps, strict=True)]
     counts = apportion(total, shares, capacities)
     return [max(1, round(count / step)) * step for count, step in zip(counts, steps, strict=True)]
+
+
+def at_least_one_each(total: int, sizes: Sequence[int]) -> int:
+    """Return `total`, or the number of layers that are not empty and a warning, if that is larger."""
+    layers = sum(size > 0 for size in sizes)
+    if total < layers:
+        warnings.warn(
+            f"A density of {total} of {sum(sizes)} weights leaves less than one in each of {layers} layers: each keeps "
+            f"one, {layers} in all. Pass a larger density, or masks as sparse_init.",
+            stacklevel=2,
+        )
+    return max(total, layers)
 
 
 def none_empty(counts: list[int], sizes: Sequence[int]) -> list[int]:

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from sparselearning.sharded import add_up, count_active
+from sparselearning import distributed
+from sparselearning.sharded import add_up, count_active, is_sharded
 
 
 class InvariantError(RuntimeError):
@@ -20,21 +21,42 @@ def check(masking) -> None:
     """Verify everything that `Masking` relies on.
 
     The number of active weights is what it was at the start; inactive weights are exactly zero; every mask lies
-    on the device of its weight; the modules still hold the masked weights, and the optimizer still steps them.
+    on the device of its weight; the modules still hold the masked weights, and the optimizer still steps them. Where
+    several processes train together all call it, and their masks are the same.
 
     Raises:
         InvariantError: with one line per violation.
+        ProcessError: if masks of processes differ.
     """
-    owned = {id(parameter) for module in masking.modules for parameter in module.parameters()}
-    stepped = {id(parameter) for group in masking.optimizer.param_groups for parameter in group["params"]}
-    stepped |= masking.sparse_training.stepped_weights()
-    problems = [problem for layer in masking.layers for problem in _problems(layer, owned, stepped)]
+    if distributed.in_process_group():
+        distributed.check_agreement([layer.mask for layer in masking.layers])
+    problems = [*_strangers(masking), *(problem for layer in masking.layers for problem in _problems(layer))]
     active = sum(int(count_active(layer.mask)) for layer in masking.layers)
     if active != masking.baseline_nonzero - sum(layer.left_over for layer in masking.layers):
         problems.append(
             f"{active} weights are active, {masking.baseline_nonzero} should be. A prune or grow function did not do "
             "what it was asked, or a mask was edited; the next update of the masks makes up for it."
         )
+    if problems:
+        raise InvariantError("\n".join(problems))
+
+
+def refuse_strangers(masking) -> None:
+    """Check that what the masks hold is what is trained: the modules' weights, stepped by the masking's optimizer.
+
+    Raises:
+        InvariantError: if a weight was replaced, or has more nonzero entries than active ones.
+    """
+    problems = _strangers(masking)
+    whole = [layer for layer in masking.layers if not is_sharded(layer.weight) and layer.weight.device.type != "meta"]
+    counts = _fetch([layer.master.count_nonzero() for layer in whole]) if whole else []
+    problems += [
+        f"{layer.name}: {int(count)} weights are not zero, and {layer.nonzeros} active. Another optimizer than the "
+        "Masking's trains it, or something wrote into it: make the Masking with the optimizer that trains, or call "
+        "apply_mask() after writing weights."
+        for layer, count in zip(whole, counts, strict=True)
+        if count > layer.nonzeros
+    ]
     if problems:
         raise InvariantError("\n".join(problems))
 
@@ -72,14 +94,23 @@ def _fetch(numbers):
     return torch.stack([number.to(numbers[0].device) for number in numbers]).tolist()
 
 
-def _problems(layer, owned, stepped):
-    if id(layer.weight) not in owned:
-        yield (
-            f"{layer.name}: the module holds another parameter now, which is not masked. Replace parameters before "
-            "add_module, or make a new Masking."
-        )
-    if id(layer.master) not in stepped:
-        yield f"{layer.name}: the optimizer does not step it. Make the Masking with the optimizer that trains it."
+def _strangers(masking):
+    """Return what is wrong with who owns and who steps the weights."""
+    owned = {id(parameter) for module in masking.modules for parameter in module.parameters()}
+    stepped = {id(parameter) for group in masking.optimizer.param_groups for parameter in group["params"]}
+    stepped |= masking.sparse_training.stepped_weights()
+    replaced = "the module holds another parameter now, which is not masked. Replace parameters before add_module, or "
+    problems = [
+        f"{layer.name}: {replaced}make a new Masking." for layer in masking.layers if id(layer.weight) not in owned
+    ]
+    return problems + [
+        f"{layer.name}: the optimizer does not step it. Make the Masking with the optimizer that trains it."
+        for layer in masking.layers
+        if id(layer.master) not in stepped
+    ]
+
+
+def _problems(layer):
     if layer.mask.device != layer.weight.device:
         yield (
             f"{layer.name}: the weight is on {layer.weight.device}, its mask on {layer.mask.device}. "

@@ -99,4 +99,5 @@ def test_large_finite_weights_are_no_infinite_ones():
     masking = masked(mlp(20, 30), growth_mode="random", redistribution_mode="none")
     with torch.no_grad():
         masking.layers[0].weight.fill_(3e38)
+    masking.apply_mask()
     masking.at_end_of_epoch()

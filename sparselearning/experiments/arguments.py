@@ -36,10 +36,10 @@ class ArgumentParser(argparse.ArgumentParser):
         fail(self.prog, message)
 
 
-def fail(program: str, message: object) -> NoReturn:
-    """Print the message of a user's mistake as one line on stderr, and exit with status 2."""
+def fail(program: str, message: object, status: int = 2) -> NoReturn:
+    """Print the message of an error as one line on stderr, and exit; status 2 is a user's mistake."""
     print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def add_sparse_args(

@@ -43,8 +43,8 @@ class RunFolder:
     """A run's folder, named after its arguments: <data>-<model>-<density>-<seed>-<hash>.
 
     The hash is over all arguments that change the result, so that a run finds its folder again. An interrupted run
-    goes on with its `metrics`, in its folder if that is where `args.resume` lies; any other finds the folder empty, for
-    what an earlier run of the same arguments left there is kept beside, as <name>.1, <name>.2, ... Of several
+    goes on with its `metrics`, in its folder if that is where `args.resume` lies; any other finds no results there, for
+    those that an earlier run of the same arguments left are kept beside, as <name>.1, <name>.2, ... Of several
     processes the first one alone writes.
 
     Raises:
@@ -60,7 +60,7 @@ class RunFolder:
         goes_on_here = metrics is not None and Path(args.resume).resolve().parent == self.path.resolve()
         text = json.dumps(vars(args), indent=2, sort_keys=True) + "\n"
         try:
-            if self.path.exists() and not goes_on_here:
+            if self._holds_results() and not goes_on_here:
                 beside = (self.path.with_name(f"{self.path.name}.{i}") for i in count(1))
                 self.path.rename(next(path for path in beside if not path.exists()))
             self.path.mkdir(parents=True, exist_ok=True)
@@ -94,6 +94,11 @@ class RunFolder:
         if self.checkpoint.exists():
             return f"The last checkpoint is kept in {self.checkpoint}."
         return "There is no checkpoint yet."
+
+    def _holds_results(self):
+        """Tell whether a run got as far as a checkpoint, or a line of metrics."""
+        metrics = self.path / "metrics.jsonl"
+        return bool([*self.path.glob("checkpoint*.pt")]) or (metrics.is_file() and metrics.stat().st_size > 0)
 
     def _write_metrics(self):
         if not self.writes:
