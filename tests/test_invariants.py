@@ -101,3 +101,81 @@ def test_large_finite_weights_are_no_infinite_ones():
         masking.layers[0].weight.fill_(3e38)
     masking.apply_mask()
     masking.at_end_of_epoch()
+
+
+# A model that is moved, copied or changed after add_module
+
+
+def assert_trains_masked(model, masking):
+    for _ in range(2):
+        train(model, masking, 2)
+        assert_masks_hold(masking)
+        masking.at_end_of_epoch()
+        masking.check()
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda model: model.to(torch.float64),
+        lambda model: model.to(torch.bfloat16),
+        lambda model: model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()}),
+        lambda model: model.requires_grad_(True).train().cpu(),
+    ],
+)
+def test_a_model_that_moved_trains_masked(move):
+    model = mlp(20, 30, 10)
+    masking = masked(model)
+    move(model)
+    assert_trains_masked(model, masking)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "with gaps"])
+def test_a_weight_of_another_layout_trains_masked(layout):
+    model = nn.Conv2d(4, 6, 3)
+    masking = masked(model)
+    weight = model.weight
+    with torch.no_grad():
+        if layout == "channels_last":
+            model.to(memory_format=torch.channels_last)
+        elif layout == "transposed":
+            weight.set_(weight.transpose(0, 1).contiguous().transpose(0, 1))
+        else:
+            weight.set_(torch.cat([weight, weight], dim=3)[..., :3])
+    for _ in range(2):
+        masking.zero_grad()
+        model(torch.randn(2, 4, 5, 5)).square().mean().backward()
+        masking.step()
+        masking.at_end_of_epoch()
+        assert_masks_hold(masking)
+        masking.check()
+
+
+def test_an_update_notices_parameters_that_a_conversion_replaced():
+    model = mlp(20, 30)
+    masking = masked(model)
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model.to(torch.float64)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    with pytest.raises(InvariantError, match=r"fc1\.weight: the module holds another parameter now"):
+        masking.at_end_of_epoch()
+
+
+def test_an_update_notices_another_optimizer():
+    model = mlp(20, 30)
+    masking = masked(model)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), 1)
+    with pytest.raises(
+        InvariantError, match=r"fc1\.weight: 600 weights are not zero, and 120 active\. Another optimizer"
+    ):
+        masking.at_end_of_epoch()
+
+
+def test_check_notices_a_mask_on_another_device():
+    model = mlp(20, 30)
+    masking = masked(model)
+    masking.layers[0].mask = masking.layers[0].mask.to("meta")
+    with pytest.raises(InvariantError, match=r"the weight is on cpu, its mask on meta\. Call apply_mask\(\)"):
+        masking.check()
