@@ -16,10 +16,10 @@ from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
 SHAPES = st.lists(st.integers(1, 7), min_size=2, max_size=4).map(tuple)
 EXAMPLES = [100, pytest.param(10_000, marks=pytest.mark.slow)]
 
-OPTIMIZERS = {
+OPTIMIZERS = {  # the default eps is zero in float16
     "sgd": lambda weights: torch.optim.SGD(weights, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
-    "adam": lambda weights: torch.optim.Adam(weights, lr=0.01),
-    "rmsprop": lambda weights: torch.optim.RMSprop(weights, lr=0.01, momentum=0.9),
+    "adam": lambda weights: torch.optim.Adam(weights, lr=0.01, eps=1e-4),
+    "rmsprop": lambda weights: torch.optim.RMSprop(weights, lr=0.01, momentum=0.9, eps=1e-4),
 }
 DECAYS = {
     "cosine": lambda rate: CosineDecay(rate, 6),
