@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py $(wildcard sparselearning/*.cpp sparselearning/sparse/kernels/*)
 
-.PHONY: demo demo-imagenet test soak coverage lint bench results-mnist clean
+.PHONY: demo demo-imagenet test soak lint bench results-mnist clean
 
 demo: .venv/installed
 	$(BIN)/python mnist_cifar/demo.py
@@ -20,10 +20,6 @@ test: .venv/installed
 # What takes minutes to hours: 100 killed runs, 1,000 corrupted checkpoints, 10,000 examples of fuzzing, sanitizers.
 soak: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --durations 0
-
-# Lines and branches of the package that the tests run, also in processes of their own.
-coverage: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report term-missing:skip-covered
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .
