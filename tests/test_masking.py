@@ -345,8 +345,8 @@ def test_an_optimizer_without_momentum_is_refused_at_the_door(mode):
 
 
 def test_random_growth_needs_no_momentum():
-    model = mlp(20, 30, 10)
     for redistribution_mode in ("nonzeros", "magnitude", "none"):
+        model = mlp(20, 30, 10)
         masking = masked(model, sgd(model, momentum=0), growth_mode="random", redistribution_mode=redistribution_mode)
         train(model, masking)
         masking.at_end_of_epoch()

@@ -381,6 +381,7 @@ def test_a_mask_of_another_pattern_is_refused():
         masking.load_state_dict(state)
     assert same(before, masking.masks)
     full = {name: torch.ones_like(mask) for name, mask in before.items()}
+    masking.remove_weight_partial_name("")
     other = Masking(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), None)
     with pytest.raises(ValueError, match=r"The mask of 0\.weight is not of the pattern '2:4'"):
         other.add_module(model, 0.5, full, pattern="2:4")
