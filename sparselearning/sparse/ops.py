@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from sparselearning.sparse.library import DTYPES, conv_shape, kernels
 
@@ -216,7 +217,7 @@ def fake_weight_gradient(dy, x, start, column, *geometry):
 
 def run(name: str, x: Tensor, *arguments) -> Tensor:
     """Call an operator on x; where nothing records or traces it, its kernel alone, which saves some 40 us."""
-    observed = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    observed = torch.is_grad_enabled() or torch.compiler.is_compiling() or is_tracing()
     direct = type(x) is Tensor and not observed
     return KERNELS[name](x, *arguments) if direct else getattr(torch.ops.sparselearning, name)(x, *arguments)
 
