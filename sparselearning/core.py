@@ -455,7 +455,7 @@ class Masking:
         if not self.layers:
             return
         invariants.refuse_strangers(self)
-        invariants.refuse_non_finite(self)
+        invariants.refuse_bad_values(self)
         self._check_agreement()
         before = [layer.mask.clone() for layer in self.layers]
         try:

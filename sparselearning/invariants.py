@@ -44,29 +44,20 @@ def check(masking) -> None:
 
 
 def refuse_strangers(masking) -> None:
-    """Check that what the masks hold is what is trained: the modules' weights, stepped by the masking's optimizer.
+    """Check that the modules still hold the masked weights, and the masking's optimizer steps them.
 
     Raises:
-        InvariantError: if a weight was replaced, or has more nonzero entries than active ones.
+        InvariantError: if a weight was replaced, or the optimizer was.
     """
-    problems = _strangers(masking)
-    whole = [layer for layer in masking.layers if not is_sharded(layer.weight) and layer.weight.device.type != "meta"]
-    counts = _fetch([layer.master.count_nonzero() for layer in whole]) if whole else []
-    problems += [
-        f"{layer.name}: {int(count)} weights are not zero, and {layer.nonzeros} active. Another optimizer than the "
-        "Masking's trains it, or something wrote into it: make the Masking with the optimizer that trains, or call "
-        "apply_mask() after writing weights."
-        for layer, count in zip(whole, counts, strict=True)
-        if count > layer.nonzeros
-    ]
-    if problems:
+    if problems := _strangers(masking):
         raise InvariantError("\n".join(problems))
 
 
-def refuse_non_finite(masking) -> None:
-    """Check that weights and momenta are finite, in one synchronisation where they are.
+def refuse_bad_values(masking) -> None:
+    """Check that weights and momenta are finite and no weight was trained unmasked, in one synchronisation if so.
 
     Raises:
+        InvariantError: if a weight has more nonzero entries than active ones; naming the layers.
         NonFiniteError: naming the layers.
     """
     tensors = {}
@@ -76,10 +67,19 @@ def refuse_non_finite(masking) -> None:
         for kind, tensor in {"weight": layer.master, **momenta}.items():
             if isinstance(tensor, Tensor):
                 tensors[layer.name, kind] = tensor
-    if not tensors:
-        return
     # The sum of finite numbers may overflow, but it is many times cheaper than looking at each of them.
-    if all(map(math.isfinite, _fetch([tensor.sum(dtype=torch.float32) for tensor in tensors.values()]))):
+    sums = [tensor.sum(dtype=torch.float32) for tensor in tensors.values()]
+    whole = [layer for layer in masking.layers if not is_sharded(layer.master)]
+    excess = [(layer.master.count_nonzero() - layer.nonzeros).to(torch.float32) for layer in whole]
+    fetched = _fetch(sums + excess)
+    unmasked = [layer.name for layer, count in zip(whole, fetched[len(sums) :], strict=True) if count > 0]
+    if unmasked:
+        raise InvariantError(
+            f"More weights are not zero than are active in {', '.join(unmasked)}. Another optimizer than the Masking's "
+            "trains them, or something wrote into them: make the Masking with the optimizer that trains, or call "
+            "apply_mask() after writing weights."
+        )
+    if all(map(math.isfinite, fetched[: len(sums)])):
         return
     counts = _fetch([(~tensor.isfinite()).sum() for tensor in tensors.values()])
     bad = [f"{kind} of {name}" for (name, kind), count in zip(tensors, counts, strict=True) if count]
