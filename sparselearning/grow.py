@@ -54,22 +54,18 @@ def momentum_neuron_growth(masking, name: str, new_mask: Tensor, total_regrowth:
     return new_mask | torch.zeros_like(mask).scatter(1, order, chosen).view_as(new_mask)
 
 
-@network_wide
-def rewiring_growth(masking, total_regrowth: int) -> dict[str, Tensor]:
-    """Add inactive weights of the network at random, and give each a random sign that it has to keep.
+def rewiring_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
+    """Add inactive weights at random, and give each a random sign that it has to keep.
 
-    Bellec et al. 2018, Deep Rewiring, https://arxiv.org/abs/1711.05136, algorithm 1, with prune_mode="sign_flip".
+    Bellec et al. 2018, Deep Rewiring, https://arxiv.org/abs/1711.05136, algorithm 1, with prune_mode="sign_flip". The
+    number of connections of a layer stays, as in the authors' code.
     """
-    masks = add_highest_jointly(
-        [uniform_like(mask) for mask in masking.masks.values()], list(masking.masks.values()), total_regrowth
-    )
-    for layer in masking.layers:
-        drawn = (uniform_like(layer.mask) < 0.5).to(torch.int8) * 2 - 1
-        if not is_sharded(drawn):
-            distributed.send_to_all(drawn)
-        kept = layer.memory.get("sign", layer.master.sign().to(torch.int8))
-        layer.memory["sign"] = torch.where(layer.mask, kept, drawn)
-    return dict(zip(masking.masks, masks, strict=True))
+    drawn = (uniform_like(new_mask) < 0.5).to(torch.int8) * 2 - 1
+    if not is_sharded(drawn):
+        distributed.send_to_all(drawn)
+    memory = masking.memory[name]
+    memory["sign"] = torch.where(new_mask, memory.get("sign", weight.sign().to(torch.int8)), drawn)
+    return random_growth(masking, name, new_mask, total_regrowth, weight)
 
 
 def dense_magnitude_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:

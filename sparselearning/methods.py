@@ -111,7 +111,7 @@ METHODS: dict[str, Method] = {
     "rigl": Method("RigL", RIGL, "magnitude", "none", "gradient", ERK,
                    prune_rate=0.3, decay_schedule="cosine_to_zero", prune_every_k_steps=100, stop_fraction=0.75,
                    reset_state=True),
-    "deep_rewiring": Method("Deep Rewiring", DEEPR, "sign_flip", "none", "rewiring",
+    "deep_rewiring": Method("Deep Rewiring", DEEPR, "sign_flip", "none", "rewiring", "linear",
                             prune_rate=0.0, decay_schedule="constant", prune_every_k_steps=10, pull=1e-4),
     "top_kast": Method("Top-KAST", TOP_KAST, "dense_magnitude", "none", "dense_magnitude", ERK,
                        prune_rate=0.0, decay_schedule="constant", prune_every_k_steps=100, inactive="kept"),

@@ -75,10 +75,11 @@ def sign_flip_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
 
     Bellec et al. 2018, Deep Rewiring, https://arxiv.org/abs/1711.05136, algorithm 1: a connection's sign is fixed when
     it is made, and the connection is gone when its weight would cross zero. Here crossing is looked at in an update,
-    so that a weight may be on the wrong side until then. The first update notes the signs.
+    so that a weight may be on the wrong side until then; one that is still zero is gone too. The first update notes
+    the signs.
     """
     sign = masking.memory[name].setdefault("sign", weight.sign().to(torch.int8))
-    return mask & (weight * sign >= 0)
+    return mask & (weight * sign > 0)
 
 
 @single_weights
