@@ -109,6 +109,33 @@ def test_wide_layers_are_computed_block_by_block(outputs, stride, groups, batch,
         assert_same((y, *found), (expected, dx, dweight[weight != 0]), dtype)
 
 
+@pytest.mark.parametrize("batch", [5, 24, 32])
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        dict(padding=(1, 1)),
+        dict(padding=(2, 2), dilation=(2, 2)),
+        dict(stride=(2, 2), padding=(1, 1)),
+        dict(groups=2),
+    ],
+    ids=lambda geometry: "-".join(geometry),
+)
+def test_strips_that_follow_one_another_share_their_rows(geometry, batch, force_instruction_set):
+    torch.manual_seed(0)
+    groups = geometry.get("groups", 1)
+    weight = sparse_weight((12, 64, 3, 3), 0.05)
+    x = torch.randn(batch, 64 * groups, 30, 33, requires_grad=True)
+    dense = weight.clone().requires_grad_()
+    expected = F.conv2d(x, dense, **geometry)
+    dy = torch.randn_like(expected)
+    dx, dweight = torch.autograd.grad(expected, [x, dense], dy)
+    for index in instruction_sets():
+        force_instruction_set(index)
+        y, value = conv2d(x, weight, **geometry)
+        found = torch.autograd.grad(y, [x, value], dy)
+        assert_same((y, *found), (expected, dx, dweight[weight != 0]), torch.float32)
+
+
 def test_wide_linear_layers_are_computed_block_by_block():
     torch.manual_seed(0)
     weight = sparse_weight((600, 3500), 0.05)

@@ -32,6 +32,9 @@ constexpr int64_t L1_BYTES = 24576;
 // Nonzeros of a row in one block of channels, at least, on average.
 constexpr int64_t NONZEROS_TOGETHER = 12;
 
+// Tiles from which on it pays to look up where every nonzero reads.
+constexpr int64_t TILES_TO_LOOK_UP = 2;
+
 // Rows whose sums of one tile stay in the second-level cache.
 constexpr int64_t ROWS_TOGETHER = 512;
 
