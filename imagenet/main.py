@@ -400,7 +400,7 @@ def build_mask(args, model, optimizer, steps, to_score=None):
     processes the first one's scores count.
     """
     kind = dict(verbose=args.verbose, fp16=args.amp == "apex", sparse_backend=args.sparse_backend)
-    chosen = choice_of_weights(args, model, to_score)
+    chosen = choice_of_weights(args, to_score)
     return Masking.from_method(chosen_method(args), model, optimizer, steps, **chosen, **kind)
 
 

@@ -324,7 +324,7 @@ def build_mask(args, model, optimizer, steps, to_score=None):
     `to_score` returns the batches that scores before training are computed on.
     """
     kind = dict(verbose=args.verbose, fp16=args.amp == "apex", sparse_backend=args.sparse_backend)
-    chosen = choice_of_weights(args, model, to_score)
+    chosen = choice_of_weights(args, to_score)
     return Masking.from_method(chosen_method(args, EXTENSIONS), model, optimizer, steps, **chosen, **kind)
 
 

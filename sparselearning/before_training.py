@@ -1,6 +1,7 @@
 """Pruning before training: scores of the weights of a network that has not been trained yet, and masks from a file.
 
-    mask.add_module(model, density=0.05, sparse_init=snip(model, [(images, labels)]))
+    mask.add_module(model, density=0.05, sparse_init="snip", batches=[(images, labels)])
+    mask.add_module(model, density=0.05, sparse_init=snip(model, [(images, labels)], loss_function))
 
 A score is a tensor of its weight's shape, higher for what is to stay; `add_module` keeps the highest of the whole
 network. Every maskable weight gets one, whether it is to be masked or to stay dense; SynFlow, which prunes in rounds,
@@ -25,6 +26,29 @@ from sparselearning.sharded import is_sharded
 Batches = Sequence[tuple[Tensor, Tensor]]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 SCORES = ("snip", "grasp", "synflow")
+
+
+def scores_of(
+    kind: str, model: nn.Module, batches: Batches | None, density: Density, dense: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Return the scores called `kind`, one of `SCORES`, with cross-entropy as the loss.
+
+    Args:
+        batches: (inputs, labels) pairs; SynFlow looks at the shape of the first inputs alone.
+        density, dense: as `synflow` takes them.
+
+    Raises:
+        ValueError: if there is no batch.
+    """
+    batches = list(batches or ())
+    if not batches:
+        raise ValueError(
+            f"sparse_init={kind!r} scores the weights before training. Pass batches=[(inputs, labels)], or for another "
+            f"loss the scores themselves: sparse_init={kind}(model, ...) from sparselearning.before_training."
+        )
+    if kind == "synflow":
+        return synflow(model, batches[0][0], density, dense)
+    return {"snip": snip, "grasp": grasp}[kind](model, batches)
 
 
 def snip(model: nn.Module, batches: Batches, loss_function: LossFunction = F.cross_entropy) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselearning import distributed, invariants
+from sparselearning.before_training import SCORES, Batches, scores_of
 from sparselearning.dense_copy import INACTIVE
 from sparselearning.distributions import none_empty
 from sparselearning.experiments.arguments import add_sparse_args
@@ -174,7 +175,7 @@ class Masking:
         remove_param_names: Iterable[str] = (),
         sparse_embeddings: bool = False,
         dense: Iterable[str] = (),
-        pattern: str | None = None,
+        batches: Batches | None = None,
         verbose: bool = False,
         fp16: bool = False,
         sparse_backend: str | None = None,
@@ -187,19 +188,22 @@ class Masking:
         Args:
             method: a key of `methods.METHODS`, or a `Method`.
             density: of the masks, at the end where the method changes it.
-            remove_param_names, sparse_embeddings, dense, pattern: as `add_module` takes them; the others as `Masking`
-                does.
+            batches: (inputs, labels) pairs, for the methods that score weights before training: 'snip', 'grasp' and
+                'synflow'.
+            remove_param_names, sparse_embeddings, dense: as `add_module` takes them; the others as `Masking` does.
             parts: parts of the method to take otherwise: `prune_rate=0.2`, `growth="random"`; see `Method`.
 
         Raises:
-            ValueError: for an unknown method, or densities of single layers where the method changes the density.
+            ValueError: for an unknown method, no batches where it needs some, or densities of single layers where the
+                method changes the density.
             TypeError: for an unknown part.
         """
         chosen = find_method(method, **parts)
         settings = masking_arguments(chosen, density, total_steps)
         masking = cls(optimizer, **settings, verbose=verbose, fp16=fp16, sparse_backend=sparse_backend)
         start = chosen.density_at_start(density)
-        masking.add_module(module, start, chosen.sparse_init, remove_param_names, sparse_embeddings, dense, pattern)
+        layers = (remove_param_names, sparse_embeddings, dense)
+        masking.add_module(module, start, chosen.sparse_init, *layers, chosen.pattern, batches)
         return masking
 
     def _watch_steps(self):
@@ -224,6 +228,7 @@ class Masking:
         sparse_embeddings: bool = False,
         dense: Iterable[str] = (),
         pattern: str | None = None,
+        batches: Batches | None = None,
     ) -> None:
         """Make the weights of `module` sparse: round(density * their number) stay active, drawn at random.
 
@@ -234,14 +239,16 @@ class Masking:
                 such as {"fc*": 0.02, "*": 0.1}, where the first that matches counts (see names.py).
             sparse_init: how they are divided among layers: 'constant' (the same density), 'linear'
                 (Erdos-Renyi), 'erdos_renyi_kernel', a function from a weight's shape to its share; scores by
-                name, of which the highest stay (see before_training.py); masks (bool) by name, or 'resume', which
-                takes the nonzero weights as they are, and both ignore `density`.
+                name, of which the highest stay, or 'snip', 'grasp' or 'synflow', which score the weights on `batches`
+                (see before_training.py); masks (bool) by name, or 'resume', which takes the nonzero weights as they
+                are, and both ignore `density`.
             remove_param_names: weights whose name contains one of these (or this string) stay dense; the whole name
                 of a weight means that one alone.
             sparse_embeddings: mask embeddings too.
             dense: weights that stay dense, as patterns of names; 'first' and 'last' are those of the module.
             pattern: which weights may be active together: 'N:M' such as '2:4', 'block:RxC', 'fan-in', 'fan-in:G',
                 'neuron' (see patterns.py); None or 'unstructured' for any.
+            batches: (inputs, labels) pairs to score the weights on.
 
         Raises:
             ValueError: for a density outside (0, 1] or so small that no weight stays, an unknown `sparse_init`,
@@ -262,6 +269,9 @@ class Masking:
         self._check_patterns_fit(new.values())
         if sparse_init == "resume":
             sparse_init = {name: layer.master != 0 for name, layer in new.items()}
+        elif isinstance(sparse_init, str) and sparse_init in SCORES:
+            others = [name for name, _ in maskable_parameters(module) if name not in new]
+            sparse_init = scores_of(sparse_init, module, batches, density, others)
         masks = initial_masks({name: layer.mask for name, layer in new.items()}, density, sparse_init)
         for name, layer in new.items():
             layer.mask.copy_(masks[name])

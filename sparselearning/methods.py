@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from sparselearning.initial import Density, SparseInit
+from sparselearning.patterns import check_name
 from sparselearning.schedules import Constant, CosineDecay, CubicDensity, LinearDecay, SoftDensity, StepDensity
 
 Schedule = Callable[[int], float]
@@ -42,7 +43,7 @@ class Method:
     Fractions of training are of the number of optimizer steps, so that a method keeps its form in a run of any length.
 
     Raises:
-        ValueError: for an unknown schedule, or a fraction that is none.
+        ValueError: for an unknown schedule or pattern, or a fraction that is none.
     """
 
     name: str  # as papers write it
@@ -62,12 +63,14 @@ class Method:
     regrown: str = "zero"  # what a weight is when it becomes active
     pull: float = 0.0  # of active weights towards zero, added to their gradients
     inactive: str = "zero"  # what becomes of a weight that leaves
+    pattern: str | None = "unstructured"  # which weights may be active together; see patterns.py
 
     def __post_init__(self):
         for part, table in [("decay_schedule", DECAYS), ("density_schedule", DENSITY_SCHEDULES)]:
             if getattr(self, part) not in table:
                 known = ", ".join(map(repr, table))
                 raise ValueError(f"Unknown {part} {getattr(self, part)!r}. Choose one of {known}.")
+        check_name(self.pattern or "unstructured")
         if not 0 <= self.start_fraction <= self.stop_fraction <= 1:
             raise ValueError(
                 "Expected 0 <= start_fraction <= stop_fraction <= 1, "
@@ -98,8 +101,13 @@ MEST = "Yuan et al. 2021, https://arxiv.org/abs/2110.14032"
 GRANET = "Liu et al. 2021, https://arxiv.org/abs/2106.10404"
 CHT = "Zhang et al. 2024, https://openreview.net/forum?id=iayEcORsGd"
 ST3 = "Vanderschueren & De Vleeschouwer 2023, https://arxiv.org/abs/2212.01076"
+SRIGL = "Lasby et al. 2024, https://arxiv.org/abs/2305.02299"
+SNIP = "Lee et al. 2019, https://arxiv.org/abs/1810.02340"
+GRASP = "Wang et al. 2020, https://arxiv.org/abs/2002.07376"
+SYNFLOW = "Tanaka et al. 2020, https://arxiv.org/abs/2006.05467"
 ONE_SHOT = "Han et al. 2015, https://arxiv.org/abs/1506.02626"
 ERK = "erdos_renyi_kernel"
+STATIC: dict[str, Any] = dict(prune_rate=0.0, decay_schedule="constant", stop_fraction=0.0)
 
 # fmt: off
 METHODS: dict[str, Method] = {
@@ -111,6 +119,9 @@ METHODS: dict[str, Method] = {
     "rigl": Method("RigL", RIGL, "magnitude", "none", "gradient", ERK,
                    prune_rate=0.3, decay_schedule="cosine_to_zero", prune_every_k_steps=100, stop_fraction=0.75,
                    reset_state=True),
+    "srigl": Method("SRigL", SRIGL, "magnitude", "none", "gradient", ERK,
+                    prune_rate=0.3, decay_schedule="cosine_to_zero", prune_every_k_steps=100, stop_fraction=0.75,
+                    reset_state=True, pattern="fan-in:0.3"),
     "deep_rewiring": Method("Deep Rewiring", DEEPR, "sign_flip", "none", "rewiring", "linear",
                             prune_rate=0.0, decay_schedule="constant", prune_every_k_steps=10, pull=1e-4),
     "top_kast": Method("Top-KAST", TOP_KAST, "dense_magnitude", "none", "dense_magnitude", ERK,
@@ -123,8 +134,10 @@ METHODS: dict[str, Method] = {
                      density_schedule="cubic", start_density=0.5, reset_state=True),
     "cht": Method("CHT", CHT, "magnitude", "none", "cannistraci_hebb", "linear",
                   prune_rate=0.3, decay_schedule="constant"),
-    "static": Method("Static random", RIGL, sparse_init=ERK, prune_rate=0.0, decay_schedule="constant",
-                     stop_fraction=0.0),
+    "static": Method("Static random", RIGL, sparse_init=ERK, **STATIC),
+    "snip": Method("SNIP", SNIP, sparse_init="snip", **STATIC),
+    "grasp": Method("GraSP", GRASP, sparse_init="grasp", **STATIC),
+    "synflow": Method("SynFlow", SYNFLOW, sparse_init="synflow", **STATIC),
     "gmp": Method("Gradual magnitude pruning", GMP, "global_magnitude",
                   prune_rate=0.0, decay_schedule="constant", prune_every_k_steps=100, stop_fraction=0.75,
                   density_schedule="cubic", start_density=1.0),
