@@ -58,8 +58,10 @@ from sparselearning.experiments.training import (
 )
 from sparselearning.flops import forward_flops
 from sparselearning.functions import FunctionError
+from sparselearning.maskable import maskable_parameters
 from sparselearning.models.resnet import RESNETS
 from sparselearning.momentum import torch_optimizer
+from sparselearning.names import named
 from sparselearning.sharded import Whole
 
 # Defaults of the arguments below. With other --epochs, warm-up and decay keep their place in the run.
@@ -150,6 +152,9 @@ def parse_arguments(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, ...; under torchrun cuda is the process's own GPU (default: %(default)s)")
     add("--run-dir", default="runs", help="folder of the run folders (default: runs)")
+    add("--density-of", choices=["masked", "network"], default="masked",
+        help="what --density is a fraction of: the weights that have masks, or all parameters of the network, those of "
+        "--dense-layers too (default: masked)")
     # fmt: on
     add_sparse_args(parser)
     recipe = RECIPES[parser.parse_known_args(argv)[0].recipe]
@@ -188,6 +193,8 @@ def check(parser, args, recipe):
         parser.error(f"--growth momentum and --redistribution momentum need a momentum: {advice}")
     if args.sparse_init == "resume" and not args.pretrained_weights:
         parser.error("--sparse-init resume takes the nonzeros of saved weights: add --pretrained-weights FILE")
+    if args.density_of == "network" and args.layer_density:
+        parser.error("--density-of network and --layer-density exclude each other: the first sets one density for all")
     if args.start_epoch > args.epochs:
         parser.error(f"--start-epoch {args.start_epoch} is after the last of {args.epochs} epochs")
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -400,8 +407,29 @@ def build_mask(args, model, optimizer, steps, to_score=None):
     processes the first one's scores count.
     """
     kind = dict(verbose=args.verbose, fp16=args.amp == "apex", sparse_backend=args.sparse_backend)
+    if args.density_of == "network":
+        args = argparse.Namespace(**{**vars(args), "density": density_of_masked(args, model)})
     chosen = choice_of_weights(args, to_score)
     return Masking.from_method(chosen_method(args), model, optimizer, steps, **chosen, **kind)
+
+
+def density_of_masked(args, model):
+    """Return the density of the weights that have masks at which --density of all parameters are active.
+
+    Raises:
+        ValueError: if the parameters without masks are more than that.
+    """
+    weights = {name: weight.numel() for name, weight in maskable_parameters(model)}
+    dense = named(list(weights), args.dense_layers)
+    masked = sum(size for name, size in weights.items() if name not in dense)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    density = 1 - (1 - args.density) * parameters / max(masked, 1)
+    if density <= 0:
+        raise ValueError(
+            f"--density {args.density} of the network cannot be reached: the layers that stay dense are "
+            f"{1 - masked / parameters:.4f} of it. Ask for more, or name fewer --dense-layers."
+        )
+    return density
 
 
 def report_evaluation(folder, valid):

@@ -243,6 +243,32 @@ def test_the_baseline_keeps_first_and_downsampling_convolutions_dense(density, m
     assert dense == {"conv1.weight", *(f"layer{i}.0.downsample.0.weight" for i in range(1, 5))}
 
 
+def baseline_mask(*given):
+    """Return the masks of ResNet-50 by the baseline recipe, and its number of parameters."""
+    args = parsed("--recipe", "baseline", *given)
+    model = script.build_model(args, 1000)
+    mask = script.build_mask(args, model, script.build_optimizer(args, model), 100)
+    return mask, sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5])
+def test_a_density_of_the_network_counts_what_stays_dense(density):
+    mask, parameters = baseline_mask("--density", str(density), "--density-of", "network")
+    assert parameters - mask.total_zero == round(density * parameters)
+    mask, parameters = baseline_mask("--density", str(density), "--density-of", "network", "--dense-layers")
+    assert parameters - mask.total_zero == round(density * parameters), "all layers sparse"
+
+
+def test_a_density_of_the_network_that_the_dense_layers_exceed_is_refused():
+    tenth = ("--density", "0.1", "--density-of", "network")
+    with pytest.raises(ValueError, match=r"--density 0\.1 of the network .* layers that stay dense are 0\.1108 of it"):
+        baseline_mask(*tenth)
+    with pytest.raises(ValueError, match=r"are 0\.1910 of it"):
+        baseline_mask(*tenth, "--dense-layers", "conv1", "*.downsample.*", "fc")
+    with pytest.raises(ValueError, match=r"are 1\.0000 of it"):
+        baseline_mask(*tenth, "--dense-layers", "*")
+
+
 @pytest.mark.parametrize("recipe", ["baseline", "tuned"])
 def test_resnet50_takes_a_step(recipe):
     args = parsed("--recipe", recipe, "--density", "0.1")
@@ -275,6 +301,7 @@ def test_networks_of_torchvision_and_timm_are_built(tmp_path):
         (["--sparse-init", "resume"], "add --pretrained-weights FILE"),
         (["--momentum", "0"], "need a momentum: --momentum 0.9, or"),
         (["--data", "elsewhere"], "give the folder of the images once: main.py DIR, or --data DIR"),
+        (["--density-of", "network", "--layer-density", "fc=0.3"], "--density-of network and --layer-density exclude"),
         (["--start-epoch", "100"], "--start-epoch 100 is after the last of 90 epochs"),
     ],
 )
