@@ -110,8 +110,8 @@ def parse_arguments(argv=None):
     add("--stride-in", choices=["1x1", "3x3"],
         help=f"which convolution of a ResNet's bottleneck halves the image: v1's or v1.5's {of_recipe}")
     add("--image-size", type=positive_int, default=224, metavar="PIXELS", help="side of an image (default: 224)")
-    add("-j", "--workers", type=whole_number, default=5, metavar="N",
-        help="processes that load images, for each training process (default: 5)")
+    add("-j", "--workers", type=whole_number, default=min(5, os.cpu_count() or 1), metavar="N",
+        help="processes that load images, for each training process (default: 5, or one a core)")
     add("--epochs", type=positive_int, metavar="N", help=f"epochs to train {of_recipe}")
     add("--start-epoch", type=positive_int, default=1, metavar="N", help="number of the first epoch (default: 1)")
     add("-b", "--batch-size", type=positive_int, default=256, metavar="N",
@@ -358,17 +358,21 @@ def build_model(args, classes):
         if library == "torchvision":
             from torchvision.models import get_model
 
-            model = get_model(name, weights=None, num_classes=classes)
+            # These two would give more than one output in training.
+            one = dict(aux_logits=False, init_weights=True) if name in ("googlenet", "inception_v3") else {}
+            model = get_model(name, weights=None, num_classes=classes, **one)
         else:
             from timm import create_model
 
             model = create_model(name, num_classes=classes)
-        model.eval()(torch.zeros(1, 3, args.image_size, args.image_size))
+        output = model.eval()(torch.zeros(1, 3, args.image_size, args.image_size))
     except ImportError as error:
         raise DataError(f"--arch {args.model} needs {library}: pip install {library} ({error}).") from None
     except Exception as error:  # the libraries raise many types for a name or a size they do not know
         shape = f"{args.image_size}x{args.image_size}"
         raise DataError(f"--arch {args.model} cannot be built for images of {shape}: {error}") from None
+    if not isinstance(output, torch.Tensor) or output.shape != (1, classes):
+        raise DataError(f"--arch {args.model} is no classifier: it gives no logits of shape [N, {classes}].")
     return model
 
 

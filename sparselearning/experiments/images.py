@@ -116,7 +116,9 @@ def _index(shard: Path) -> list[tuple[int, int, int]]:
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                key, _, extension = member.name.partition(".")
+                folder, slash, file = member.name.rpartition("/")
+                stem, _, extension = file.partition(".")
+                key = folder + slash + stem
                 if extension.lower() in ("jpg", "jpeg", "png"):
                     images[key] = member.offset_data, member.size
                 elif extension == "cls":

@@ -284,12 +284,23 @@ def test_resnet50_takes_a_step(recipe):
 def test_networks_of_torchvision_and_timm_are_built(tmp_path):
     model = script.build_model(parsed("--arch", "torchvision:mobilenet_v3_small"), 7)
     assert model(torch.ones(2, 3, 64, 64)).shape == (2, 7)
+    auxiliary = script.build_model(parsed("--arch", "torchvision:googlenet"), 7)
+    assert auxiliary.train()(torch.ones(2, 3, 64, 64)).shape == (2, 7), "one output in training too"
     pytest.importorskip("timm")
     args = parsed("--arch", "timm:vit_tiny_patch16_224", "--recipe", "baseline")
     model = script.build_model(args, 7)
     mask = script.build_mask(args, model, script.build_optimizer(args, model), 100)
     assert "blocks.0.attn.qkv.weight" in mask.masks
     assert args.dense_layers == []
+
+
+def test_a_network_that_is_no_classifier_is_refused(monkeypatch):
+    torchvision = pytest.importorskip("torchvision")
+    monkeypatch.setattr(torchvision.models, "get_model", lambda *_, **__: nn.Conv2d(3, 7, 1))
+    with pytest.raises(
+        script.USER_ERRORS, match=r"torchvision:fcn is no classifier: it gives no logits of shape \[N, 7"
+    ):
+        script.build_model(parsed("--arch", "torchvision:fcn"), 7)
 
 
 @pytest.mark.parametrize(

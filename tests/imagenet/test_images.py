@@ -116,6 +116,18 @@ def test_shards_hold_the_images_of_the_folder(folder, tmp_path):
     assert again.read(3) == images.sources(str(folder))[0].read(3)
 
 
+@pytest.mark.parametrize("place", ["./", "n01440764/", "ILSVRC2012.v2/train/"])
+def test_members_of_a_shard_may_lie_in_folders(tmp_path, place):
+    # A key ends at the first dot of the file's name, as in the WebDataset library.
+    for part in ("train", "val"):
+        with tarfile.open(tmp_path / f"{part}.tar", "w") as tar:
+            for i in range(3):
+                add(tar, f"{place}{i}.jpg", jpeg(0, i))
+                add(tar, f"{place}{i}.cls", b"0")
+    train, _ = images.sources(f"webdataset:{tmp_path}")
+    assert [train.read(i) for i in range(3)] == [jpeg(0, i) for i in range(3)]
+
+
 def test_shards_of_the_webdataset_library_are_read(folder, tmp_path):
     webdataset = pytest.importorskip("webdataset")
     train, _ = images.sources(str(folder))
