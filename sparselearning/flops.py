@@ -8,7 +8,7 @@ For f_D, the FLOPs of the dense forward pass, and f_S, in which every weight's p
 
     inference   f_S
     training    f_S forward, f_S for the gradient of the inputs, and for that of the weights f_S, or f_D on steps whose
-                dense gradient growth reads
+                dense gradient growth reads; that of more weights, where more are trained than are active
 """
 
 from collections.abc import Mapping
@@ -16,10 +16,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from sparselearning.maskable import canonical_name
+
+WITHOUT_GRADIENT = ("random", "rewiring", "cannistraci_hebb", "dense_magnitude", "global_dense_magnitude")
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,18 @@ class Flops:
         """Return the FLOPs of inference relative to the dense network's."""
         return self.sparse(densities) / self.dense
 
-    def training(self, densities: Mapping[str, float], dense_gradients: float) -> float:
+    def training(
+        self, densities: Mapping[str, float], dense_gradients: float, trained: Mapping[str, float] | None = None
+    ) -> float:
         """Return the FLOPs of training relative to the dense network's.
 
         `dense_gradients` is the fraction of steps on which the gradient of all weights is needed, see the function of
-        that name.
+        that name; `trained` the densities of the weights whose gradient is needed on all other steps (None: those that
+        are active).
         """
         share = self.inference(densities)
-        return (2 * share + (1 - dense_gradients) * share + dense_gradients) / 3
+        of_weights = share if trained is None else self.inference(trained)
+        return (2 * share + (1 - dense_gradients) * of_weights + dense_gradients) / 3
 
 
 def forward_flops(model: nn.Module, inputs: Tensor) -> Flops:
@@ -66,8 +73,9 @@ def forward_flops(model: nn.Module, inputs: Tensor) -> Flops:
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        # With gradients, for without them torch fuses a transformer's layer into one operation.
-        with torch.enable_grad(), _Counter(names) as counter:
+        # With gradients, for without them torch fuses a transformer's layer into one operation; and attention as its
+        # products, for torch does not know the FLOPs of all its kernels.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _Counter(names) as counter:
             model(inputs)
     finally:
         for module, mode in training.items():
@@ -79,10 +87,11 @@ def forward_flops(model: nn.Module, inputs: Tensor) -> Flops:
 def dense_gradients(growth_mode: object, steps_between_updates: int) -> float:
     """Return the fraction of steps whose dense gradient growth reads.
 
-    None for 'random'; all where growth reads the momentum, which gathers all gradients, or is not known to read less;
-    for 'gradient' those of updates, 1 / (steps between updates + 1) as in Evci et al. 2020.
+    None where growth is random or looks at masks and values; all where it reads the momentum, which gathers all
+    gradients, or is not known to read less; for 'gradient' those of updates, 1 / (steps between updates + 1) as in Evci
+    et al. 2020.
     """
-    if growth_mode == "random":
+    if growth_mode in WITHOUT_GRADIENT:
         return 0.0
     return 1 / (steps_between_updates + 1) if growth_mode == "gradient" else 1.0
 

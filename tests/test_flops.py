@@ -5,12 +5,18 @@ import torch
 from helpers import mlp
 from torch import nn
 
-from sparselearning import models
+from sparselearning import Masking, models
 from sparselearning.distributions import active_counts, erdos_renyi_kernel
+from sparselearning.experiments.costs import relative_flops
 from sparselearning.flops import Flops, dense_gradients, forward_flops
 from sparselearning.maskable import maskable_parameters
+from sparselearning.methods import METHODS
 from sparselearning.models.resnet import RESNETS
 
+# Of the gradient of the weights of a network of density 0.2, relative to the dense network's: 0.2 but for these.
+SHARES = dict.fromkeys(METHODS, 0.2)
+SHARES |= dict(sparse_momentum=1.0, top_kast=0.4, soft_threshold=1.0)
+SHARES |= dict.fromkeys(["rigl", "srigl", "granet"], 0.9 * 0.2 + 0.1)
 LENET5 = {
     "conv1.weight": 2 * 24 * 24 * 20 * 1 * 5 * 5,  # every output pixel and channel: 25 products, 25 sums
     "conv2.weight": 2 * 8 * 8 * 50 * 20 * 5 * 5,
@@ -54,6 +60,23 @@ def test_training_as_in_the_appendix_of_rigl():
     rigl = (3 * f_S * 100 + 2 * f_S + f_D) / (100 + 1)
     assert flops.training(densities, dense_gradients("gradient", 100)) == pytest.approx(rigl / (3 * f_D))
     assert flops.training({}, 1.0) == flops.inference({}) == 1
+    # Top-KAST: the gradient of twice as many weights as are active.
+    assert flops.training(densities, 0.0, {"fc.weight": 0.4}) == pytest.approx((2 * 200 + 400) / 3000)
+
+
+@pytest.mark.parametrize(("method", "share"), SHARES.items())
+def test_a_method_costs_what_its_steps_need(method, share):
+    """At a density of 0.2, of f_D / 3: two f_S, and the gradient of the weights."""
+    model = mlp(20, 30, 10)
+    settings = dict(batches=[(torch.randn(8, 20), torch.arange(8))], sparse_init="constant", start_density=None)
+    if METHODS[method].density_schedule != "constant":
+        settings["density_schedule"] = "constant"
+    masking = Masking.from_method(
+        method, model, torch.optim.SGD(model.parameters(), 0.1, 0.9), 100, 0.2, **settings, prune_every_k_steps=9
+    )
+    flops = forward_flops(model, torch.zeros(1, 20))
+    expected = (2 * masking.density + share) / 3
+    assert relative_flops(flops, masking, 9)["training_flops"] == pytest.approx(expected, abs=0.003)
 
 
 def test_resnet50_dense(resnet50):

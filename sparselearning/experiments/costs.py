@@ -15,8 +15,16 @@ def relative_flops(flops: Flops, mask: Masking | None, steps_per_epoch: int) -> 
     of_growth = dense_gradients(mask.growth_mode, mask.prune_every_k_steps or steps_per_epoch)
     return dict(
         inference_flops=flops.inference(densities),
-        training_flops=flops.training(densities, of_growth),
+        training_flops=flops.training(densities, of_growth, _trained(mask)),
     )
+
+
+def _trained(mask: Masking) -> dict[str, float] | None:
+    """Return the densities of the weights that are trained, where they are more than the active ones."""
+    if mask.dense_copy is None:
+        return None
+    backward = mask.dense_copy.backward
+    return {layer.name: min(backward * layer.density, 1.0) if backward else 1.0 for layer in mask.layers}
 
 
 def flops_of_run(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
