@@ -272,6 +272,8 @@ class Masking:
         elif isinstance(sparse_init, str) and sparse_init in SCORES:
             others = [name for name, _ in maskable_parameters(module) if name not in new]
             sparse_init = scores_of(sparse_init, module, batches, density, others)
+        if isinstance(sparse_init, Mapping) and distributed.in_process_group():
+            sparse_init = {name: _from_first_process(tensor) for name, tensor in sparse_init.items()}
         masks = initial_masks({name: layer.mask for name, layer in new.items()}, density, sparse_init)
         for name, layer in new.items():
             layer.mask.copy_(masks[name])
@@ -794,6 +796,13 @@ class Masking:
         if self.dense_copy:
             self.dense_copy.show(self.layers)
         self.apply_mask()
+
+
+def _from_first_process(scores: Tensor) -> Tensor:
+    """Return the scores that the first process has: each computed them on data of its own. Masks are sent later."""
+    if scores.dtype == torch.bool or is_sharded(scores):
+        return scores
+    return distributed.send_to_all(scores.detach().clone(memory_format=torch.contiguous_format))
 
 
 def _placed_like(mask: Tensor, value: Tensor) -> Tensor:

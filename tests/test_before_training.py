@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from helpers import assert_masks_hold, masked, mlp, same, train
+from processes import run
 from torch import nn
 from torch.nn import functional as F
 
@@ -255,3 +256,22 @@ def test_nothing_is_nan():
     model = network()
     for score in SCORES.values():
         assert all(math.isfinite(tensor.sum()) for tensor in score(model).values())
+
+
+def score_in_two_processes():
+    rank = torch.distributed.get_rank()
+    model = mlp(20, 30, 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = []
+    for i in range(6):
+        batch = torch.randn(4, 20, generator=torch.Generator().manual_seed(10 * i + rank)), torch.arange(4)
+        masking = Masking(optimizer, None, growth_mode="random", redistribution_mode="none")
+        masking.add_module(model, 0.3, "snip", pattern="fan-in", batches=[batch])
+        found.append(([layer.pattern.most for layer in masking.layers], masking.name2nonzeros))
+        masking.remove_weight_partial_name("")
+    return found
+
+
+def test_scores_of_the_first_process_decide_how_many_inputs_a_neuron_has():
+    first, second = run(score_in_two_processes, 2)
+    assert first == second
