@@ -40,7 +40,7 @@ from sparselearning.maskable import canonical_name, maskable_parameters
 from sparselearning.methods import Method, find_method, masking_arguments
 from sparselearning.momentum import gradient_of, keeps_momentum, master_weights, momentum_of, torch_optimizer
 from sparselearning.names import named
-from sparselearning.patterns import UNSTRUCTURED, patterns_for, with_pattern
+from sparselearning.patterns import UNSTRUCTURED, patterns_for, with_most, with_pattern
 from sparselearning.prune import PRUNE_FUNCTIONS, count_of
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS, no_redistribution
 from sparselearning.regrowth import START_VALUES, pull_to_zero, start_regrown
@@ -754,6 +754,7 @@ class Masking:
                 "prune_rate": layer.prune_rate,
                 "ever_active": layer.ever_active,
                 "memory": layer.memory,
+                "most": layer.pattern.most,
             }
             for layer in self.layers
         }
@@ -774,14 +775,16 @@ class Masking:
         """
         saved = state["layers"]
         _check_same_layers({name: entry["mask"].shape for name, entry in saved.items()}, self.layers)
+        patterns = {layer.name: with_most(layer.pattern, saved[layer.name].get("most")) for layer in self.layers}
         for layer in self.layers:
-            if layer.pattern != UNSTRUCTURED and not layer.pattern.holds(saved[layer.name]["mask"]):
+            if layer.pattern != UNSTRUCTURED and not patterns[layer.name].holds(saved[layer.name]["mask"]):
                 raise RuntimeError(
                     f"The mask of {layer.name} in the state is not of the pattern {layer.pattern.name!r}. Call "
                     "add_module with the pattern and the density that were saved."
                 )
         for layer in self.layers:
             entry = saved[layer.name]
+            with_pattern(layer.mask, patterns[layer.name])
             layer.mask.copy_(_placed_like(layer.mask, entry["mask"]))
             layer.ever_active.copy_(_placed_like(layer.mask, entry.get("ever_active", entry["mask"])))
             layer.removed, layer.importance = entry["removed"], entry["importance"]

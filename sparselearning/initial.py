@@ -33,7 +33,7 @@ def initial_masks(empty: Mapping[str, Tensor], density: Density, sparse_init: Sp
         if all(tensor.dtype == torch.bool for tensor in sparse_init.values()):
             return {name: _given(name, _like(sparse_init[name], mask), mask) for name, mask in empty.items()}
     elif not callable(sparse_init) and sparse_init not in DISTRIBUTIONS:
-        names = ", ".join(map(repr, (*DISTRIBUTIONS, "snip", "grasp", "synflow", "resume")))
+        names = ", ".join(map(repr, (*DISTRIBUTIONS, "resume", "snip", "grasp", "synflow")))
         raise ValueError(
             f"Unknown sparse_init {sparse_init!r}. Pass a function, or one of {names}, or a dict from names to scores "
             "or masks."

@@ -451,3 +451,25 @@ def test_a_run_keeps_its_pattern(pattern, tmp_path):
     counts = [record["active_weights"] for record in metrics_of(folder.path)[:3]]
     assert counts[0] == pytest.approx(density * 266_200, rel=0.05)
     assert pattern == "fan-in:0.3" or counts == [counts[0]] * 3
+
+
+def test_a_constant_fan_in_is_that_of_the_checkpoint():
+    """The scores of another batch divide the weights among layers otherwise; a resumed run has no scores at all."""
+    model, masking = sparse("fan-in")
+    state = copy.deepcopy(masking.state_dict())
+    again, other = sparse("fan-in", density=0.1)
+    assert other.layers[1].pattern.most != masking.layers[1].pattern.most
+    other.load_state_dict(state)
+    assert [layer.pattern for layer in other.layers] == [layer.pattern for layer in masking.layers]
+    move(again, other, updates=2)
+    assert other.total_nonzero == masking.total_nonzero
+    assert_pattern_holds(other)
+
+
+def test_a_run_from_scores_goes_on_with_its_fan_in(tmp_path):
+    main = load_main()
+    given = f"--data digits --max-threads 1 --device cpu --density 0.05 --run-dir {tmp_path} --method snip"
+    whole = main.run(main.parse_arguments([*given.split(), "--pattern", "fan-in", "--epochs", "2"]))
+    resumed = main.run(main.parse_arguments(["--resume", str(whole.path), "--epochs", "3"]))
+    counts = [record["density_per_layer"] for record in metrics_of(resumed.path)[:3]]
+    assert counts[2] == counts[1]
