@@ -1,17 +1,13 @@
-"""What every method of the table holds, and the golden examples of its parts."""
+"""The table of methods, and the golden examples of their parts; test_every_method.py has what all of them hold."""
 
-import copy
 import math
 
 import pytest
 import torch
 from helpers import assert_masks_hold, backward, layer_with, masked, mlp, same, snapshot, train
-from processes import run as run_processes
-from script import assert_equal, checkpoint_of, load_main, metrics_of, run_folder
 
 from sparselearning import Masking
 from sparselearning.before_training import grasp, snip, synflow
-from sparselearning.experiments import plots
 from sparselearning.functions import FunctionError
 from sparselearning.grow import cannistraci_hebb_growth, gradient_growth, path_scores, rewiring_growth
 from sparselearning.methods import METHODS, find_method, masking_arguments
@@ -53,112 +49,6 @@ def go_on(model, optimizer, masking, first=0, last=STEPS):
         if (step + 1) % EPOCH == 0 and step + 1 < STEPS:
             masking.at_end_of_epoch()
             yield step + 1
-
-
-def due(masking, step):
-    """The number of weights that are to be active after an update at `step`."""
-    if masking.density_schedule is None:
-        return active_at_the_end(masking)
-    return round(masking.density_schedule(step) * 900)
-
-
-def active_at_the_end(masking):
-    """0.2 of 900; where every neuron has as many, 3 inputs of 30 neurons and 8 of 10 are nearest to it."""
-    return 3 * 30 + 8 * 10 if masking.layers[0].pattern.even else 180
-
-
-def counted(masking):
-    """The number of active weights, with those that neurons given up left over (SRigL), less than one a neuron."""
-    left_over = [layer.left_over for layer in masking.layers]
-    assert all(count < len(layer.mask) for count, layer in zip(left_over, masking.layers, strict=True))
-    return masking.total_nonzero + sum(left_over)
-
-
-# Every method
-
-
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-@pytest.mark.parametrize("method", METHODS)
-def test_counts_are_exact_and_inactive_weights_zero(method, optimizer):
-    model, optimizer, masking = begin(method, optimizer)
-    updates = [masking.total_nonzero]
-    for step in go_on(model, optimizer, masking):
-        assert_masks_hold(masking)
-        assert counted(masking) in (updates[-1], due(masking, step))
-        updates.append(counted(masking))
-        masking.check()
-        assert all(layer.pattern.holds(layer.mask) for layer in masking.layers)
-    assert counted(masking) == active_at_the_end(masking)
-    assert masking.density <= masking.exploration_rate <= 1
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_resumed_run_is_the_uninterrupted_one(method):
-    torch.manual_seed(0)
-    parts = begin(method)
-    saved = None
-    for step in go_on(*parts):
-        if step == 7:
-            saved = copy.deepcopy([part.state_dict() for part in parts]), torch.get_rng_state()
-    torch.manual_seed(1)
-    again = begin(method)
-    for part, state in zip(again, saved[0], strict=True):
-        part.load_state_dict(state)
-    torch.set_rng_state(saved[1])
-    list(go_on(*again, first=7))
-    for part, other in zip(parts, again, strict=True):
-        assert_equal(part.state_dict(), other.state_dict())
-
-
-def replicas():
-    """Train by every method in one of several processes, with data and generator of its own."""
-    rank = torch.distributed.get_rank()
-    states = {}
-    for method in METHODS:
-        torch.manual_seed(rank)
-        model, optimizer, masking = begin(method, batches=[(torch.randn(16, 20), torch.arange(16) % 10)])
-        network = torch.nn.parallel.DistributedDataParallel(model)
-        for step in range(12):
-            backward(network, torch.randn(8, 20))
-            optimizer.step()
-            if step % 4 == 3:
-                masking.at_end_of_epoch()
-        states[method] = {"model": model.state_dict(), "mask": masking.state_dict()}
-    return states
-
-
-def test_replicas_agree():
-    first, second = run_processes(replicas, 2)
-    for method in METHODS:
-        assert_equal(first[method], second[method], method)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_script_runs_it(method, tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "plot_curves", lambda *_: None)
-    monkeypatch.setattr(plots, "plot_density", lambda *_: None)
-    main = load_main()
-    often = ["--prune-every-k-steps", "5"] if METHODS[method].prune_every_k_steps else []
-    place = ["--data", "digits", "--device", "cpu", "--max-threads", "1", "--run-dir", str(tmp_path)]
-    main.main(["--method", method, "--density", "0.1", "--epochs", "3", *often, *place])
-    metrics = metrics_of(run_folder(tmp_path))
-    saved = checkpoint_of(run_folder(tmp_path))
-    for name, layer in saved["mask"]["layers"].items():
-        assert not saved["model"][name][~layer["mask"]].any()
-    assert metrics[2]["active_weights"] == 26620 or method == "srigl"
-    assert metrics[2]["active_weights"] == pytest.approx(26620, abs=205)  # of SRigL's neurons half a weight each
-    assert 0.1 <= metrics[0]["exploration_rate"] <= metrics[2]["exploration_rate"] <= 1
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_between_updates_no_method_adds_to_a_step(method, monkeypatch):
-    model, optimizer, masking = begin(method, prune_every_k_steps=1000)
-    train(model, optimizer, 2)
-    monkeypatch.setattr(torch.Tensor, "item", None)  # what waits for a device
-    monkeypatch.setattr(torch.Tensor, "tolist", None)
-    masking.last_update = None
-    backward(model)
-    optimizer.step()
 
 
 # The table

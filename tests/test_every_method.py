@@ -1,0 +1,235 @@
+"""The one list that every method passes, with its own pattern and with every pattern that it can keep.
+
+Exact counts after each update, inactive weights zero, the pattern valid, a resumed run bitwise the uninterrupted one,
+two processes that agree, a step that costs little more than a dense one, and a run of main.py --method NAME. A
+method joins by being in its table; what cannot go together is refused with one line.
+"""
+
+import copy
+import time
+
+import pytest
+import torch
+from helpers import assert_masks_hold, backward, mlp, train
+from processes import run as run_processes
+from script import assert_equal, checkpoint_of, load_main, metrics_of, run_folder
+from torch.nn import functional
+
+from sparselearning import Masking
+from sparselearning.experiments import plots
+from sparselearning.functions import is_network_wide
+from sparselearning.grow import GROWTH_FUNCTIONS
+from sparselearning.methods import METHODS, find_method
+from sparselearning.patterns import of_fan_in, pattern_for
+from sparselearning.prune import PRUNE_FUNCTIONS
+
+PATTERNS = ["unstructured", "2:4", "block:2x4", "fan-in", "fan-in:0.3", "neuron"]
+STEPS, EPOCH, DENSITY = 24, 6, 0.2  # short, with an update every other step where a method updates by steps
+WIDTHS, SIZE = (20, 40, 10), 1200
+
+
+def refusal(method, pattern):
+    """What is said of a combination that makes no sense; nothing of the others."""
+    parts, units_differ = METHODS[method], pattern == "neuron"
+    prune, grow = PRUNE_FUNCTIONS[parts.prune], GROWTH_FUNCTIONS[parts.growth]
+    if getattr(prune, "single_weights", False) and pattern in ("block:2x4", "neuron"):
+        return f"prune_mode='{parts.prune}' moves single weights, and the pattern '{pattern}' does not let it"
+    if parts.density_schedule != "constant" and (pattern.startswith("fan-in") or units_differ):
+        return f"The pattern '{pattern}' keeps the density of each layer"
+    if units_differ and (parts.redistribution != "none" or is_network_wide(prune) or is_network_wide(grow)):
+        return "The units of pattern 'neuron' have 20, 40 weights in different layers"
+    if parts.start_density == 1 and pattern == "2:4":
+        return r"Expected a density of at most 0\.5, which is all that the pattern '2:4' holds, got 1"
+    return None
+
+
+EVERY = [(method, pattern) for method in METHODS for pattern in PATTERNS]
+KEPT = [case for case in EVERY if not refusal(*case)]
+OWN = [(method, METHODS[method].pattern) for method in METHODS]
+
+
+def begin(method, pattern, optimizer=torch.optim.SGD, batch_seed=9, **parts):
+    """A small network, its optimizer and its masks by this method."""
+    model = mlp(*WIDTHS)
+    settings = dict(lr=0.1, momentum=0.9) if optimizer is torch.optim.SGD else dict(lr=0.01)
+    optimizer = optimizer(model.parameters(), **settings)
+    if METHODS[method].prune_every_k_steps:
+        parts = {"prune_every_k_steps": 2} | parts
+    inputs = torch.randn(16, 20, generator=torch.Generator().manual_seed(batch_seed))
+    parts |= dict(pattern=pattern, batches=[(inputs, torch.arange(16) % 10)])
+    return model, optimizer, Masking.from_method(method, model, optimizer, STEPS, DENSITY, **parts)
+
+
+def go_on(model, optimizer, masking, first=0, last=STEPS, data_seed=0):
+    """Train from one step to another on data that depend on the step; yield after each step and epoch."""
+    for step in range(first, last):
+        backward(model, torch.randn(8, 20, generator=torch.Generator().manual_seed(1000 * data_seed + step)))
+        optimizer.step()
+        yield step + 1
+        if (step + 1) % EPOCH == 0 and step + 1 < STEPS:
+            masking.at_end_of_epoch()
+            yield step + 1
+
+
+def counted(masking):
+    """The number of active weights, with those that neurons given up left over: less than one a neuron."""
+    left_over = [layer.left_over for layer in masking.layers]
+    assert all(count < len(layer.mask) for count, layer in zip(left_over, masking.layers, strict=True))
+    return masking.total_nonzero + sum(left_over)
+
+
+def due(masking, step, at_first):
+    """The number of weights that are to be active after an update at `step`, the nearest in units."""
+    if masking.density_schedule is None:
+        return at_first
+    unit = masking.layers[0].pattern.size
+    return round(masking.density_schedule(step) * SIZE / unit) * unit
+
+
+def assert_pattern_holds(mask, pattern, most):
+    """By the definition of the pattern, for `mask` as outputs x inputs; `most` inputs at the start of a neuron."""
+    rows = mask.flatten(1).int()
+    inputs = rows.sum(1)
+    if pattern == "2:4":
+        assert rows.reshape(-1, 4).sum(1).max() <= 2
+    elif pattern == "block:2x4":
+        blocks = rows.reshape(len(rows) // 2, 2, -1, 4).sum((1, 3))
+        assert set(blocks.flatten().tolist()) <= {0, 8}
+    elif pattern == "fan-in":
+        assert (inputs == most).all()
+    elif pattern == "fan-in:0.3":
+        assert len(set(inputs[inputs > 0].tolist())) == 1
+        assert inputs.max() >= most
+    elif pattern == "neuron":
+        assert set(inputs.tolist()) <= {0, rows.shape[1]}
+
+
+@pytest.mark.parametrize(("method", "pattern"), [case for case in EVERY if refusal(*case)])
+def test_what_cannot_go_together_is_refused(method, pattern):
+    with pytest.raises(ValueError, match=refusal(method, pattern)) as refused:
+        begin(method, pattern)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize(("method", "pattern"), KEPT)
+def test_counts_are_exact_inactive_weights_zero_and_the_pattern_holds(method, pattern, optimizer):
+    model, optimizer, masking = begin(method, pattern, optimizer)
+    most = {layer.name: layer.pattern.most for layer in masking.layers}
+    at_first = counts = counted(masking)
+    if pattern in ("unstructured", "2:4", "block:2x4"):
+        unit = masking.layers[0].pattern.size
+        assert at_first == round(find_method(method).density_at_start(DENSITY) * SIZE / unit) * unit
+    for step in go_on(model, optimizer, masking):
+        assert_masks_hold(masking)
+        assert counted(masking) in (counts, due(masking, step, at_first))
+        counts = counted(masking)
+        masking.check()
+        for layer in masking.layers:
+            assert_pattern_holds(layer.mask, pattern, most[layer.name])
+    assert counts == (at_first if masking.density_schedule is None else round(DENSITY * SIZE))
+    assert masking.density <= masking.exploration_rate <= 1
+
+
+@pytest.mark.parametrize(("method", "pattern"), KEPT)
+def test_a_resumed_run_is_the_uninterrupted_one(method, pattern):
+    torch.manual_seed(0)
+    parts = begin(method, pattern)
+    saved = None
+    for step in go_on(*parts):
+        if step == 7:
+            saved = copy.deepcopy([part.state_dict() for part in parts]), torch.get_rng_state()
+    torch.manual_seed(1)
+    again = begin(method, pattern, batch_seed=8)  # other scores, of which nothing stays
+    for part, state in zip(again, saved[0], strict=True):
+        part.load_state_dict(state)
+    torch.set_rng_state(saved[1])
+    list(go_on(*again, first=7))
+    for part, other in zip(parts, again, strict=True):
+        assert_equal(part.state_dict(), other.state_dict())
+
+
+def replicas():
+    """Train by every method in one of several processes, with data and generator of its own."""
+    rank = torch.distributed.get_rank()
+    states = {}
+    for method, pattern in KEPT:
+        torch.manual_seed(rank)
+        model, optimizer, masking = begin(method, pattern, batch_seed=rank)
+        network = torch.nn.parallel.DistributedDataParallel(model)
+        for step in range(4):
+            backward(network, torch.randn(8, 20))
+            optimizer.step()
+            if step % 2 == 1:
+                masking.at_end_of_epoch()
+        states[f"{method} {pattern}"] = {"model": model.state_dict(), "mask": masking.state_dict()}
+    return states
+
+
+def test_two_processes_agree():
+    first, second = run_processes(replicas, 2)
+    assert len(first) == len(KEPT)
+    for case, state in first.items():
+        assert_equal(state, second[case], case)
+
+
+@pytest.mark.parametrize(("method", "pattern"), OWN)
+def test_between_updates_a_step_waits_for_no_device(method, pattern, monkeypatch):
+    model, optimizer, masking = begin(method, pattern, prune_every_k_steps=1000)
+    train(model, optimizer, 2)
+    monkeypatch.setattr(torch.Tensor, "item", None)
+    monkeypatch.setattr(torch.Tensor, "tolist", None)
+    masking.last_update = None
+    backward(model)
+    optimizer.step()
+
+
+def seconds_of_a_step(method=None, pattern=None):
+    """A function that makes a step of training and returns how long it took."""
+    model = mlp(784, 300, 100)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    inputs, labels = torch.randn(100, 784), torch.arange(100)
+    if method:
+        parts = dict(prune_every_k_steps=10**6, stop_fraction=1.0, pattern=pattern, batches=[(inputs, labels)])
+        masking = Masking.from_method(method, model, optimizer, 10**6, 0.05, **parts)
+
+    def step():
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        functional.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+        return time.perf_counter() - start
+
+    step.masking = masking if method else None  # while the step is used, its masks are
+    return step
+
+
+@pytest.mark.parametrize(("method", "pattern"), OWN)
+def test_a_step_costs_little_more_than_a_dense_one(method, pattern):
+    dense, sparse = seconds_of_a_step(), seconds_of_a_step(method, pattern)
+    bound = 1.25 if sparse.masking.inactive == "zero" else 2.0  # or copies of all weights
+    for _ in range(4):  # other work on the machine may slow one of them
+        times = [(dense(), sparse()) for _ in range(25)]
+        ratio = min(after for _, after in times) / min(before for before, _ in times)
+        if ratio < bound:
+            return
+    pytest.fail(f"a step of {method} takes {ratio:.2f} times a dense one")
+
+
+@pytest.mark.parametrize(("method", "pattern"), OWN)
+def test_the_script_runs_it(method, pattern, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(plots, "plot_density", lambda *_: None)
+    main = load_main()
+    often = ["--prune-every-k-steps", "5"] if METHODS[method].prune_every_k_steps else []
+    place = ["--data", "digits", "--device", "cpu", "--max-threads", "1", "--run-dir", str(tmp_path)]
+    main.main(["--method", method, "--density", "0.1", "--epochs", "3", *often, *place])
+    metrics = metrics_of(run_folder(tmp_path))
+    saved = checkpoint_of(run_folder(tmp_path))
+    for name, layer in saved["mask"]["layers"].items():
+        assert not saved["model"][name][~layer["mask"]].any()
+        shape, count = layer["mask"].shape, int(layer["mask"].sum())
+        assert of_fan_in(pattern_for(pattern, shape), shape, count).holds(layer["mask"])
+    assert metrics[2]["active_weights"] == 26620 or method == "srigl"
+    assert metrics[2]["active_weights"] == pytest.approx(26620, abs=205)  # of SRigL's neurons half a weight each
+    assert 0.09 <= metrics[0]["exploration_rate"] <= metrics[2]["exploration_rate"] <= 1
