@@ -64,6 +64,9 @@ class Trained(nn.Module):
     @torch.no_grad()
     def read(self) -> None:
         """Set the values to those of the dense weight."""
+        # Where the caller still holds the loss of the last step, its graph would expect gradients of the size that
+        # there was. Only another dtype makes torch forget that.
+        self.value.data = self.value.new_empty(0, dtype=torch.float16)
         self.value.data = self.weight.flatten()[self.position]
 
     @torch.no_grad()
@@ -226,9 +229,26 @@ class SparseTraining:
         module = self.trained.get(layer.name)
         return layer.master if module is None else module.value
 
-    def loaded(self) -> None:
-        """Expect masks, weights and optimizer state from a checkpoint, which belong together already."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the gradients seen since the last update of the masks, and when the next one is expected."""
+        layers = {
+            name: {"gradient": module.gradient, "observed": module.observed, "observing": module.observing}
+            for name, module in self.trained.items()
+        }
+        return {"since_update": self.since_update, "interval": self.interval, "layers": layers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` returned; without it no gradient was seen.
+
+        Masks, weights and optimizer state are expected from the same checkpoint, and belong together already.
+        """
         self.carry = False
+        self.since_update, self.interval = state.get("since_update", 0), state.get("interval")
+        for name, module in self.trained.items():
+            seen = state.get("layers", {}).get(name, {})
+            gradient = seen.get("gradient")
+            module.gradient = None if gradient is None else gradient.to(module.weight.device, copy=True)
+            module.observed, module.observing = seen.get("observed", 0), seen.get("observing", False)
 
     def vectors(self, parameter: Tensor, size: int) -> list[tuple[Any, Tensor]]:
         """Return the optimizer's state of a parameter that has an entry for each of `size` values."""
