@@ -763,6 +763,7 @@ class Masking:
             "baseline_nonzero": self.baseline_nonzero,
             "prune_threshold": self.prune_threshold,
             "layers": layers,
+            "sparse_training": self.sparse_training.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -795,7 +796,7 @@ class Masking:
         self.prune_threshold = state["prune_threshold"]
         self._count()
         self._check_agreement()
-        self.sparse_training.loaded()
+        self.sparse_training.load_state_dict(state.get("sparse_training", {}))
         if self.dense_copy:
             self.dense_copy.show(self.layers)
         self.apply_mask()

@@ -25,6 +25,7 @@ from sparselearning import checkpoint, distributed
 from sparselearning.experiments import data as datasets
 from sparselearning.experiments import plots, resuming
 from sparselearning.experiments.training import Progress
+from sparselearning.sparse import available
 
 DIGITS = ("--data", "digits", "--epochs", "2", "--device", "cpu", "--max-threads", "1", "--batch-size", "300")
 STEPS = 5  # of an epoch
@@ -121,6 +122,16 @@ def test_a_run_stopped_in_its_evaluation_goes_on_to_the_bit(run, stop, tmp_path,
     more = "--test-batch-size", "50", "--growth", f"{tmp_path}/own.py:grow"  # reads gradients after the evaluation
     whole = run(*more, place="whole")
     assert f"stopped by SIGTERM; {place} epoch 1;" in stop(*more, batch=batch)
+    assert_same_run(run(*more, "--resume", "auto"), whole)
+
+
+@pytest.mark.skipif(not available(), reason="built without sparse kernels")
+@pytest.mark.parametrize("more", [(), ("--method", "rigl", "--prune-every-k-steps", "7")])
+def test_a_run_on_sparse_kernels_stopped_in_an_epoch_goes_on_to_the_bit(run, stop, more):
+    more = "--sparse-backend", "cpu", "--epochs", "4", *more
+    whole = run(*more, place="whole")
+    for step in (3, 5, 7):
+        stop(*more, "--resume", "auto", step=step)
     assert_same_run(run(*more, "--resume", "auto"), whole)
 
 
