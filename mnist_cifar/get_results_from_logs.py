@@ -6,7 +6,8 @@
 
 Reads run folders of main.py and log files (*.log) of release 1.0. Prints mean, median, standard error and 95%
 interval of test accuracy, error and loss, all but the loss as fractions. The interval is Student's t for the mean of
-n runs, mean +- t(0.975, n - 1) * standard error; a single run has neither.
+n runs, mean +- t(0.975, n - 1) * standard error; a single run has neither. Beside them are the mean FLOPs of inference
+and training relative to the dense network, and the fraction of weights that were active at any time (explored).
 """
 
 import argparse
@@ -19,7 +20,7 @@ from tabulate import tabulate
 
 from sparselearning import checkpoint
 from sparselearning.experiments import plots
-from sparselearning.experiments.results import OLD_NAMES, ResultsError, find, group, read, summarise
+from sparselearning.experiments.results import OLD_NAMES, ResultsError, find, group, mean_costs, read, summarise
 
 ALWAYS_SHOWN = ["data", "model", "density"]
 
@@ -112,11 +113,13 @@ def summary_table(lines, keys):
     rows = []
     for config, runs, summary in lines:
         lead = [*(show(config.get(key)) for key in keys), len(runs)]
+        costs = [show(number, ".3f") for number in mean_costs(runs).values()]
         for result, numbers in summary.items():
             mean, median, error, low, high = (show(number, ".5f") for number in numbers.values())
-            rows.append([*lead, result, mean, median, error, "-" if low == "-" else f"{low} .. {high}"])
-            lead = [""] * len(lead)
+            rows.append([*lead, result, mean, median, error, "-" if low == "-" else f"{low} .. {high}", *costs])
+            lead, costs = [""] * len(lead), [""] * len(costs)
     headers = [*keys, "runs", "test", "mean", "median", "std. error", "95% interval"]
+    headers += ["inference FLOPs", "training FLOPs", "explored"]
     return tabulate(rows, headers, disable_numparse=True)
 
 
@@ -151,7 +154,7 @@ def write_csv(lines, path):
     rows = []
     for config, runs, summary in lines:
         flat = {f"{result}_{key}": number for result, numbers in summary.items() for key, number in numbers.items()}
-        rows.append({**config, "runs": len(runs), **flat})
+        rows.append({**config, "runs": len(runs), **flat, **mean_costs(runs)})
     text = io.StringIO()
     writer = csv.DictWriter(text, dict.fromkeys([*keys, *rows[0]]))
     writer.writeheader()

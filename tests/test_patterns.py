@@ -455,7 +455,7 @@ def test_a_run_keeps_its_pattern(pattern, tmp_path):
 
 def test_a_constant_fan_in_is_that_of_the_checkpoint():
     """The scores of another batch divide the weights among layers otherwise; a resumed run has no scores at all."""
-    model, masking = sparse("fan-in")
+    _, masking = sparse("fan-in")
     state = copy.deepcopy(masking.state_dict())
     again, other = sparse("fan-in", density=0.1)
     assert other.layers[1].pattern.most != masking.layers[1].pattern.most

@@ -51,15 +51,16 @@ def call(capsys, tmp_path, monkeypatch):
     return call
 
 
-def leave_run(folder, accuracy=None, loss=0.1, **changes):
+def leave_run(folder, accuracy=None, loss=0.1, costs=None, **changes):
     """Leave what main.py leaves; without an accuracy, as if interrupted."""
     args = ARGS | changes
     path = Path(folder) / f"run{len(list(Path(folder).glob('run*'))) if Path(folder).exists() else 0}"
     path.mkdir(parents=True)
     (path / "args.json").write_text(json.dumps(args))
-    records = [{"epoch": 1, "valid_accuracy": 0.5}]
+    records = [{"epoch": epoch, "valid_accuracy": 0.5} | (costs or {}) for epoch in (1, 2)]
     if accuracy is not None:
-        records.append({"test_loss": loss, "test_accuracy": accuracy})
+        of_run = {key: value / 2 for key, value in (costs or {}).items() if key != "exploration_rate"}
+        records.append({"test_loss": loss, "test_accuracy": accuracy} | of_run)
     (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
@@ -99,6 +100,21 @@ def test_runs_that_differ_by_seed_are_one_line(call):
     assert float(several["accuracy_mean"]) == pytest.approx(0.983)
     assert float(several["loss_median"]) == pytest.approx(0.018)
     assert one["accuracy_standard_error"] == one["error_low"] == ""
+
+
+def test_the_table_shows_flops_and_exploration(call):
+    for seed, share in [(1, 0.1), (2, 0.2)]:
+        costs = dict(inference_flops=share, training_flops=4 * share, exploration_rate=3 * share)
+        leave_run("runs", 0.98, seed=seed, costs=costs)  # the whole run costs half of what an epoch says here
+    leave_run("runs", 0.97, seed=1, density=0.1)
+    status, out, err = call("--csv", "table.csv")
+    assert (status, err) == (0, "")
+    header, _, first, *_ = out.splitlines()
+    assert header.split()[-5:] == ["inference", "FLOPs", "training", "FLOPs", "explored"]
+    assert first.split()[-3:] == ["0.075", "0.300", "0.450"]
+    several, old = read_csv("table.csv")
+    assert [float(several[key]) for key in ("training_flops", "exploration_rate")] == pytest.approx([0.3, 0.45])
+    assert old["training_flops"] == ""
 
 
 def test_arguments_that_change_the_result_separate_runs(call):
