@@ -160,27 +160,38 @@ def report(args):
     rows = [row for row in read(args.csv) if int(row["epochs"]) == args.epochs]
     parts = []
     for model in dict.fromkeys(row["model"] for row in rows):
-        cells = summarise([row for row in rows if row["model"] == model])
+        of_model = [row for row in rows if row["model"] == model]
+        cells = summarise(of_model, error)
         seeds = max(len(errors) for errors in cells.values())
         parts += [
             f"MNIST, {model}, {args.epochs} epochs: test error in %, mean (standard error) over {seeds} seeds; fewer "
             "are in square brackets.",
             markdown(cells, PUBLISHED if model == "lenet300-100" else {}, seeds),
+            f"{model}: weights that were active at any time, in % (R_s, the in-time over-parameterisation rate).",
+            markdown(summarise(of_model, explored), {}, seeds),
         ]
         points = [point(method, density, errors) for (method, density), errors in cells.items()]
         picture = args.csv.with_name(f"{args.csv.stem}-{model}.png")
-        plots.plot_accuracy_density(points, picture)
+        plots.plot_accuracy_density(points, picture, by_error=True)
         logging.info("Wrote %s", picture)
     path = args.csv.with_suffix(".md")
     path.write_text("\n\n".join(parts) + "\n")
     logging.info("Wrote %s", path)
 
 
-def summarise(rows):
-    """Return (method, density) -> test errors in %, one per seed, methods in the order of their table."""
+def error(row):
+    return 100 * (1 - float(row["test_accuracy"]))
+
+
+def explored(row):
+    return 100 * float(row["exploration_rate"])
+
+
+def summarise(rows, measure):
+    """Return (method, density) -> what `measure` finds, one per seed, methods in the order of their table."""
     cells = {}
     for row in rows:
-        cells.setdefault((row["method"], float(row["density"])), []).append(100 * (1 - float(row["test_accuracy"])))
+        cells.setdefault((row["method"], float(row["density"])), []).append(measure(row))
     order = [DENSE, *METHODS]
     return dict(sorted(cells.items(), key=lambda cell: (order.index(cell[0][0]), cell[0][1])))
 
@@ -203,12 +214,12 @@ def title(method):
     return "Dense" if method == DENSE else METHODS[method].name
 
 
-def show(errors, seeds):
-    if not errors:
+def show(values, seeds):
+    if not values:
         return ""
-    numbers = statistics(errors)
+    numbers = statistics(values)
     spread = "" if numbers["standard_error"] is None else f" ({numbers['standard_error']:.2f})"
-    return f"{numbers['mean']:.2f}{spread}" + (f" [{len(errors)}]" if len(errors) < seeds else "")
+    return f"{numbers['mean']:.2f}{spread}" + (f" [{len(values)}]" if len(values) < seeds else "")
 
 
 def point(method, density, errors):

@@ -39,6 +39,11 @@ def accuracy_rows():
     return [*rows, {"label": "single run", "density": 0.05, "accuracy": 0.98, "interval": None}]
 
 
+def many_rows():
+    methods = [{**row, "label": f"{row['label']} {i}"} for i in range(8) for row in accuracy_rows()[1:]]
+    return [accuracy_rows()[0], *methods, {"label": "perfect", "density": 0.05, "accuracy": 1.0, "interval": None}]
+
+
 def counts(layers, seed, sharpness):
     generator = torch.Generator().manual_seed(seed)
     return {f"block{i}.relu": torch.rand(60, 10, generator=generator) ** sharpness for i in range(layers)}
@@ -55,6 +60,7 @@ PICTURES = {
     "density_one_epoch": lambda path: plots.plot_density(run(1, 1), path),
     "density_map_one_epoch": lambda path: plots.plot_density(run(9, 1), path),
     "accuracy_density": lambda path: plots.plot_accuracy_density(accuracy_rows(), path),
+    "accuracy_of_many": lambda path: plots.plot_accuracy_density(many_rows(), path, by_error=True),
     "accuracy_dense": lambda path: plots.plot_accuracy_density(accuracy_rows()[:1], path),
     "speed_ups": lambda path: plots.plot_speed_ups({"conv": {"0.1": 3.0, "0.05": 5.5}, "fc": {"0.1": 2.0}}, path),
     "demo": lambda path: plots.plot_demo({"5% density": run(), "dense": run(sparse=False)}, path),

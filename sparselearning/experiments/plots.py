@@ -27,6 +27,10 @@ Metrics = Sequence[Mapping[str, Any]]
 # Okabe and Ito, "Color Universal Design" (2008): told apart with every kind of colour vision.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vPX"
+# For more series than that: each with a colour and a marker of its own.
+MANY_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B0000", "#7F7F7F"]
+MANY_COLOURS += ["#6A3D9A", "#B2DF8A", "#8C564B", "#17BECF", "#F0C808", "#FF6FB5", "#2F4F4F", "#1F3A93", "#9ACD32"]
+MANY_MARKERS = "osD^vPX<>ph*8d12+x"
 MOST_LINES = len(COLOURS)
 
 
@@ -74,19 +78,24 @@ def plot_demo(runs: Mapping[str, Metrics], path: str | Path) -> None:
     _write(figure, path)
 
 
-def plot_accuracy_density(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+def plot_accuracy_density(rows: Sequence[Mapping[str, Any]], path: str | Path, *, by_error: bool = False) -> None:
     """Draw accuracy against density with error bars, one series per label.
 
-    Beside sparse series, one that only has a dense point (density 1) is a horizontal line, its interval a band.
+    Beside sparse series, one that only has a dense point (density 1) is a horizontal line, its interval a band. Where
+    there are many series, the legend is outside.
 
     Args:
         rows: one mapping per point: "label"; "density" and "accuracy" in [0, 1]; "interval", (low, high) of the
             accuracy or None.
+        by_error: space accuracies, all below 1, by the logarithm of the error, which tells the best ones apart.
     """
-    figure, (axes,) = _figure(7, 4.5)
     labels = list(dict.fromkeys(row["label"] for row in rows))
+    many = len(labels) > MOST_LINES
+    figure, (axes,) = _figure(9.5, 6) if many else _figure(7, 4.5)
     lowest = min(row["density"] for row in rows)
-    styles = [(*look, line) for line in ("-", "--", ":") for look in zip(COLOURS, MARKERS, strict=True)]
+    looks = zip(MANY_COLOURS, MANY_MARKERS, strict=True) if many else zip(COLOURS, MARKERS, strict=True)
+    looks = list(looks)
+    styles = [(*look, line) for line in ("-", "--", ":") for look in looks]
     for label, (colour, marker, line) in zip(labels, cycle(styles), strict=False):
         points = sorted((row for row in rows if row["label"] == label), key=lambda row: row["density"])
         density, accuracy = (np.array([row[key] for row in points]) for key in ("density", "accuracy"))
@@ -100,10 +109,26 @@ def plot_accuracy_density(rows: Sequence[Mapping[str, Any]], path: str | Path) -
     bottom, top = axes.get_ylim()
     axes.set_ylim(max(bottom, 0), min(top, 1))  # the interval of two runs may leave [0, 1]
     _label(axes, "density", "test accuracy")
-    _percent(axes.yaxis)
+    if by_error:
+        _by_error(axes)
+    else:
+        _percent(axes.yaxis)
     _log_percent(axes.xaxis)
-    _legend(axes)
+    _legend(axes, **(dict(loc="center left", bbox_to_anchor=(1, 0.5)) if many else {}))
     _write(figure, path)
+
+
+def _by_error(axes: Axes) -> None:
+    """Space the accuracies of an axis by the logarithm of their error."""
+    _, top = axes.get_ylim()
+    highest = max(float(np.max(line.get_ydata())) for line in axes.get_lines())
+    axes.set_ylim(top=min(top, 1 - (1 - highest) / 1.3))
+    axes.set_yscale("function", functions=(lambda y: -np.log10(np.maximum(1 - y, 1e-6)), lambda z: 1 - 10**-z))
+    bottom, top = axes.get_ylim()
+    errors = [digit * 10.0**power for power in range(-5, 0) for digit in (1, 1.5, 2, 3, 5, 7)]
+    axes.set_yticks([1 - error for error in errors if bottom <= 1 - error <= top])
+    axes.yaxis.set_major_formatter(lambda value, _position: f"{100 * value:.4g}%")
+    axes.minorticks_off()
 
 
 def plot_speed_ups(bars: Mapping[str, Mapping[str, float]], path: str | Path) -> None:
