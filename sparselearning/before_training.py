@@ -55,7 +55,8 @@ def snip(model: nn.Module, batches: Batches, loss_function: LossFunction = F.cro
     """Return |w * dL/dw| for every maskable weight: how much the loss feels that the weight is there.
 
     Lee, Ajanthan and Torr 2019, SNIP: single-shot network pruning based on connection sensitivity,
-    https://arxiv.org/abs/1810.02340, without the division by the sum of all scores, which changes no order.
+    https://arxiv.org/abs/1810.02340, section 4: |dL(c * w)/dc| at c = 1 for a switch c on every weight, without the
+    division by the sum of all scores, which changes no order.
 
     Args:
         batches: (inputs, targets) pairs, whose gradients are added up.
@@ -75,8 +76,8 @@ def grasp(
     """Return w * (H g) for every maskable weight: how much of the gradient's norm would go with it.
 
     Wang, Zhang and Grosse 2020, Picking winning tickets before training by preserving gradient flow,
-    https://arxiv.org/abs/2002.07376. The paper's score, -w * (H g), is the negative of this one, and what is highest
-    there is removed. g is the gradient of the loss and H its second derivative, both at outputs divided by
+    https://arxiv.org/abs/2002.07376, section 4. The paper's score, -w * (H g), is the negative of this one, and what
+    is highest there is removed. g is the gradient of the loss and H its second derivative, both at outputs divided by
     `temperature`, over the maskable weights. The paper's code starts linear layers anew for the scores; here they are
     scored as they are.
 

@@ -9,6 +9,9 @@ Around a step of the optimizer, the masked weights are exchanged for a dense cop
 A are the masks, and B the larger set of weights that is trained. With inactive="kept" (Top-KAST) f is the identity and
 B the 2 |A_i| largest weights of layer i. With inactive="soft" (ST-3) f shrinks weights towards zero by the magnitude
 of the largest inactive one, and B is everything: gradients pass straight through.
+
+Top-KAST: Jayakumar et al. 2020, https://arxiv.org/abs/2106.03517, section 2. ST-3: Vanderschueren & De Vleeschouwer
+2023, https://arxiv.org/abs/2212.01076, without its scaling of weights. docs/methods.md says where else we differ.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -11,7 +11,12 @@ from sparselearning.sharded import is_sharded, uniform_like
 
 
 def momentum_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
-    """Add the weights whose momentum is largest (Dettmers & Zettlemoyer 2019, section 3.3)."""
+    """Add the weights whose momentum |M| is largest.
+
+    Dettmers & Zettlemoyer 2019, Sparse Networks from Scratch: Faster Training without Losing Performance,
+    https://arxiv.org/abs/1907.04840, section 3.3 and algorithm 1. The momentum is the optimizer's, of the Adam family
+    m / sqrt(v).
+    """
     return add_highest(masking.get_momentum_for_weight(weight).abs(), new_mask, total_regrowth)
 
 
@@ -19,13 +24,19 @@ def gradient_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, w
     """Add the weights whose gradient in the last step is largest.
 
     Evci et al. 2020, Rigging the Lottery: Making All Tickets Winners, https://arxiv.org/abs/1911.11134 (RigL),
-    section 3(4). Inactive weights have gradients, too, for masks act on weights after the step.
+    section 3(4): ArgTopK of |dL/dW| outside what pruning left, so that a weight may come back at once. Inactive weights
+    have gradients, too, for masks act on weights after the step. In the paper an update takes the place of a step;
+    here it comes after one, and reads its gradient.
     """
     return add_highest(masking.get_gradient_for_weight(weight).abs(), new_mask, total_regrowth)
 
 
 def random_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
-    """Add inactive weights at random, each with the same chance (Mocanu et al. 2018)."""
+    """Add inactive weights at random, each with the same chance.
+
+    Mocanu et al. 2018 (SET), https://arxiv.org/abs/1707.04780, algorithm 1. Also those that have just left, which the
+    paper leaves open.
+    """
     return add_highest(uniform_like(new_mask), new_mask, total_regrowth)
 
 
@@ -33,8 +44,9 @@ def random_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, wei
 def momentum_neuron_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
     """Give each neuron a number of new weights in proportion to its mean |momentum|, largest first.
 
-    A neuron (output channel) is a slice along the first dimension. A full neuron's surplus goes to the
-    others, so that exactly `total_regrowth` weights grow.
+    A variant of Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/1907.04840, section 3.3, of release 1.0. A neuron
+    (output channel) is a slice along the first dimension. A full neuron's surplus goes to the others, so that exactly
+    `total_regrowth` weights grow.
     """
     if is_sharded(new_mask):
         raise FunctionError(
@@ -69,13 +81,19 @@ def rewiring_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, w
 
 
 def dense_magnitude_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
-    """Add the weights whose value is largest, which they keep while they are inactive (Jayakumar et al. 2020)."""
+    """Add the weights whose value is largest, which they keep while they are inactive.
+
+    Jayakumar et al. 2020 (Top-KAST), https://arxiv.org/abs/2106.03517, section 2.1; see `dense_magnitude_prune`.
+    """
     return add_highest(dense_weight(masking, name).abs(), new_mask, total_regrowth)
 
 
 @network_wide
 def global_dense_magnitude_growth(masking, total_regrowth: int) -> dict[str, Tensor]:
-    """Add the weights of the network whose value is largest, which they keep while they are inactive."""
+    """Add the weights of the network whose value is largest, which they keep while they are inactive.
+
+    Vanderschueren & De Vleeschouwer 2023 (ST-3), https://arxiv.org/abs/2212.01076; see `global_dense_magnitude_prune`.
+    """
     scores = [dense_weight(masking, name).abs() for name in masking.masks]
     masks = add_highest_jointly(scores, list(masking.masks.values()), total_regrowth)
     return dict(zip(masking.masks, masks, strict=True))
@@ -86,7 +104,8 @@ def cannistraci_hebb_growth(masking, name: str, new_mask: Tensor, total_regrowth
 
     Zhang et al. 2024, Epitopological learning and Cannistraci-Hebb network shape intelligence brain-inspired theory
     for ultra-sparse advantage in deep learning, ICLR, https://openreview.net/forum?id=iayEcORsGd. The score needs no
-    gradient, only the mask; see `path_scores`. Links without such a path come after all others, at random.
+    gradient, only the mask; see `path_scores`. Links without such a path come after all others, at random. Only this
+    regrowth is the paper's: its correlated start and the removal of inactive neurons are left out.
     """
     if new_mask.dim() != 2:
         return random_growth(masking, name, new_mask, total_regrowth, weight)
@@ -121,7 +140,10 @@ def path_scores(mask: Tensor) -> Tensor:
 
 @network_wide
 def global_momentum_growth(masking, total_regrowth: int) -> dict[str, Tensor]:
-    """Add the weights whose momentum is largest in the whole network, whatever their layer."""
+    """Add the weights whose momentum |M| is largest in the whole network, whatever their layer.
+
+    As `momentum_growth`, where Dettmers & Zettlemoyer 2019 divide the weights among layers before.
+    """
     scores = [masking.get_momentum_for_weight(layer.master).abs() for layer in masking.layers]
     masks = add_highest_jointly(scores, list(masking.masks.values()), total_regrowth)
     return dict(zip(masking.masks, masks, strict=True))

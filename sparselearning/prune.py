@@ -12,7 +12,11 @@ from sparselearning.sharded import add_up, highest, local_part
 
 
 def magnitude_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
-    """Drop the ceil(prune rate * active weights) weights of smallest magnitude."""
+    """Drop the ceil(prune rate * active weights) weights of smallest magnitude |W|.
+
+    Han et al. 2015, Learning both Weights and Connections for Efficient Neural Networks,
+    https://arxiv.org/abs/1506.02626, section 3; as sparse momentum and RigL do, layer by layer and to an exact count.
+    """
     return drop_lowest(weight.abs(), mask, count_to_remove(masking, name))
 
 
@@ -20,8 +24,10 @@ def magnitude_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
 def magnitude_and_negativity_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
     """Drop the smallest positive and the largest negative weights, half of the count each.
 
-    Mocanu et al. 2018 (SET), https://arxiv.org/abs/1707.04780. Where one sign has too few weights, the
-    other gives the rest; active zeros count as positive.
+    Mocanu et al. 2018, Scalable Training of Artificial Neural Networks with Adaptive Sparse Connectivity inspired by
+    Network Science (SET), https://arxiv.org/abs/1707.04780, algorithm 1, where a fraction of the positive and the same
+    of the negative weights leave: as many in all, and the same where there are as many of each. Where one sign has too
+    few weights, the other gives the rest; active zeros count as positive.
     """
     negative = mask & (weight < 0)
     positive = mask & ~negative
@@ -32,7 +38,11 @@ def magnitude_and_negativity_prune(masking, mask: Tensor, weight: Tensor, name: 
 
 @network_wide
 def global_magnitude_prune(masking) -> dict[str, Tensor]:
-    """Drop the weights of smallest magnitude in the whole network, as many as layer by layer."""
+    """Drop the weights of smallest magnitude |W| in the whole network, as many as layer by layer.
+
+    Zhu & Gupta 2017, To prune, or not to prune, https://arxiv.org/abs/1710.01878, and Han et al. 2015 compare within a
+    layer.
+    """
     scores = [layer.master.abs() for layer in masking.layers]
     total = sum(count_to_remove(masking, layer.name) for layer in masking.layers)
     masks = drop_lowest_jointly(scores, list(masking.masks.values()), total)
@@ -63,7 +73,8 @@ def magnitude_gradient_prune(masking, mask: Tensor, weight: Tensor, name: str) -
     """Drop the weights whose |weight| + 0.01 |gradient| is lowest.
 
     Yuan et al. 2021, MEST: Accurate and Fast Memory-Economic Sparse Training Framework on the Edge,
-    https://arxiv.org/abs/2110.14032, equation 1; the paper leaves the factor of the gradient open.
+    https://arxiv.org/abs/2110.14032, equation 1: |w| + |lambda * dL/dw|; the paper leaves lambda open. The gradient is
+    that of the last step.
     """
     score = weight.abs() + 0.01 * masking.get_gradient_for_weight(weight).abs()
     return drop_lowest(score, mask, count_to_remove(masking, name))
@@ -75,8 +86,8 @@ def sign_flip_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
 
     Bellec et al. 2018, Deep Rewiring, https://arxiv.org/abs/1711.05136, algorithm 1: a connection's sign is fixed when
     it is made, and the connection is gone when its weight would cross zero. Here crossing is looked at in an update,
-    so that a weight may be on the wrong side until then; one that is still zero is gone too. The first update notes
-    the signs.
+    so that a weight may be on the wrong side until then; one that is still zero is gone too, as the L1 term of the
+    paper would have it. The first update notes the signs. There is no noise (temperature 0).
     """
     sign = masking.memory[name].setdefault("sign", weight.sign().to(torch.int8))
     return mask & (weight * sign > 0)
@@ -86,7 +97,9 @@ def sign_flip_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
 def dense_magnitude_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
     """Drop the active weights that are not among the largest of all the layer's, inactive ones included.
 
-    Jayakumar et al. 2020, Top-KAST, https://arxiv.org/abs/2106.03517, section 2.1, with growth_mode="dense_magnitude".
+    Jayakumar et al. 2020, Top-KAST: Top-K Always Sparse Training, https://arxiv.org/abs/2106.03517, section 2.1, with
+    growth_mode="dense_magnitude": together they are A = {i : |theta_i| among the largest D * size of the layer}. The
+    paper chooses A before every step, this one in an update.
     """
     keep = masking.name2nonzeros[name] - count_to_remove(masking, name)
     return mask & add_highest(dense_weight(masking, name).abs(), torch.zeros_like(mask), keep)
@@ -95,7 +108,11 @@ def dense_magnitude_prune(masking, mask: Tensor, weight: Tensor, name: str) -> T
 @network_wide
 @single_weights
 def global_dense_magnitude_prune(masking) -> dict[str, Tensor]:
-    """Drop the active weights that are not among the largest of the network, inactive ones included."""
+    """Drop the active weights that are not among the largest of the network, inactive ones included.
+
+    Vanderschueren & De Vleeschouwer 2023, Are Straight-Through gradients and Soft-Thresholding all you need for Sparse
+    Training?, https://arxiv.org/abs/2212.01076 (ST-3), whose threshold for the network follows the density.
+    """
     scores = [dense_weight(masking, name).abs() for name in masking.masks]
     empty = [torch.zeros_like(mask) for mask in masking.masks.values()]
     largest = add_highest_jointly(scores, empty, masking.baseline_nonzero)
@@ -108,7 +125,9 @@ def gradual_magnitude_prune(masking) -> dict[str, Tensor]:
     """Drop what the density falls by where weights are smallest in the network, then the prune rate in each layer.
 
     Liu et al. 2021, Sparse Training via Boosting Pruning Plasticity with Neuroregeneration,
-    https://arxiv.org/abs/2106.10404 (GraNet), algorithm 1.
+    https://arxiv.org/abs/2106.10404 (GraNet), algorithm 1. The second part regenerates at no cost: growth adds as many
+    by their gradient. In the authors' code each layer gets back its own; here by what is left (redistribution_mode=
+    "remaining"), which is the same up to rounding.
     """
     scores = [layer.master.abs() for layer in masking.layers]
     fall = max(masking.total_nonzero - masking.baseline_nonzero, 0)

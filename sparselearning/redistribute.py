@@ -12,7 +12,10 @@ from sparselearning.zero import zero_inactive
 
 
 def momentum_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> Tensor | float:
-    """Return the mean |momentum| over active weights (Dettmers & Zettlemoyer 2019, section 3.2)."""
+    """Return the mean |momentum| over active weights.
+
+    Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/1907.04840, section 3.2 and algorithm 1.
+    """
     return _mean_over_active(masking.get_momentum_for_weight(weight).abs(), mask, masking.name2nonzeros[name])
 
 
@@ -28,7 +31,10 @@ def nonzero_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> 
 
 @after_pruning
 def remaining_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> int:
-    """Return the number of weights that pruning left (Mostafa & Wang 2019, algorithm 1)."""
+    """Return the number of weights R_i that pruning left: layer i grows R_i / sum_j R_j of what was pruned.
+
+    Mostafa & Wang 2019 (DSR), https://arxiv.org/abs/1902.05967, algorithm 1.
+    """
     return masking.name2nonzeros[name]
 
 
