@@ -18,6 +18,7 @@ from torch import nn
 from sparselearning import distributed
 from sparselearning.experiments import resuming
 from sparselearning.experiments.training import Progress
+from sparselearning.methods import METHODS
 
 SCRIPT = Path(__file__).parents[2] / "imagenet" / "main.py"
 
@@ -191,6 +192,36 @@ def test_a_run_begins_with_scores_of_one_step(folder, tmp_path):
     assert not any(name.startswith("conv1") or "downsample" in name for name in layers)
     assert metrics[0]["density"] == pytest.approx(0.05, abs=1e-6)
     assert 0.05 < metrics[0]["inference_flops"] < metrics[0]["training_flops"] < 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_a_step(method):
+    args = parsed("--method", method, "--prune-every-k-steps", "1", "--density", "0.2")
+    assert (args.prune_rate, args.pattern) == (METHODS[method].prune_rate, METHODS[method].pattern)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+    batch = torch.randn(4, 3, 8, 8), torch.arange(4)
+    mask = script.build_mask(args, model, script.build_optimizer(args, model), 4, lambda: [batch])
+    for _ in range(4):
+        nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+        mask.step()
+    mask.check()
+    assert mask.total_nonzero == round(0.2 * 3096) or method == "srigl"
+    assert mask.density == pytest.approx(0.2, abs=0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs(method, folder, tmp_path):
+    often = ("--prune-every-k-steps", "2") if METHODS[method].prune_every_k_steps else ()
+    args = script.parse_arguments(arguments(folder, tmp_path, "--method", method, "--epochs", "2", *often))
+    assert args.prune_rate == METHODS[method].prune_rate
+    path = script.run(args).path
+    saved = torch.load(path / "checkpoint.pt")
+    layers = saved["mask"]["layers"]
+    assert all(not saved["model"][name][~layer["mask"]].any() for name, layer in layers.items())
+    active, size = (sum(count(layer["mask"]) for layer in layers.values()) for count in (torch.sum, torch.numel))
+    assert int(active) == round(args.density * size) or method == "srigl"
+    assert active / size == pytest.approx(args.density, rel=0.03)
 
 
 def parsed(*given):
