@@ -112,8 +112,7 @@ STATIC: dict[str, Any] = dict(prune_rate=0.0, decay_schedule="constant", stop_fr
 # fmt: off
 METHODS: dict[str, Method] = {
     "sparse_momentum": Method("Sparse momentum", SNFS, "magnitude", "momentum", "momentum"),
-    "set": Method("SET", SET, "SET", "none", "random", "linear",
-                  prune_rate=0.3, decay_schedule="constant"),
+    "set": Method("SET", SET, "SET", "none", "random", "linear", prune_rate=0.3),
     "dsr": Method("DSR", DSR, "adaptive_threshold", "remaining", "random",
                   prune_rate=0.05, decay_schedule="constant", prune_every_k_steps=100),
     "rigl": Method("RigL", RIGL, "magnitude", "none", "gradient", ERK,
@@ -132,8 +131,7 @@ METHODS: dict[str, Method] = {
     "granet": Method("GraNet", GRANET, "gradual_magnitude", "remaining", "gradient", ERK,
                      prune_rate=0.5, prune_every_k_steps=1000, stop_fraction=0.75,
                      density_schedule="cubic", start_density=0.5, reset_state=True),
-    "cht": Method("CHT", CHT, "magnitude", "none", "cannistraci_hebb", "linear",
-                  prune_rate=0.3, decay_schedule="constant"),
+    "cht": Method("CHT", CHT, "magnitude", "none", "cannistraci_hebb", "linear", prune_rate=0.3),
     "static": Method("Static random", RIGL, sparse_init=ERK, **STATIC),
     "snip": Method("SNIP", SNIP, sparse_init="snip", **STATIC),
     "grasp": Method("GraSP", GRASP, sparse_init="grasp", **STATIC),
