@@ -114,7 +114,7 @@ METHODS: dict[str, Method] = {
     "sparse_momentum": Method("Sparse momentum", SNFS, "magnitude", "momentum", "momentum"),
     "set": Method("SET", SET, "SET", "none", "random", "linear", prune_rate=0.3),
     "dsr": Method("DSR", DSR, "adaptive_threshold", "remaining", "random",
-                  prune_rate=0.05, decay_schedule="constant", prune_every_k_steps=100),
+                  prune_rate=0.2, prune_every_k_steps=100),
     "rigl": Method("RigL", RIGL, "magnitude", "none", "gradient", ERK,
                    prune_rate=0.3, decay_schedule="cosine_to_zero", prune_every_k_steps=100, stop_fraction=0.75,
                    reset_state=True),
