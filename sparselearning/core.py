@@ -46,7 +46,7 @@ from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS, no_redistribut
 from sparselearning.regrowth import START_VALUES, pull_to_zero, start_regrown
 from sparselearning.schedules import Constant, CosineDecay, LinearDecay
 from sparselearning.selection import apportion
-from sparselearning.sharded import add_up, count_active, is_sharded, shard_of
+from sparselearning.sharded import add_up, count_active, is_sharded, reshard, shard_of
 from sparselearning.sparse.training import SparseTraining
 from sparselearning.zero import zero_inactive
 
@@ -256,6 +256,7 @@ class Masking:
                 the functions, or nothing to mask.
             RuntimeError: if another Masking masks one of the weights.
         """
+        reshard([module])
         skip = (remove_param_names,) if isinstance(remove_param_names, str) else tuple(remove_param_names)
         new = self._new_layers(module, skip, sparse_embeddings, dense)
         self._refuse_second_masks(new.values())
@@ -466,6 +467,7 @@ class Masking:
         """
         if not self.layers:
             return
+        reshard(self.modules)
         invariants.refuse_strangers(self)
         invariants.refuse_bad_values(self)
         self._check_agreement()
@@ -637,6 +639,7 @@ class Masking:
         Raises:
             InvariantError: with one line for each thing that is wrong, and what to do.
         """
+        reshard(self.modules)
         invariants.check(self)
 
     # What functions read
@@ -774,6 +777,7 @@ class Masking:
         Raises:
             RuntimeError: if the masked weights differ in name or shape; nothing is changed then.
         """
+        reshard(self.modules)
         saved = state["layers"]
         _check_same_layers({name: entry["mask"].shape for name, entry in saved.items()}, self.layers)
         patterns = {layer.name: with_most(layer.pattern, saved[layer.name].get("most")) for layer in self.layers}

@@ -6,7 +6,7 @@ score is gathered, and the result is that of one process, to the unit and to the
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,21 @@ def is_sharded(tensor: Any) -> bool:
 def local_part(tensor: Any) -> Tensor:
     """Return what this process holds of a tensor: all of it, unless it is a DTensor."""
     return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Let modules hold their shards again, where FSDP2 keeps what it gathered for a forward pass.
+
+    It does so for the outermost module until a backward pass, so after an evaluation. What is written into the shards
+    then would not reach the next forward pass, and the module shows other parameters than the optimizer's.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not hasattr(fsdp, "FSDPModule"):
+        return
+    for module in modules:
+        for part in module.modules():
+            if isinstance(part, fsdp.FSDPModule):
+                part.reshard()
 
 
 def shard_of(whole: Tensor, like: Any) -> Any:

@@ -29,10 +29,13 @@ def train(growth, dtype=torch.float32, wrap=None, divided=False, updates=20, **m
     masking = Masking(optimizer, CosineDecay(0.5, updates), growth_mode=growth, **modes)
     masking.add_module(model, density=0.2)
     mine = slice(distributed.rank(), None, distributed.processes()) if divided else slice(None)
-    for _ in range(updates):
+    for update in range(updates):
         optimizer.zero_grad()
         (network(inputs[mine]) - targets[mine]).square().mean().backward()
         masking.step()
+        if update % 10 == 0:  # an evaluation, after which FSDP2 keeps what it gathered
+            with torch.no_grad():
+                network(inputs)
         masking.at_end_of_epoch()
     return unsharded({"model": model.state_dict(), "mask": masking.state_dict(), "optimizer": optimizer.state_dict()})
 

@@ -24,7 +24,7 @@ from sparselearning import checkpoint, distributed
 from sparselearning.experiments import run_folder
 from sparselearning.experiments.run_folder import RunFolder
 from sparselearning.experiments.training import Progress, check_weights
-from sparselearning.sharded import is_sharded, shard_of, unsharded
+from sparselearning.sharded import is_sharded, reshard, shard_of, unsharded
 
 Batch = TypeVar("Batch")
 
@@ -198,6 +198,7 @@ class Checkpoints:
         """
         for batch in batches:
             if number := self.stop.requested():
+                reshard([self.model])
                 gradients = {name: weight.grad for name, weight in self.model.named_parameters()}
                 self._save(epoch - 1, progress.state_dict(), gradients=unsharded(gradients))
                 self._stop(number, f"in the evaluation after epoch {epoch}")
