@@ -204,6 +204,8 @@ def check(parser, args, recipe):
     if args.fsdp and processes == 1:
         parser.error("--fsdp shards among processes: start it with torchrun --nproc_per_node N")
     check_sparse_backend(parser, args, args.device)
+    if args.static_loss_scale == 0:
+        parser.error("--static-loss-scale expects a number above 0")
     if args.dynamic_loss_scale:
         args.static_loss_scale = None
     if args.fp16:
@@ -251,7 +253,7 @@ def run(args):
     optimizer = build_optimizer(args, model)
     precision = Precision(args.amp, device, args.static_loss_scale)
     if args.amp == "apex":
-        precision = ApexPrecision(model, optimizer)
+        precision = ApexPrecision(model, optimizer, args.static_loss_scale)
         optimizer = precision.optimizer
     scheduler = torch.optim.lr_scheduler.LambdaLR(torch_optimizer(optimizer), learning_rate(args, steps_per_epoch))
     to_score = None if args.resume else lambda: list(islice(loaded(train_loader), args.accumulate))

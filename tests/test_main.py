@@ -9,6 +9,7 @@ import sys
 import time
 import types
 
+import apex_stand_in
 import numpy as np
 import pytest
 import torch
@@ -382,67 +383,9 @@ def test_fp16_without_apex_says_what_it_does(run):
     assert checkpoint_of(folder)["precision"]["scale"] > 0
 
 
-class LossScaler:
-    """An object of Apex's own, which no checkpoint may hold."""
-
-    def __init__(self, init_scale):
-        self.cur_scale = init_scale
-
-
-class FP16Optimizer:
-    """What Apex's class does: it steps fp32 masters in an optimizer of its own, and takes no set_to_none."""
-
-    def __init__(self, init_optimizer, dynamic_loss_scale=False, dynamic_loss_args=None):
-        groups = init_optimizer.param_groups
-        self.fp16_groups = [list(group["params"]) for group in groups]
-        self.fp32_from_fp16_groups = [
-            [half.detach().clone().float().requires_grad_() for half in halves] for halves in self.fp16_groups
-        ]
-        for group, masters in zip(groups, self.fp32_from_fp16_groups, strict=True):
-            group["params"] = masters
-        self.optimizer = type(init_optimizer)(groups)
-        self.loss_scaler = LossScaler(**dynamic_loss_args)
-
-    @property
-    def param_groups(self):
-        return self.optimizer.param_groups
-
-    def pairs(self):
-        for halves, masters in zip(self.fp16_groups, self.fp32_from_fp16_groups, strict=True):
-            yield from zip(halves, masters, strict=True)
-
-    def zero_grad(self):
-        self.optimizer.zero_grad()
-        for half, _ in self.pairs():
-            half.grad = None
-
-    def backward(self, loss):
-        (loss * self.loss_scaler.cur_scale).backward()
-        grads = [half.grad for half, _ in self.pairs()]
-        self.overflow = not all(grad.isfinite().all() for grad in grads)
-        for (_, master), grad in zip(self.pairs(), grads, strict=True):
-            master.grad = grad.float() / self.loss_scaler.cur_scale
-
-    def step(self):
-        if self.overflow:
-            self.loss_scaler.cur_scale /= 2
-            return
-        self.optimizer.step()
-        with torch.no_grad():
-            for half, master in self.pairs():
-                half.copy_(master)
-
-    def state_dict(self):
-        return {"loss_scaler": self.loss_scaler, "optimizer_state_dict": self.optimizer.state_dict()}
-
-
 @pytest.fixture
 def apex(monkeypatch):
-    """A stand-in for the package."""
-    utils = types.ModuleType("apex.fp16_utils")
-    utils.FP16_Optimizer = FP16Optimizer
-    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
-    monkeypatch.setitem(sys.modules, "apex.fp16_utils", utils)
+    apex_stand_in.install(monkeypatch)
 
 
 @pytest.mark.usefixtures("apex")

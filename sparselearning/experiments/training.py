@@ -74,12 +74,14 @@ class ApexPrecision:
     """fp16 with fp32 master weights by Apex's FP16_Optimizer: the same methods as `Precision`.
 
     `optimizer` is what to step, or to give to Masking. The model is in half precision from then on and takes fp32
-    images still.
+    images still. The loss scale adapts unless there is a static one.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, static_loss_scale: float | None = None):
         model.half().register_forward_pre_hook(lambda _, inputs: tuple(x.half() for x in inputs))
-        self.optimizer = find_apex()(optimizer, dynamic_loss_scale=True, dynamic_loss_args={"init_scale": 2**16})
+        adapting = dict(dynamic_loss_scale=True, dynamic_loss_args={"init_scale": 2**16})
+        fixed = dict(static_loss_scale=static_loss_scale)
+        self.optimizer = find_apex()(optimizer, **(fixed if static_loss_scale else adapting))
 
     def autocast(self) -> AbstractContextManager:
         """Return the context for the forward pass: none is needed."""

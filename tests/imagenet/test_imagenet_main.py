@@ -7,13 +7,16 @@ import re
 import signal
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
+import apex_stand_in
 import pytest
 import torch
 from photographs import write_folder
 from processes import run
 from torch import nn
+from torch._dynamo.utils import counters
 
 from sparselearning import distributed
 from sparselearning.experiments import resuming
@@ -185,6 +188,84 @@ def test_benchmarks_and_the_profile_end_without_training(folder, tmp_path):
     assert metrics == []
 
 
+def small_network(args, classes):
+    """Return a network in place of a ResNet, where fp16 or compiling would take a minute."""
+    layers = dict(conv1=nn.Conv2d(3, 8, 3, 2), bn1=nn.BatchNorm2d(8), relu=nn.ReLU(), conv2=nn.Conv2d(8, 16, 3, 2))
+    return nn.Sequential(
+        OrderedDict(layers, pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(16, classes))
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
+def test_fp16_by_apex_accumulates_and_resumes_to_the_bit(folder, tmp_path, monkeypatch, caplog):
+    apex_stand_in.install(monkeypatch)
+    monkeypatch.setattr(script, "build_model", small_network)
+    caplog.set_level("INFO")
+    more = ("--fp16", "--accumulate", "2", "--gather-checkpoints")
+    path, metrics = train(folder, tmp_path / "whole", *more)
+    assert "fp16 by Apex" in caplog.text
+    assert len({record["active_weights"] for record in metrics}) == 1
+    saved = torch.load(path / "checkpoint.pt", weights_only=True)
+    masters = {tuple(master.shape): master for group in saved["precision"]["masters"] for master in group}
+    for name, entry in saved["mask"]["layers"].items():
+        weight = saved["model"][name]
+        assert weight.dtype == torch.float16
+        assert not weight[~entry["mask"]].any()
+    inactive = ~saved["mask"]["layers"]["fc.weight"]["mask"]
+    assert not masters[tuple(inactive.shape)][inactive].any()
+    again, resumed = train(folder, tmp_path / "again", *more, "--resume", path / "checkpoint-1.pt")
+    assert without_times(resumed) == without_times(metrics)
+    same_state(again / "checkpoint.pt", path / "checkpoint.pt")
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
+def test_a_static_loss_scale_stays_with_apex_and_without(folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(script, "build_model", small_network)
+    caplog.set_level("INFO")
+    more = ("--fp16", "--static-loss-scale", "128", "--epochs", "1")
+    path, _ = train(folder, tmp_path / "torch", *more)
+    assert "fp16 by torch.amp" in caplog.text
+    assert torch.load(path / "checkpoint.pt", weights_only=True)["precision"]["scale"] == 128
+    apex_stand_in.install(monkeypatch)
+    path, _ = train(folder, tmp_path / "apex", *more)
+    assert torch.load(path / "checkpoint.pt", weights_only=True)["precision"]["loss_scale"]["cur_scale"] == 128
+
+
+def compiled_by(backend, patch):
+    """Let --compile compile with this backend, and count graphs from zero."""
+    compile_ = nn.Module.compile
+    patch.setattr(nn.Module, "compile", lambda model: compile_(model, backend=backend))
+    torch.compiler.reset()
+    counters.clear()
+
+
+# Inductor takes minutes for a ResNet on a CPU.
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_masks_move_without_compiling_again(folder, tmp_path, monkeypatch, backend):
+    compiled_by(backend, monkeypatch)
+    _, metrics = train(folder, tmp_path, "--compile", "--prune-every-k-steps", "1")
+    assert counters["stats"]["unique_graphs"] == 2, "one for training, one for evaluation"
+    explored = [record["exploration_rate"] for record in metrics]
+    assert 0.1 < explored[0] < explored[1] < explored[2]
+    assert {record["active_weights"] for record in metrics} == {metrics[0]["active_weights"]}
+
+
+def train_small_together(*given):
+    with pytest.MonkeyPatch.context() as patch:
+        compiled_by("eager", patch)
+        patch.setattr(script, "build_model", small_network)
+        return train_together(*given)
+
+
+@pytest.mark.parametrize("more", ["--compile", "--fsdp", "--fsdp --compile"])
+def test_processes_move_masks_after_an_evaluation(folder, tmp_path, more):
+    given = arguments(folder, tmp_path, "--epochs", "2", "--density", "0.3", *more.split())
+    (first, _), (second, _) = run(train_small_together, 2, *given)
+    assert first == second
+    assert first[0]["active_weights"] == first[1]["active_weights"]
+    assert first[0]["density_per_layer"] != first[1]["density_per_layer"]
+
+
 def test_a_run_begins_with_scores_of_one_step(folder, tmp_path):
     more = ("--epochs", "1", "--accumulate", "2", "--dense-layers", "first", "*.downsample.*", "--density", "0.05")
     path, metrics = train(folder, tmp_path, "--sparse-init", "snip", *more)
@@ -341,6 +422,7 @@ def test_a_network_that_is_no_classifier_is_refused(monkeypatch):
         (["--batch-size", "10", "--accumulate", "4"], "10 cannot be divided evenly among 1 processes x 4 parts"),
         (["--fsdp"], "--fsdp shards among processes: start it with torchrun"),
         (["--sparse-init", "resume"], "add --pretrained-weights FILE"),
+        (["--static-loss-scale", "0"], "--static-loss-scale expects a number above 0"),
         (["--momentum", "0"], "need a momentum: --momentum 0.9, or"),
         (["--data", "elsewhere"], "give the folder of the images once: main.py DIR, or --data DIR"),
         (["--density-of", "network", "--layer-density", "fc=0.3"], "--density-of network and --layer-density exclude"),
