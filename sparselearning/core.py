@@ -45,7 +45,7 @@ from sparselearning.prune import PRUNE_FUNCTIONS, count_of
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS, no_redistribution
 from sparselearning.regrowth import START_VALUES, pull_to_zero, start_regrown
 from sparselearning.schedules import Constant, CosineDecay, LinearDecay
-from sparselearning.selection import apportion
+from sparselearning.selection import apportion, drop_lowest_jointly
 from sparselearning.sharded import add_up, count_active, is_sharded, reshard, shard_of
 from sparselearning.sparse.training import SparseTraining
 from sparselearning.zero import zero_inactive
@@ -285,7 +285,7 @@ class Masking:
         self.baseline_nonzero = self.total_nonzero + sum(layer.left_over for layer in self.layers)
         if self.dense_copy:
             self.dense_copy.add(self, list(new.values()))
-        self.sparse_training.add(module, list(new.values()))
+        self.sparse_training.add(module, list(new.values()), self.prune_every_k_steps)
         self.apply_mask()
         if self.verbose:
             self.print_nonzero_counts()
@@ -556,8 +556,18 @@ class Masking:
         self._check_patterns("prune_mode", self.prune_mode, lambda layer: layer.pattern.whole(layer.mask))
         nonzeros = [layer.nonzeros for layer in self.layers]
         self._count()
+        if self.density_schedule is not None and self.total_nonzero > self.baseline_nonzero:
+            self._prune_excess()
         for layer, count in zip(self.layers, nonzeros, strict=True):
             layer.removed = count - layer.nonzeros
+
+    def _prune_excess(self):
+        """Drop the smallest weights that a function, which has its own mind, left beyond the schedule's density."""
+        scores, masks = [layer.master.abs() for layer in self.layers], [layer.mask for layer in self.layers]
+        excess = self.total_nonzero - self.baseline_nonzero
+        for layer, mask in zip(self.layers, drop_lowest_jointly(scores, masks, excess), strict=True):
+            layer.mask.copy_(mask)
+        self._count()
 
     def _redistribute(self, change):
         """Return how many weights each layer grows, together as many as the network lacks."""

@@ -175,6 +175,22 @@ def test_the_density_follows_its_schedule_to_the_weight(schedule, prune_rate, re
         assert_masks_hold(masking)
 
 
+@pytest.mark.parametrize("prune_mode", ["threshold", "adaptive_threshold", "sign_flip", lambda _, mask, *more: mask])
+def test_the_density_falls_whatever_a_function_prunes(prune_mode):
+    model = mlp(20, 30, 10)
+    schedule = StepDensity(1.0, 0.5, 1)
+    masking = masked(model, None, 1.0, prune_mode=prune_mode, prune_rate=0.0, density_schedule=schedule)
+    train(model, masking, 1)
+    smallest = torch.cat([layer.weight.abs().flatten() for layer in masking.layers]).sort().values[:400]
+    masking.at_end_of_epoch()
+    masking.check()
+    assert masking.total_nonzero == 450
+    assert masking.total_removed >= 450
+    if callable(prune_mode):  # which prunes nothing: the smallest of the network go
+        kept = torch.cat([layer.weight[layer.mask].abs() for layer in masking.layers])
+        assert kept.min() > smallest.max()
+
+
 def test_layers_fall_in_proportion_and_none_gives_each_back_what_it_lost():
     model = mlp(20, 30, 10)
     schedule = StepDensity(1.0, 0.5, 1)

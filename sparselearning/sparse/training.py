@@ -28,7 +28,7 @@ from sparselearning.sparse.modules import numeric_padding
 logger = logging.getLogger(__name__)
 
 WINDOW = 10  # steps before an update whose dense gradients are averaged
-EVERY = 10  # until the first update has shown how far apart updates are, one step in so many
+EVERY = 10  # until the first update has shown how far apart updates are, one step in so many, and the first
 
 
 class Trained(nn.Module):
@@ -43,10 +43,10 @@ class Trained(nn.Module):
     position: Tensor  # of each value in the flattened weight
     indices: tuple[Tensor, ...]  # start, column, t_start, t_column, t_order
 
-    def begin(self) -> None:
+    def begin(self, observing: bool) -> None:
         self.weight.requires_grad_(False)
         self.value = nn.Parameter(self.weight.new_empty(0))
-        self.observing, self.observed = False, 0
+        self.observing, self.observed = observing, 0
         self.gradient: Tensor | None = None  # sum of dense gradients over `observed` steps
 
     @torch.no_grad()
@@ -171,8 +171,10 @@ class SparseTraining:
         self.interval: int | None = None  # steps between the last two updates
         self.carry = True
 
-    def add(self, root: nn.Module, layers: Sequence[SparseLayer]) -> None:
+    def add(self, root: nn.Module, layers: Sequence[SparseLayer], every: int) -> None:
         """Train `layers`, masked weights inside `root`, on the kernels wherever there are some.
+
+        Masks move every `every` steps, or at a time that is not known yet (0).
 
         Weights of other modules, tied weights, and dtypes without kernels stay masked, and are named in the log.
         """
@@ -192,7 +194,7 @@ class SparseTraining:
             (module,) = owners[id(layer.weight)]
             module.__class__ = KINDS[type(module)]
             assert isinstance(module, Trained)
-            module.begin()
+            module.begin(observing=every <= WINDOW)
             self.trained[layer.name] = module
             self.exchange(layer.weight, module.value)
         self.roots.append(root)
@@ -248,7 +250,7 @@ class SparseTraining:
             seen = state.get("layers", {}).get(name, {})
             gradient = seen.get("gradient")
             module.gradient = None if gradient is None else gradient.to(module.weight.device, copy=True)
-            module.observed, module.observing = seen.get("observed", 0), seen.get("observing", False)
+            module.observed, module.observing = seen.get("observed", 0), seen.get("observing", module.observing)
 
     def vectors(self, parameter: Tensor, size: int) -> list[tuple[Any, Tensor]]:
         """Return the optimizer's state of a parameter that has an entry for each of `size` values."""
@@ -293,6 +295,8 @@ class SparseTraining:
         if self.reset_state or key != "momentum_buffer" or module.gradient is None:
             return torch.zeros_like(module.weight).reshape(-1)
         group = next(group for group in self.optimizer.param_groups if any(p is module.value for p in group["params"]))
+        if "dampening" not in group:  # RMSprop's momentum is one of scaled gradients
+            return torch.zeros_like(module.weight).reshape(-1)
         gain = (1 - group["dampening"]) / (1 - group["momentum"])
         return module.gradient.reshape(-1) * (gain / max(module.observed, 1))
 
@@ -304,7 +308,7 @@ class SparseTraining:
         for module in self.trained.values():
             module.observed += module.observing
         interval = every or self.interval
-        sampled = self.since_update % EVERY == EVERY - 1
+        sampled = self.since_update % EVERY == 0
         observe = sampled if interval is None else self.since_update >= interval - WINDOW
         for module in self.trained.values():
             module.observing = observe

@@ -1,0 +1,244 @@
+"""Change the library in small ways, one at a time, and see whether a test notices: mutation testing.
+
+    make mutants                                                # all files that pyproject.toml names
+    python benchmarks/mutants.py sparselearning/schedules.py    # one file of them
+    python benchmarks/mutants.py --only apportion               # functions whose name contains this
+
+The changes are those of mutmut (https://mutmut.readthedocs.io): another operator or number, an argument left out, a
+branch always taken, ...; text of error messages is left alone. Its runner skips functions with decorators and collects
+the tests again for every change, so the changes are tried here: pytest collects once, and each change is made in a fork
+of that process, in the code of the function, and met by the tests that call the function, the fastest first.
+
+Writes benchmarks/results/mutants.json, with those that no test noticed. Linux, Python 3.11; an hour on one core.
+"""
+
+import argparse
+import difflib
+import importlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
+
+import tomllib
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch starts threads, which do not survive a fork
+
+import libcst as cst
+import pytest
+from mutmut.mutation.mutators import mutation_operators
+
+ROOT = Path(__file__).parent.parent
+OUT = ROOT / "benchmarks" / "results" / "mutants.json"
+MESSAGES = ("raise", "logger.", "warnings.warn")  # how statements begin that only say something
+MEMORY = 12 << 30  # bytes that a change may ask for
+
+
+@dataclass
+class Function:
+    """A function or method of the library, and its source."""
+
+    file: str
+    name: str
+    live: FunctionType
+    node: cst.FunctionDef
+
+    def source(self, node: cst.FunctionDef) -> str:
+        return textwrap.dedent(cst.Module([]).code_for_node(node.with_changes(decorators=[], leading_lines=[])))
+
+
+@dataclass
+class Mutant:
+    """A changed function."""
+
+    function: Function
+    source: str
+
+    def diff(self) -> list[str]:
+        before = self.function.source(self.function.node).splitlines()
+        lines = difflib.unified_diff(before, self.source.splitlines(), n=0, lineterm="")
+        return [line for line in lines if line[0] in "+-" and not line.startswith(("+++", "---"))]
+
+    def make(self) -> None:
+        """Change the function in this process, for all who hold it."""
+        live = self.function.live
+        namespace = dict(live.__globals__)
+        exec(compile(self.source, self.function.file, "exec"), namespace)
+        made = namespace[self.function.node.name.value]
+        live.__code__, live.__defaults__, live.__kwdefaults__ = made.__code__, made.__defaults__, made.__kwdefaults__
+
+
+def functions_of(file: str) -> Iterator[Function]:
+    """Yield the functions of a file and the methods of its classes."""
+    module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+    for statement in cst.parse_module((ROOT / file).read_text()).body:
+        if isinstance(statement, cst.FunctionDef):
+            yield Function(file, statement.name.value, _unwrapped(vars(module)[statement.name.value]), statement)
+        elif isinstance(statement, cst.ClassDef):
+            owner = vars(module)[statement.name.value]
+            for node in statement.body.body:
+                if isinstance(node, cst.FunctionDef):
+                    live = _unwrapped(vars(owner)[node.name.value])
+                    yield Function(file, f"{owner.__name__}.{node.name.value}", live, node)
+
+
+def _unwrapped(held: Any) -> FunctionType:
+    held = held.fget if isinstance(held, property) else getattr(held, "__func__", held)
+    return _unwrapped(held.__wrapped__) if hasattr(held, "__wrapped__") else held
+
+
+def mutants_of(function: Function) -> Iterator[Mutant]:
+    """Yield the function with each change that mutmut would make, one at a time."""
+    seen = {function.source(function.node)}
+    for node in _changeable(function.node):
+        for kind, operator in mutation_operators:
+            for changed in operator(node) if isinstance(node, kind) else ():
+                source = function.source(function.node.deep_replace(node, changed))
+                if source not in seen:
+                    seen.add(source)
+                    yield Mutant(function, source)
+
+
+def _changeable(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
+    if isinstance(node, cst.Annotation | cst.Decorator) or _only_speaks(node):
+        return
+    yield node
+    for child in node.children:
+        yield from _changeable(child)
+
+
+def _only_speaks(node):
+    return isinstance(node, cst.SimpleStatementLine) and cst.Module([]).code_for_node(node).strip().startswith(MESSAGES)
+
+
+class Trial:
+    """A pytest plugin that runs the tests once for each mutant, instead of once."""
+
+    def __init__(self, functions: list[Function], log: Any):
+        self.functions = functions
+        self.log = log
+        self.outcome: dict[int, str] = {}
+        self.failed: list[str] = []
+        self.mutants: list[Mutant] = []
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+    def pytest_runtestloop(self, session):
+        self.items = session.items
+        seconds, callers = self._measure()
+        for function in self.functions:
+            order = sorted(callers[function.name], key=seconds.__getitem__)
+            for mutant in mutants_of(function):
+                outcome = self._try(mutant, order, seconds)
+                self.outcome[len(self.mutants)] = outcome
+                self.mutants.append(mutant)
+                print(outcome, function.file, function.name, *mutant.diff(), sep="\t", file=self.log, flush=True)
+        return True
+
+    def _measure(self):
+        """Return the seconds of each test, and the tests that call each function."""
+        reading, writing = os.pipe()
+        if not os.fork():
+            seconds, callers = [], defaultdict(list)
+            names = {function.live.__code__: function.name for function in self.functions}
+            for i in range(len(self.items)):
+                seen: set[CodeType] = set()
+                sys.setprofile(lambda frame, *_, seen=seen: seen.add(frame.f_code))
+                started = time.process_time()
+                self._run(i)
+                sys.setprofile(None)
+                seconds.append(time.process_time() - started)
+                for code in seen & names.keys():
+                    callers[names[code]].append(i)
+            answer = {"seconds": seconds, "callers": callers, "failed": self.failed}
+            with os.fdopen(writing, "w") as pipe:
+                json.dump(answer, pipe)
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as pipe:
+            answer = json.load(pipe)
+        os.wait()
+        if answer["failed"]:
+            raise pytest.UsageError(f"Without any change, these tests fail: {answer['failed']}")
+        return answer["seconds"], defaultdict(list, answer["callers"])
+
+    def _run(self, i, following=None):
+        item = self.items[i]
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+
+    def _try(self, mutant, order, seconds):
+        """Return 'killed', 'timeout' or 'survived'."""
+        child = os.fork()
+        if not child:
+            null = os.open(os.devnull, os.O_WRONLY)
+            for stream in (1, 2):
+                os.dup2(null, stream)
+            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+            try:
+                mutant.make()
+                for i in order:
+                    limit = int(time.process_time() + 5 + 20 * seconds[i]) + 1
+                    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
+                    self._run(i)
+                    if self.failed:
+                        os._exit(1)
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            return "timeout" if os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL) else "killed"
+        return "killed" if os.WEXITSTATUS(status) else "survived"
+
+
+def main():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutants"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", default=settings["files"])
+    parser.add_argument("--only", default="", help="functions whose name contains this; nothing is written then")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    functions = [function for file in args.files for function in functions_of(file) if args.only in function.name]
+    started = time.process_time(), time.time()
+    trial = Trial(functions, sys.stdout)
+    status = pytest.main([*settings["tests"], *settings["options"], "-p", "no:cacheprovider", "-s"], plugins=[trial])
+    if status:
+        sys.exit(status)
+    if not args.only:
+        write(trial, args.files, time.time() - started[1])
+
+
+def write(trial: Trial, files: list[str], seconds: float) -> None:
+    """Write how many changes of each file no test noticed, and which."""
+    result = json.loads(OUT.read_text()) if OUT.is_file() else {"files": {}, "survived": {}}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    for file in files:
+        outcomes = [trial.outcome[i] for i, mutant in enumerate(trial.mutants) if mutant.function.file == file]
+        counts = {kind: outcomes.count(kind) for kind in ("killed", "timeout", "survived")}
+        result["files"][file] = {"mutants": len(outcomes), **counts, "commit": commit}
+        result["survived"][file] = [
+            {"function": mutant.function.name, "change": mutant.diff()}
+            for i, mutant in enumerate(trial.mutants)
+            if mutant.function.file == file and trial.outcome[i] == "survived"
+        ]
+    result |= {"command": "make mutants", "mutmut": version("mutmut"), "tests": len(trial.items)}
+    OUT.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{seconds:.0f} seconds")
+
+
+if __name__ == "__main__":
+    main()
