@@ -285,7 +285,7 @@ class Masking:
         self.baseline_nonzero = self.total_nonzero + sum(layer.left_over for layer in self.layers)
         if self.dense_copy:
             self.dense_copy.add(self, list(new.values()))
-        self.sparse_training.add(module, list(new.values()), self.prune_every_k_steps)
+        self.sparse_training.add(module, list(new.values()), *self._update_ahead())
         self.apply_mask()
         if self.verbose:
             self.print_nonzero_counts()
@@ -420,7 +420,7 @@ class Masking:
             return
         self.steps += 1
         self.apply_mask()
-        self.sparse_training.stepped(self.prune_every_k_steps)
+        self.sparse_training.stepped(*self._update_ahead())
         every_k = self.prune_every_k_steps and self.steps % self.prune_every_k_steps == 0
         if self.steps == self.last_update or (every_k and self._masks_may_move()):
             self._update()
@@ -432,6 +432,15 @@ class Masking:
 
     def _masks_may_move(self):
         return self.first_update <= self.steps and (self.last_update is None or self.steps < self.last_update)
+
+    def _update_ahead(self):
+        """Return in how many steps the next update is due to them (or infinity), and whether all updates are."""
+        left = [math.inf]
+        if self.prune_every_k_steps:
+            left.append(self.prune_every_k_steps - self.steps % self.prune_every_k_steps)
+        if self.last_update is not None:
+            left.append(self.last_update - self.steps if self.steps < self.last_update else math.inf)
+        return min(left), self.prune_every_k_steps > 0
 
     def _update(self):
         self.truncate_weights()
@@ -490,7 +499,7 @@ class Masking:
         if self.dense_copy:
             self.dense_copy.follow(self.layers)
         self.apply_mask()
-        self.sparse_training.updated()
+        self.sparse_training.updated(*self._update_ahead())
 
     def _change_density(self):
         """Set how many weights are to be active; return how many more (or, negative, fewer) in each layer."""

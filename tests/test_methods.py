@@ -9,15 +9,24 @@ from helpers import assert_masks_hold, backward, layer_with, masked, mlp, same, 
 from sparselearning import Masking
 from sparselearning.before_training import grasp, snip, synflow
 from sparselearning.functions import FunctionError
-from sparselearning.grow import cannistraci_hebb_growth, gradient_growth, path_scores, rewiring_growth
+from sparselearning.grow import (
+    cannistraci_hebb_growth,
+    dense_magnitude_growth,
+    global_dense_magnitude_growth,
+    gradient_growth,
+    path_scores,
+    rewiring_growth,
+)
 from sparselearning.methods import METHODS, find_method, masking_arguments
 from sparselearning.prune import (
     adaptive_threshold_prune,
+    dense_magnitude_prune,
+    global_dense_magnitude_prune,
     gradual_magnitude_prune,
     magnitude_gradient_prune,
     sign_flip_prune,
 )
-from sparselearning.redistribute import nonzero_redistribution, remaining_redistribution
+from sparselearning.redistribute import no_redistribution, nonzero_redistribution, remaining_redistribution
 from sparselearning.schedules import Constant, CosineDecay, CubicDensity, SoftDensity, StepDensity
 from sparselearning.selection import add_highest
 
@@ -410,6 +419,16 @@ def test_a_path_of_length_three_brings_its_link():
     assert (grown ^ mask).nonzero().tolist() == [[1, 0]]
 
 
+def test_importance_by_counts():
+    masking = layer_with([[1.0, -2.0, 3.0], [0.0, 5.0, 0.0], [0.0, 0.0, 6.0]], [[T, T, T], [F, T, F], [F, F, T]])
+    layer = masking.layers[0]
+    measured = [
+        measure(masking, "weight", layer.weight, layer.mask)
+        for measure in (nonzero_redistribution, remaining_redistribution, no_redistribution)
+    ]
+    assert measured == [5, 5, 1.0]
+
+
 # Weights that keep their values while they are inactive
 
 
@@ -437,6 +456,30 @@ def test_inactive_weights_keep_their_values_and_train():
     assert layer.weight[0].tolist() == pytest.approx([0, 0, 5.2, 0])
     assert masking.memory["weight"]["trained"].tolist() == [[T, F, T, F]]
     masking.check()
+
+
+def test_the_largest_of_a_layer_and_of_the_network():
+    model = mlp(3, 1, 3)
+    with torch.no_grad():
+        model.fc1.weight.copy_(torch.tensor([[0.1, -0.9, 0.3]]))
+        model.fc2.weight.copy_(torch.tensor([[0.8], [-0.7], [0.2]]))
+    given = {"fc1.weight": torch.tensor([[T, F, T]]), "fc2.weight": torch.tensor([[F], [T], [F]])}
+    masking = masked(model, sparse_init=given, prune_rate=0.0, inactive="kept")
+    layers = [(name, layer.mask, layer.master) for name, layer in zip(masking.masks, masking.layers, strict=True)]
+    # Two of the first layer's and one of the second's: 0.9 and 0.3, and 0.8.
+    pruned = [dense_magnitude_prune(masking, mask, weight, name) for name, mask, weight in layers]
+    assert [mask.flatten().tolist() for mask in pruned] == [[F, F, T], [F, F, F]]
+    grown = [
+        dense_magnitude_growth(masking, name, mask, 1, None) for (name, *_), mask in zip(layers, pruned, strict=True)
+    ]
+    assert [mask.flatten().tolist() for mask in grown] == [[F, T, T], [T, F, F]]
+    # Three of the network: 0.9, 0.8 and 0.7.
+    everywhere = global_dense_magnitude_prune(masking)
+    assert [mask.flatten().tolist() for mask in everywhere.values()] == [[F, F, F], [F, T, F]]
+    for layer in masking.layers:
+        layer.mask.copy_(everywhere[layer.name])
+    everywhere = global_dense_magnitude_growth(masking, 2)
+    assert [mask.flatten().tolist() for mask in everywhere.values()] == [[F, T, F], [T, T, F]]
 
 
 def test_soft_weights_are_smaller_by_the_largest_inactive_one():
@@ -508,6 +551,18 @@ def test_methods_train_on_sparse_kernels(method):
             assert not layer.weight[~layer.mask].any()
     assert masking.total_nonzero == 180
     assert masking.exploration_rate > masking.density or method == "deep_rewiring"
+
+
+@pytest.mark.parametrize("method", ["rigl", "srigl", "granet"])
+@pytest.mark.parametrize("last", [13, 31, 40])
+def test_sparse_kernels_see_gradients_before_the_last_update(method, last):
+    """It comes at a step of its own: 13, or 31 right after that at 30."""
+    model = mlp(20, 30, 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    parts = dict(stop_fraction=last / 50, prune_every_k_steps=30, sparse_backend="cpu")
+    masking = Masking.from_method(method, model, optimizer, 50, 0.2, **parts)
+    list(go_on(model, optimizer, masking, last=50))
+    assert masking.density == pytest.approx(0.2, abs=0.02)
 
 
 @pytest.mark.parametrize("reset", [True, False])

@@ -171,12 +171,11 @@ class SparseTraining:
         self.interval: int | None = None  # steps between the last two updates
         self.carry = True
 
-    def add(self, root: nn.Module, layers: Sequence[SparseLayer], every: int) -> None:
+    def add(self, root: nn.Module, layers: Sequence[SparseLayer], left: float, by_steps: bool) -> None:
         """Train `layers`, masked weights inside `root`, on the kernels wherever there are some.
 
-        Masks move every `every` steps, or at a time that is not known yet (0).
-
-        Weights of other modules, tied weights, and dtypes without kernels stay masked, and are named in the log.
+        Weights of other modules, tied weights, and dtypes without kernels stay masked, and are named in the log;
+        `observes` says what the other two arguments mean.
         """
         if not self.active:
             return
@@ -194,7 +193,7 @@ class SparseTraining:
             (module,) = owners[id(layer.weight)]
             module.__class__ = KINDS[type(module)]
             assert isinstance(module, Trained)
-            module.begin(observing=every <= WINDOW)
+            module.begin(observing=self.observes(left, by_steps))
             self.trained[layer.name] = module
             self.exchange(layer.weight, module.value)
         self.roots.append(root)
@@ -300,27 +299,36 @@ class SparseTraining:
         gain = (1 - group["dampening"]) / (1 - group["momentum"])
         return module.gradient.reshape(-1) * (gain / max(module.observed, 1))
 
-    def stepped(self, every: int) -> None:
-        """Count a step; decide whether the next one observes dense gradients, with an update every `every` steps."""
+    def stepped(self, left: float, by_steps: bool) -> None:
+        """Count a step; decide whether the next one observes dense gradients; see `observes`."""
         if not self.trained:
             return
         self.since_update += 1
         for module in self.trained.values():
             module.observed += module.observing
-        interval = every or self.interval
-        sampled = self.since_update % EVERY == 0
-        observe = sampled if interval is None else self.since_update >= interval - WINDOW
         for module in self.trained.values():
-            module.observing = observe
+            module.observing = self.observes(left, by_steps)
 
-    def updated(self) -> None:
+    def observes(self, left: float, by_steps: bool) -> bool:
+        """Tell whether the next step observes dense gradients.
+
+        It does if steps bring about an update in `left` of them, at most `WINDOW`. Unless all updates are due to steps
+        (`by_steps`), the next one may also be as far from the last one as that was from the one before.
+        """
+        if left <= WINDOW or by_steps:
+            return left <= WINDOW
+        if self.interval is None:
+            return self.since_update % EVERY == 0
+        return self.since_update >= self.interval - WINDOW
+
+    def updated(self, left: float, by_steps: bool) -> None:
         """Forget the gradients seen; an update of the masks is over."""
         if not self.trained:
             return
         self.interval, self.since_update = self.since_update, 0
         for module in self.trained.values():
             module.gradient, module.observed = None, 0
-            module.observing = self.interval <= WINDOW
+            module.observing = self.observes(left, by_steps)
 
     def momentum_of(self, weight: Tensor) -> Tensor | None:
         """Return momentum where `weight` is active and the mean of its observed gradients elsewhere."""
