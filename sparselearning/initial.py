@@ -70,7 +70,8 @@ def _counts(total, shares, group):
     if total > sum(capacities):
         raise ValueError(
             f"Expected a density of at most {sum(capacities) / sum(mask.numel() for mask in group):g}, which is all "
-            f"that the pattern {patterns[0].name!r} holds, got {total / sum(mask.numel() for mask in group):g}."
+            f"that the pattern {patterns[0].name!r} holds, got {total / sum(mask.numel() for mask in group):g}. Pass a "
+            "smaller one, or a smaller start_density where the density falls."
         )
     steps = [pattern.step(mask.shape) for pattern, mask in zip(patterns, group, strict=True)]
     return divide(total, shares, capacities, steps)
