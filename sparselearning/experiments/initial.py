@@ -19,8 +19,8 @@ def choice_of_weights(args: argparse.Namespace, batches: Callable[[], Batches] |
     density = {**args.layer_density, "*": args.density} if args.layer_density else args.density
     chosen = dict(density=density, sparse_init=args.sparse_init, dense=args.dense_layers)
     kind, _, path = args.sparse_init.partition(":")
-    if kind in (*SCORES, "mask") and not batches:
-        chosen["sparse_init"] = "constant"
+    if batches is None:
+        chosen["sparse_init"] = "constant" if kind in (*SCORES, "mask") else args.sparse_init
     elif kind == "mask":
         chosen["sparse_init"] = load_masks(path)
     elif kind in SCORES:
