@@ -6,8 +6,8 @@
 
 Runs mnist_cifar/main.py in two processes of one thread each, LeNet-300-100 and the first seed first. Every finished run
 is a line of results/methods_mnist.csv; those that are there are not repeated, so that an interrupted sweep goes on.
-At the end, and with --report alone, it writes the tables to results/methods_mnist.md and a picture per model,
-results/methods_mnist-<model>.png, with the runs of --epochs.
+At the end, and with --report alone, it writes the tables of all runs to results/methods_mnist.md, and a picture for each
+model and number of epochs, results/methods_mnist-<model>-<epochs>.png.
 """
 
 import argparse
@@ -156,22 +156,23 @@ def append(path, row):
 
 
 def report(args):
-    """Write the tables and the pictures of the runs of `args.epochs` epochs."""
-    rows = [row for row in read(args.csv) if int(row["epochs"]) == args.epochs]
+    """Write the tables and the pictures of all runs, those of one model and number of epochs together."""
+    groups = {}
+    for row in read(args.csv):
+        groups.setdefault((row["model"], int(row["epochs"])), []).append(row)
     parts = []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        of_model = [row for row in rows if row["model"] == model]
-        cells = summarise(of_model, error)
+    for (model, epochs), rows in groups.items():
+        cells = summarise(rows, error)
         seeds = max(len(errors) for errors in cells.values())
         parts += [
-            f"MNIST, {model}, {args.epochs} epochs: test error in %, mean (standard error) over {seeds} seeds; fewer "
-            "are in square brackets.",
+            f"MNIST, {model}, {epochs} epochs: test error in %, mean (standard error) over {seeds} seeds; fewer are in "
+            "square brackets.",
             markdown(cells, PUBLISHED if model == "lenet300-100" else {}, seeds),
-            f"{model}: weights that were active at any time, in % (R_s, the in-time over-parameterisation rate).",
-            markdown(summarise(of_model, explored), {}, seeds),
+            "The same: weights that were active at any time, in % (R_s, the in-time over-parameterisation rate).",
+            markdown(summarise(rows, explored), {}, seeds),
         ]
         points = [point(method, density, errors) for (method, density), errors in cells.items()]
-        picture = args.csv.with_name(f"{args.csv.stem}-{model}.png")
+        picture = args.csv.with_name(f"{args.csv.stem}-{model}-{epochs}.png")
         plots.plot_accuracy_density(points, picture, by_error=True)
         logging.info("Wrote %s", picture)
     path = args.csv.with_suffix(".md")

@@ -77,7 +77,7 @@ def test_finished_runs_are_not_repeated(script, tmp_path, monkeypatch):
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     assert ["SET", "2.25 (0.05)", "2.25 (0.05)"] in lines
     assert ["Deep Rewiring, published", "1.94", "1.81"] in lines
-    assert args.csv.with_name("m-lenet300-100.png").read_bytes().startswith(b"\x89PNG")
+    assert args.csv.with_name("m-lenet300-100-3.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_fewer_seeds_are_told(script):
