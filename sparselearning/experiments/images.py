@@ -303,6 +303,14 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def _in_one_line(batches):
+    """Yield the batches; a mistake in the data comes without the traceback that a worker process puts before it."""
+    try:
+        yield from batches
+    except DataError as error:
+        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+
+
 def on_device(
     batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, channels_last: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -318,6 +326,7 @@ def on_device(
         images = images.contiguous(memory_format=torch.channels_last) if channels_last else images
         return images, labels.to(device, non_blocking=True)
 
+    batches = _in_one_line(batches)
     if device.type != "cuda":
         for images, labels in batches:
             yield move(images, labels)

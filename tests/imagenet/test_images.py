@@ -170,6 +170,17 @@ def test_mistakes_are_named(folder, tmp_path):
         images.Photographs(source, 32, train=True)[1, 0]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_one_line_from_a_worker_too(folder, tmp_path, workers):
+    shutil.copytree(folder, tmp_path / "data")
+    for image in (tmp_path / "data" / "val").glob("*/*"):
+        image.write_bytes(image.read_bytes()[:40])
+    _, valid = images.sources(str(tmp_path / "data"))
+    loader = images.load(images.Photographs(valid, 16, train=False), images.EvaluationBatches(7, 4), workers, CPU)
+    with pytest.raises(DataError, match=r"^\S+/val/class0/0\.JPEG cannot be read: .+$"):
+        list(images.on_device(loader, CPU))
+
+
 def test_a_shard_without_classes_is_named(tmp_path):
     for part in ("train", "val"):
         with tarfile.open(tmp_path / f"{part}.tar", "w") as tar:
