@@ -46,7 +46,7 @@ def run(function, processes, *arguments):
 
 def _answer(pipe):
     try:
-        return pipe.recv() if pipe.poll(120) else ("silent for 120 s", None)
+        return pipe.recv() if pipe.poll(300) else ("silent for 300 s", None)
     except EOFError:
         return "ended without an answer", None
 
@@ -57,7 +57,7 @@ def _work(function, arguments, rank, processes, folder, pipe):
     torch.manual_seed(0)
     try:
         store = dist.FileStore(os.path.join(folder, "store"), processes)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=120))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=300))
         result = io.BytesIO()  # not as a tensor in shared memory, which ends with this process
         torch.save(function(*arguments), result)
         pipe.send((None, result.getvalue()))
