@@ -6,8 +6,8 @@
 
 Runs mnist_cifar/main.py in two processes of one thread each, LeNet-300-100 and the first seed first. Every finished run
 is a line of results/methods_mnist.csv; those that are there are not repeated, so that an interrupted sweep goes on.
-At the end, and with --report alone, it writes the tables of all runs to results/methods_mnist.md, and a picture for each
-model and number of epochs, results/methods_mnist-<model>-<epochs>.png.
+At the end, and with --report alone, it writes the tables of all runs to results/methods_mnist.md, and a picture for
+each model and number of epochs, results/methods_mnist-<model>-<epochs>.png.
 """
 
 import argparse

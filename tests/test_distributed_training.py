@@ -1,5 +1,6 @@
 """Replicas (DDP) and shards (FSDP2) train the network that one process trains."""
 
+from contextlib import nullcontext
 from itertools import combinations
 
 import pytest
@@ -167,7 +168,7 @@ def test_a_checksum_sees_every_swap():
     assert distributed.checksum(torch.zeros(3, dtype=torch.bool)) != distributed.checksum(torch.zeros(4).bool())
 
 
-def overflow(wrap):
+def overflow(wrap, parts):
     torch.manual_seed(0)
     model = mlp(6, 4)
     network = wrap(model)
@@ -178,8 +179,13 @@ def overflow(wrap):
     states = []
     for factor in (1.0, float("inf") if distributed.rank() else 1.0, 1.0):
         masking.zero_grad()
-        of_outputs = network(torch.ones(2, 6)).square().mean(dim=0)
-        precision.backward(of_outputs[0] * factor + of_outputs[1:].sum())  # one row of the weight overflows
+        for part in range(parts):
+            with nullcontext() if part + 1 == parts else distributed.without_sync(network):
+                of_outputs = network(torch.ones(2, 6)).square().mean(dim=0)
+                loss = (
+                    of_outputs[0] * (1.0 if part else factor) + of_outputs[1:].sum()
+                )  # one row of the weight overflows
+                precision.backward(loss, part + 1 == parts)
         precision.step(masking)
         momenta = [entry["momentum_buffer"] for entry in optimizer.state.values()]
         states.append([masking.steps, *masking.masks.values(), *model.state_dict().values(), *momenta])
@@ -187,9 +193,10 @@ def overflow(wrap):
     return states
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("wrap", [distributed.replicate, shard])
-def test_an_overflow_on_one_process_is_skipped_by_all(wrap):
-    for before, skipped, after in run(overflow, 2, wrap):
+def test_an_overflow_on_one_process_is_skipped_by_all(wrap, parts):
+    for before, skipped, after in run(overflow, 2, wrap, parts):
         torch.testing.assert_close(skipped, before, rtol=0, atol=0)
         assert (before[0], after[0]) == (1, 2)
 
