@@ -156,6 +156,9 @@ class Masking:
         self.baseline_nonzero = 0  # active weights the network keeps
         self.prune_threshold = 0.001  # of prune_mode="threshold"
         self.tolerance = 0.02
+        self._gradients_read: list[tuple[str, Tensor]] | None = (
+            None  # by the functions of an update, while there is one
+        )
         self._masters = master_weights(optimizer, required=fp16)
         modes = (growth_mode, redistribution_mode)
         if any("momentum" in mode for mode in modes if isinstance(mode, str)):
@@ -471,7 +474,7 @@ class Masking:
         If a function fails, the masks are as before.
 
         Raises:
-            NonFiniteError: if a weight or its momentum is NaN or infinite.
+            NonFiniteError: if a weight, its momentum, or a gradient that a function reads is NaN or infinite.
             InvariantError: if the module or the optimizer no longer holds a weight, or something trains it unmasked.
         """
         if not self.layers:
@@ -481,6 +484,7 @@ class Masking:
         invariants.refuse_bad_values(self)
         self._check_agreement()
         before = [layer.mask.clone() for layer in self.layers]
+        self._gradients_read = []
         try:
             change = self._change_density()
             self._measure_importance()
@@ -489,11 +493,14 @@ class Masking:
             if measures_after_pruning(self.measure):
                 self._measure_importance()
             self._grow_weights(self._redistribute(change))
+            invariants.refuse_bad_gradients(self._gradients_read)
         except BaseException:
             for layer, mask in zip(self.layers, before, strict=True):
                 layer.mask.copy_(mask)
             self._count()
             raise
+        finally:
+            self._gradients_read = None
         self._agree_and_count()
         start_regrown(self, before)
         if self.dense_copy:
@@ -678,10 +685,13 @@ class Masking:
         Raises:
             RuntimeError: if there is none: no backward pass yet, or cleared since.
         """
-        trained_sparsely = self.sparse_training.gradient_of(weight)
-        if trained_sparsely is not None:
-            return trained_sparsely
-        return gradient_of(self._masters.get(weight, weight))
+        gradient = self.sparse_training.gradient_of(weight)
+        if gradient is None:
+            gradient = gradient_of(self._masters.get(weight, weight))
+        if self._gradients_read is not None:
+            names = [layer.name for layer in self.layers if layer.weight is weight or layer.master is weight]
+            self._gradients_read += [(name, gradient) for name in names]
+        return gradient
 
     @property
     def prune_rate(self) -> float:

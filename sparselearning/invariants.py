@@ -14,7 +14,7 @@ class InvariantError(RuntimeError):
 
 
 class NonFiniteError(ValueError):
-    """A weight or momentum is NaN or infinite, so that no choice among weights would mean anything."""
+    """A weight, gradient or momentum is NaN or infinite, so that no choice among weights would mean anything."""
 
 
 def check(masking) -> None:
@@ -62,7 +62,7 @@ def refuse_bad_values(masking) -> None:
     """
     tensors = {}
     for layer in masking.layers:
-        state = masking.optimizer.state.get(layer.master, {})
+        state = masking.optimizer.state.get(masking.sparse_training.stepped_for(layer), {})
         momenta = {key: state[key] for key in ("momentum_buffer", "exp_avg", "exp_avg_sq") if key in state}
         for kind, tensor in {"weight": layer.master, **momenta}.items():
             if isinstance(tensor, Tensor):
@@ -79,8 +79,22 @@ def refuse_bad_values(masking) -> None:
             "trains them, or something wrote into them: make the Masking with the optimizer that trains, or call "
             "apply_mask() after writing weights."
         )
-    if all(map(math.isfinite, fetched[: len(sums)])):
-        return
+    if not all(map(math.isfinite, fetched[: len(sums)])):
+        _refuse_what_is_not_finite(tensors)
+
+
+def refuse_bad_gradients(gradients: list[tuple[str, Tensor]]) -> None:
+    """Check that gradients, by the layer's name, are finite, in one synchronisation if so.
+
+    Raises:
+        NonFiniteError: naming the layers.
+    """
+    sums = [gradient.sum(dtype=torch.float32) for _, gradient in gradients]
+    if sums and not all(map(math.isfinite, _fetch(sums))):
+        _refuse_what_is_not_finite({(name, "gradient"): gradient for name, gradient in gradients})
+
+
+def _refuse_what_is_not_finite(tensors):
     counts = _fetch([(~tensor.isfinite()).sum() for tensor in tensors.values()])
     bad = [f"{kind} of {name}" for (name, kind), count in zip(tensors, counts, strict=True) if count]
     if bad:

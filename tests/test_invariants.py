@@ -10,6 +10,7 @@ from torch import nn
 
 from sparselearning import CosineDecay, Masking
 from sparselearning.invariants import InvariantError, NonFiniteError
+from sparselearning.sparse import available
 
 
 def test_check_passes_through_training():
@@ -93,6 +94,38 @@ def test_an_update_with_a_number_that_is_none_is_refused(bad, where, growth):
     with pytest.raises(NonFiniteError, match=rf"{where} of fc2\.weight\. The masks stay"):
         masking.at_end_of_epoch()
     assert same(masks, masking.masks)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("modes", [dict(growth_mode="gradient"), dict(prune_mode="magnitude_gradient")])
+def test_an_update_that_reads_a_gradient_that_is_none_is_refused(bad, modes):
+    masking = masked(mlp(20, 30, 10), **modes)
+    train(masking.modules[0], masking, steps=1)
+    masking.layers[1].weight.grad[0, 0] = bad
+    masks = snapshot(masking)
+    with pytest.raises(NonFiniteError, match=r"gradient of fc2\.weight\. The masks stay"):
+        masking.at_end_of_epoch()
+    assert same(masks, masking.masks)
+    masking.layers[1].weight.grad[0, 0] = 0.0
+    masking.at_end_of_epoch()
+    assert not same(masks, masking.masks)
+
+
+def test_an_update_that_reads_no_gradient_asks_for_none():
+    masking = masked(mlp(20, 30, 10))  # as after a step that GradScaler skipped
+    train(masking.modules[0], masking, steps=1)
+    masking.layers[1].weight.grad.fill_(float("inf"))
+    masking.at_end_of_epoch()
+    masking.check()
+
+
+@pytest.mark.skipif(not available(), reason="built without sparse kernels")
+def test_a_momentum_on_sparse_kernels_is_looked_at():
+    masking = masked(mlp(20, 30, 10), sparse_backend="cpu")
+    train(masking.modules[0], masking, steps=1)
+    masking.optimizer.state[masking.modules[0].fc2.value]["momentum_buffer"][0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"momentum_buffer of fc2\.weight\. The masks stay"):
+        masking.at_end_of_epoch()
 
 
 def test_large_finite_weights_are_no_infinite_ones():

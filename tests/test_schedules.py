@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparselearning.schedules import Constant, CosineDecay, LinearDecay
+from sparselearning.schedules import Constant, CosineDecay, LinearDecay, StepDensity
 
 rates = st.floats(0, 1)
 lengths = st.integers(1, 10_000)
@@ -37,6 +37,11 @@ def test_rates_are_fractions_that_never_rise(schedule, step, later):
     assert 0 <= schedule(later) <= schedule(step) <= schedule(0) == schedule.prune_rate
 
 
+def test_step_density():
+    density = StepDensity(start=0.8, end=0.1, at=100)
+    assert [density(step) for step in (0, 99, 100, 10**6)] == [0.8, 0.8, 0.1, 0.1]
+
+
 def test_a_rate_of_zero_stays_zero():
     assert {CosineDecay(0.0, 100)(step) for step in range(200)} == {0.0}
 
@@ -53,6 +58,8 @@ def test_equal_settings_make_equal_schedules():
         (lambda: CosineDecay(0.5, 100, eta_min=-0.1), r"Expected eta_min in \[0, 1\], got -0.1"),
         (lambda: LinearDecay(-0.1, 100), r"Expected a prune rate in \[0, 1\], got -0.1"),
         (lambda: Constant(math.nan), r"Expected a prune rate in \[0, 1\], got nan"),
+        (lambda: StepDensity(0.0, 0.1, 5), r"Expected the density start in \(0, 1\], got 0.0"),
+        (lambda: StepDensity(1.0, 1.1, 5), r"Expected the density end in \(0, 1\], got 1.1"),
         (lambda: CosineDecay(0.5, 0), "Expected T_max of at least 1 step, got 0"),
         (lambda: LinearDecay(0.5, -3), "Expected T_max of at least 1 step, got -3"),
     ],
