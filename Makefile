@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py $(wildcard sparselearning/*.cpp sparselearning/sparse/kernels/*)
 
-.PHONY: demo demo-imagenet test soak lint bench results-mnist clean
+.PHONY: demo demo-imagenet test soak coverage mutants lint bench results-mnist clean
 
 demo: .venv/installed
 	$(BIN)/python mnist_cifar/demo.py
@@ -20,6 +20,16 @@ test: .venv/installed
 # What takes minutes to hours: 100 killed runs, 1,000 corrupted checkpoints, 10,000 examples of fuzzing, sanitizers.
 soak: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --durations 0
+
+# Lines and branches of the package that the tests run, processes of their own included.
+coverage: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check pytest-cov
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report term
+
+# Small changes of selection.py, schedules.py and core.py, and whether a test notices each. FILES="..." for one of them.
+mutants: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check mutmut
+	$(BIN)/python benchmarks/mutants.py $(FILES)
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

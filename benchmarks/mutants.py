@@ -139,6 +139,7 @@ class Trial:
     def pytest_runtestloop(self, session):
         self.items = session.items
         seconds, callers = self._measure()
+        self._check_that_nothing_notices_nothing(seconds)
         for function in self.functions:
             order = sorted(callers[function.name], key=seconds.__getitem__)
             for mutant in mutants_of(function):
@@ -175,12 +176,19 @@ class Trial:
             raise pytest.UsageError(f"Without any change, these tests fail: {answer['failed']}")
         return answer["seconds"], defaultdict(list, answer["callers"])
 
+    def _check_that_nothing_notices_nothing(self, seconds):
+        same = Mutant(self.functions[0], self.functions[0].source(self.functions[0].node))
+        order = sorted(range(len(self.items)), key=seconds.__getitem__)
+        if (outcome := self._try(same, order, seconds)) != "survived":
+            raise pytest.UsageError(f"Without any change, in the order of a trial: {outcome}")
+
     def _run(self, i, following=None):
         item = self.items[i]
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
 
     def _try(self, mutant, order, seconds):
-        """Return 'killed', 'timeout' or 'survived'."""
+        """Return 'survived', 'timeout', or 'killed' and by which test."""
+        reading, writing = os.pipe()
         child = os.fork()
         if not child:
             null = os.open(os.devnull, os.O_WRONLY)
@@ -194,14 +202,19 @@ class Trial:
                     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
                     self._run(i)
                     if self.failed:
+                        os.write(writing, self.failed[0].encode())
                         os._exit(1)
-            except BaseException:
+            except BaseException as error:
+                os.write(writing, repr(error)[:200].encode())
                 os._exit(1)
             os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as pipe:
+            killer = pipe.read()
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
-            return "timeout" if os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL) else "killed"
-        return "killed" if os.WEXITSTATUS(status) else "survived"
+            return "timeout" if os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL) else "killed by a crash"
+        return f"killed by {killer}" if os.WEXITSTATUS(status) else "survived"
 
 
 def main():
@@ -228,7 +241,9 @@ def write(trial: Trial, files: list[str], seconds: float) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     for file in files:
         outcomes = [trial.outcome[i] for i, mutant in enumerate(trial.mutants) if mutant.function.file == file]
-        counts = {kind: outcomes.count(kind) for kind in ("killed", "timeout", "survived")}
+        counts = {
+            kind: sum(outcome.startswith(kind) for outcome in outcomes) for kind in ("killed", "timeout", "survived")
+        }
         result["files"][file] = {"mutants": len(outcomes), **counts, "commit": commit}
         result["survived"][file] = [
             {"function": mutant.function.name, "change": mutant.diff()}
