@@ -4,8 +4,10 @@ Which images a step takes, and how each is cropped, depends on the seed, the epo
 same on any number of processes and workers, and after a resume.
 """
 
+import atexit
 import io
 import json
+import multiprocessing
 import os
 import signal
 import tarfile
@@ -286,6 +288,8 @@ def sources(location: str) -> tuple[Source, Source]:
 
 def load(images: Photographs, batches: Any, workers: int, device: torch.device) -> DataLoader:
     """Return a loader of uint8 images [N, 3, size, size] and labels [N], in pinned memory for a GPU."""
+    if workers:
+        atexit.register(_end_workers)
     return DataLoader(
         images,
         batch_sampler=batches,
@@ -301,6 +305,14 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     """Ignore what asks the run to stop: it ends the workers after the running step."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """End workers that an error left behind: they ignore SIGTERM, and Python would wait for them forever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes their end for another error
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _in_one_line(batches):

@@ -2,6 +2,8 @@
 
 import io
 import shutil
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -179,6 +181,23 @@ def test_a_damaged_image_is_one_line_from_a_worker_too(folder, tmp_path, workers
     loader = images.load(images.Photographs(valid, 16, train=False), images.EvaluationBatches(7, 4), workers, CPU)
     with pytest.raises(DataError, match=r"^\S+/val/class0/0\.JPEG cannot be read: .+$"):
         list(images.on_device(loader, CPU))
+
+
+FAILING = """
+import sys, torch
+from sparselearning.experiments import images
+_, valid = images.sources(sys.argv[1])
+photographs = images.Photographs(valid, 16, train=False)
+loader = images.load(photographs, images.EvaluationBatches(7, 4), 1, torch.device("cpu"))
+next(iter(loader))
+raise RuntimeError("unforeseen")
+"""
+
+
+def test_an_unforeseen_error_does_not_wait_for_the_workers(folder):
+    done = subprocess.run([sys.executable, "-c", FAILING, folder], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "RuntimeError: unforeseen"
 
 
 def test_a_shard_without_classes_is_named(tmp_path):
