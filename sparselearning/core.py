@@ -156,9 +156,8 @@ class Masking:
         self.baseline_nonzero = 0  # active weights the network keeps
         self.prune_threshold = 0.001  # of prune_mode="threshold"
         self.tolerance = 0.02
-        self._gradients_read: list[tuple[str, Tensor]] | None = (
-            None  # by the functions of an update, while there is one
-        )
+        # By the functions of an update, by the layer's name, while there is one.
+        self._gradients_read: list[tuple[str, Tensor]] | None = None
         self._masters = master_weights(optimizer, required=fp16)
         modes = (growth_mode, redistribution_mode)
         if any("momentum" in mode for mode in modes if isinstance(mode, str)):
