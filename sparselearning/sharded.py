@@ -39,7 +39,7 @@ def reshard(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         for part in module.modules():
             if isinstance(part, fsdp.FSDPModule):
-                part.reshard()
+                fsdp.FSDPModule.reshard(part)
 
 
 def shard_of(whole: Tensor, like: Any) -> Any:
