@@ -20,6 +20,16 @@ def sgd(*modules, **settings):
     return torch.optim.SGD(parameters, **({"lr": 0.1, "momentum": 0.9} | settings))
 
 
+def of_method(model, **settings):
+    return Masking.from_method("set", model, sgd(model), 10, **settings)
+
+
+def of_modes(model, **settings):
+    masking = Masking(sgd(model), None, redistribution_mode="nonzeros", **settings)
+    masking.add_module(model, 0.05)
+    return masking
+
+
 # The usage of the README
 
 
@@ -534,3 +544,30 @@ def test_gradients_of_inactive_weights_are_left_alone():
     inactive = ~masking.masks["fc1.weight"]
     assert (model.fc1.weight.grad[inactive] != 0).any()
     assert (masking.get_momentum_for_weight(model.fc1.weight)[inactive] != 0).any()
+
+
+@pytest.mark.parametrize("make", [of_modes, of_method])
+def test_what_is_not_asked_for_is_off(make, caplog):
+    caplog.set_level(logging.INFO, logger="sparselearning")
+    masking = make(nn.Sequential(nn.Embedding(20, 10), nn.Linear(10, 30), nn.Linear(30, 5)))
+    assert list(masking.masks) == ["1.weight", "2.weight"]
+    assert masking.total_nonzero == masking.baseline_nonzero == round(0.05 * 450)
+    assert (masking.reset_state, masking.pull, masking.prune_threshold) == (False, 0.0, 0.001)
+    assert masking.redistribution_mode == ("nonzeros" if make is of_modes else "none")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("make", [of_modes, of_method])
+def test_what_is_asked_for_is_on(make, caplog):
+    caplog.set_level(logging.INFO, logger="sparselearning")
+    make(mlp(20, 30, 10), verbose=True)
+    assert caplog.records
+    with pytest.raises(RuntimeError, match="fp16=True expects"):
+        make(mlp(20, 30, 10), fp16=True)
+    with pytest.raises(ValueError, match="Unknown sparse_backend 'tpu'"):
+        make(mlp(20, 30, 10), sparse_backend="tpu")
+
+
+def test_an_infinite_pull_is_refused():
+    with pytest.raises(ValueError, match="Expected a pull of at least 0, got inf"):
+        of_modes(mlp(5, 5), pull=float("inf"))
