@@ -240,3 +240,22 @@ def test_apportion_keeps_to_its_quotas_where_there_is_room(shares, total):
 def test_apportion_refuses(total, shares, capacity, message):
     with pytest.raises(ValueError, match=message):
         apportion(total, shares, capacity)
+
+
+@pytest.mark.parametrize("device", [False, True], ids=["cpu", "device"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_infinity_ranks_beyond_the_largest_number_beside_nan(sign, device, monkeypatch):
+    if device:
+        monkeypatch.setattr(selection, "_mark_lowest_on_cpu", selection._mark_lowest_on_device)
+    largest = torch.finfo(torch.float32).max
+    score = sign * torch.tensor([largest, torch.inf, torch.nan, 0.0])
+    mask = torch.tensor([False] * 4)
+    if sign > 0:
+        assert add_highest(score, mask, 1).tolist() == [False, True, False, False]
+    else:
+        assert drop_lowest(score, ~mask, 2).tolist() == [True, False, False, True]  # NaN first, then -inf
+
+
+def test_the_largest_remainder_comes_first_and_of_equals_the_earlier():
+    assert apportion(1, [0.30, 0.36, 0.34], [1, 1, 1]) == [0, 1, 0]
+    assert apportion(50, [1] * 100, [9] * 100) == [1] * 50 + [0] * 50
