@@ -165,8 +165,12 @@ def report(args):
         cells = summarise(rows, error)
         seeds = max(len(errors) for errors in cells.values())
         parts += [
-            f"MNIST, {model}, {epochs} epochs: test error in %, mean (standard error) over {seeds} seeds; fewer are in "
-            "square brackets.",
+            f"MNIST, {model}, {epochs} epochs: test error in %"
+            + (
+                f", mean (standard error) over {seeds} seeds; fewer are in square brackets."
+                if seeds > 1
+                else ", one seed."
+            ),
             markdown(cells, PUBLISHED if model == "lenet300-100" else {}, seeds),
             "The same: weights that were active at any time, in % (R_s, the in-time over-parameterisation rate).",
             markdown(summarise(rows, explored), {}, seeds),
