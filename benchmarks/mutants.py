@@ -10,7 +10,7 @@ with decorators and collects the tests again for every change, so the changes ar
 each change is made in a fork of that process, in the code of the function, and met by the tests that call the function,
 the fastest first, for 8 seconds.
 
-Writes benchmarks/results/mutants.json, with those that no test noticed. Linux, Python 3.11; an hour on one core.
+Writes benchmarks/results/mutants.json, with those that no test noticed. Linux, Python 3.11.
 """
 
 import argparse

@@ -63,7 +63,11 @@ class FP16Optimizer:
                 half.copy_(master)
 
     def state_dict(self):
-        return {"loss_scaler": self.loss_scaler, "optimizer_state_dict": self.optimizer.state_dict()}
+        return {
+            "loss_scaler": self.loss_scaler,
+            "optimizer_state_dict": self.optimizer.state_dict(),
+            "fp32_from_fp16": self.fp32_from_fp16_groups,
+        }
 
 
 def install(patch):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from apex_stand_in import FP16Optimizer
 from helpers import assert_masks_hold, backward, batch_for, masked, mlp, same, snapshot, train
 from torch import nn
 
@@ -167,50 +168,15 @@ def test_a_compiled_model_shares_the_storage_and_follows_the_masks():
     assert_masks_hold(masking)
 
 
-class FP16Optimizer:
-    """What Apex's FP16_Optimizer shows in public: fp32 master weights that are stepped in place of the fp16 ones."""
-
-    def __init__(self, optimizer, static_loss_scale=128.0):
-        self.optimizer, self.loss_scale = optimizer, static_loss_scale
-        self.fp16_groups = [list(group["params"]) for group in optimizer.param_groups]
-        self.fp32_from_fp16_groups = []
-        for group in optimizer.param_groups:
-            masters = [parameter.detach().float().requires_grad_() for parameter in group["params"]]
-            group["params"] = masters
-            self.fp32_from_fp16_groups.append(masters)
-
-    @property
-    def param_groups(self):
-        return self.optimizer.param_groups
-
-    def pairs(self):
-        for halves, masters in zip(self.fp16_groups, self.fp32_from_fp16_groups, strict=True):
-            yield from zip(halves, masters, strict=True)
-
-    def zero_grad(self):
-        for half, _ in self.pairs():
-            half.grad = None
-
-    def backward(self, loss):
-        (loss * self.loss_scale).backward()
-        self.overflow = any(not half.grad.isfinite().all() for half, _ in self.pairs())
-        for half, master in self.pairs():
-            master.grad = half.grad.float() / self.loss_scale
-
-    def step(self):
-        if not self.overflow:
-            self.optimizer.step()
-            with torch.no_grad():
-                for half, master in self.pairs():
-                    half.copy_(master)
-
-    def state_dict(self):
-        return {"fp32_from_fp16": self.fp32_from_fp16_groups, "optimizer_state_dict": self.optimizer.state_dict()}
+def apex(model):
+    """Apex's wrapper around SGD, whose loss scale adapts."""
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return FP16Optimizer(sgd, dynamic_loss_scale=True, dynamic_loss_args={"init_scale": 128.0})
 
 
 def test_apex_master_weights_are_masked_with_their_fp16_copies():
     model = mlp(20, 30, 10).half()
-    optimizer = FP16Optimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    optimizer = apex(model)
     masking = Masking(optimizer, None, fp16=True)
     masking.add_module(model, 0.2)
     seen = []
@@ -244,7 +210,7 @@ def test_apex_functions_see_the_master_weight():
         return masking.optimizer.state[weight]["momentum_buffer"][mask].abs().sum().item()
 
     model = mlp(20, 30, 10).half()
-    optimizer = FP16Optimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    optimizer = apex(model)
     masking = masked(model, optimizer, redistribution_mode=by_state)
     optimizer.backward(model(batch_for(model)).float().square().mean())
     masking.step()
