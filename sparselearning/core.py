@@ -43,7 +43,7 @@ from sparselearning.names import named
 from sparselearning.patterns import UNSTRUCTURED, patterns_for, with_most, with_pattern
 from sparselearning.prune import PRUNE_FUNCTIONS, count_of
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS, no_redistribution
-from sparselearning.regrowth import START_VALUES, pull_to_zero, start_regrown
+from sparselearning.regrowth import START_VALUES, keep_norms, pull_to_zero, start_regrown
 from sparselearning.schedules import Constant, CosineDecay, LinearDecay
 from sparselearning.selection import apportion, drop_lowest_jointly
 from sparselearning.sharded import add_up, count_active, is_sharded, reshard, shard_of
@@ -91,6 +91,8 @@ class Masking:
             itself there is always an update, so that a density schedule arrives.
         reset_state: set the optimizer's state of a weight to zero when it becomes active.
         regrown: what a weight is when it becomes active: 'zero', or 'random', as torch initialises layers.
+        rescale: enlarge the weights of every layer at the start, so that its norm is what it was without masks. A
+            network of a few percent may not learn otherwise: its signal fades from layer to layer.
         pull: how strongly active weights are pulled to zero, added to their gradients before every step.
         inactive: what becomes of a weight that leaves: 'zero' forgets its value; 'kept' and 'soft' keep and train it
             beside the network, which does not see it (see dense_copy.py).
@@ -121,6 +123,7 @@ class Masking:
         last_update: int | None = None,
         reset_state: bool = False,
         regrown: str = "zero",
+        rescale: bool = False,
         pull: float = 0.0,
         inactive: str = "zero",
     ):
@@ -147,7 +150,7 @@ class Masking:
         self.prune_every_k_steps = prune_every_k_steps
         self.density_schedule = density_schedule
         self.first_update, self.last_update = first_update, last_update
-        self.reset_state, self.regrown = reset_state, regrown
+        self.reset_state, self.regrown, self.rescale = reset_state, regrown, rescale
         self.pull, self.inactive, self.dense_copy = pull, inactive, INACTIVE[inactive]
         self.verbose = verbose
         self.modules: list[nn.Module] = []
@@ -285,6 +288,8 @@ class Masking:
         self._agree_and_count()
         self._check_agreement()
         self.baseline_nonzero = self.total_nonzero + sum(layer.left_over for layer in self.layers)
+        if self.rescale:
+            keep_norms(new.values())
         if self.dense_copy:
             self.dense_copy.add(self, list(new.values()))
         self.sparse_training.add(module, list(new.values()), *self._update_ahead())

@@ -61,6 +61,7 @@ class Method:
     start_density: float | None = None  # None: the final density
     reset_state: bool = False  # of the optimizer, where a weight becomes active
     regrown: str = "zero"  # what a weight is when it becomes active
+    rescale: bool = False  # at the start, until layers have the norm they had without masks
     pull: float = 0.0  # of active weights towards zero, added to their gradients
     inactive: str = "zero"  # what becomes of a weight that leaves
     pattern: str | None = "unstructured"  # which weights may be active together; see patterns.py
@@ -189,6 +190,7 @@ def masking_arguments(method: Method, density: Density, total_steps: int) -> dic
         last_update=last if method.stop_fraction < 1 else None,
         reset_state=method.reset_state,
         regrown=method.regrown,
+        rescale=method.rescale,
         pull=method.pull,
         inactive=method.inactive,
     )

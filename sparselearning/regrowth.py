@@ -1,16 +1,34 @@
-"""What a weight starts from when it becomes active: its value, and the optimizer's state."""
+"""What a weight starts from when it becomes active: its value, and the optimizer's state; and what all start from."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from sparselearning import distributed
 from sparselearning.layer import SparseLayer
-from sparselearning.sharded import is_sharded, uniform_like
+from sparselearning.sharded import add_up, is_sharded, uniform_like
 
 START_VALUES = ("zero", "random")
+
+
+@torch.no_grad()
+def keep_norms(layers: Iterable[SparseLayer]) -> None:
+    """Enlarge the weights of each layer, until the norm of those that are active is what that of all was.
+
+    Weights are initialised for as many inputs as a dense layer has; with few of them left, signals and gradients fade
+    from layer to layer, and a deep network at a density of 1% may not learn at all (Evci et al. 2022,
+    https://arxiv.org/abs/2010.03533, who initialise each neuron for the inputs that it has).
+    """
+    for layer in layers:
+        weight = layer.master
+        squares = weight.float().square()
+        every, active = add_up([squares.sum(), (squares * layer.mask).sum()])
+        if 0 < active < every < math.inf:
+            weight.mul_(every.div(active).sqrt())
+            if layer.weight is not weight:
+                layer.weight.copy_(weight)
 
 
 def start_regrown(masking, before: Sequence[Tensor]) -> None:

@@ -88,6 +88,7 @@ def test_defaults_are_the_paper_s():
         dense_layers=[],
         reset_state=False,
         regrown="zero",
+        rescale=False,
         pull=0.0,
         inactive="zero",
         sparse_backend=None,

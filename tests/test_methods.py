@@ -1,10 +1,12 @@
 """The table of methods, and the golden examples of their parts; test_every_method.py has what all of them hold."""
 
+import copy
 import math
 
 import pytest
 import torch
-from helpers import assert_masks_hold, backward, layer_with, masked, mlp, same, snapshot, train
+from helpers import assert_masks_hold, backward, batch_for, layer_with, masked, mlp, same, snapshot, train
+from torch import nn
 
 from sparselearning import Masking
 from sparselearning.before_training import grasp, snip, synflow
@@ -133,6 +135,7 @@ def test_a_method_is_the_arguments_of_masking():
         last_update=750,
         reset_state=True,
         regrown="zero",
+        rescale=False,
         pull=0.0,
         inactive="zero",
     )
@@ -281,6 +284,47 @@ def test_regrown_weights_are_drawn_as_torch_does():
     assert regrown.abs().max().item() == pytest.approx(1 / math.sqrt(300), rel=0.01)
     assert regrown.abs().mean().item() == pytest.approx(0.5 / math.sqrt(300), rel=0.05)
     assert abs(regrown.mean().item()) < 0.05 / math.sqrt(300)
+
+
+def norms(masking):
+    return [layer.weight.norm().item() for layer in masking.layers]
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern"), [("mest", "block:2x2"), ("rigl", "2:5"), ("snip", None), ("granet", None), ("top_kast", None)]
+)
+def test_rescaled_layers_have_the_norm_they_had_without_masks(method, pattern):
+    torch.manual_seed(5)
+    whole = mlp(20, 30, 10)
+    torch.manual_seed(5)
+    _, _, masking = begin(method, rescale=True, pattern=pattern)
+    assert norms(masking) == pytest.approx([whole.fc1.weight.norm().item(), whole.fc2.weight.norm().item()])
+    assert_masks_hold(masking)
+
+
+def test_a_rescaled_network_of_one_percent_passes_its_signal_on():
+    torch.manual_seed(0)
+    model = mlp(500, 500, 500, 500)
+    images = batch_for(model, 64)
+    whole = model(images).std(0).mean().item()
+    for rescale, expected in ((False, 0.0), (True, 1.0)):
+        sparse = copy.deepcopy(model)
+        masked(sparse, density=0.01, rescale=rescale)
+        assert sparse(images).std(0).mean().item() / whole == pytest.approx(expected, abs=0.2)
+
+
+def test_rescaling_leaves_weights_alone_that_have_their_norm_or_none():
+    model = mlp(20, 30, 10)
+    nn.init.zeros_(model.fc2.weight)
+    before = model.fc1.weight.clone()
+    masking = masked(model, density={"fc1": 1.0, "*": 0.5}, rescale=True)
+    assert torch.equal(model.fc1.weight, before)
+    assert not model.fc2.weight.any()
+    masking = masked(mlp(20, 30, 10), density=0.2)
+    module = masking.modules[0]
+    values = norms(masking)
+    masking.remove_weight_partial_name("")
+    assert norms(masked(module, sparse_init="resume", rescale=True)) == values
 
 
 def test_an_unknown_start_value_is_refused():

@@ -103,3 +103,22 @@ def test_a_saved_mask_is_sharded_when_it_is_loaded():
     for state in run(resume, 2, masking.state_dict()):
         assert torch.equal(state["layers"]["weight"]["mask"], masking.masks["weight"])
         assert state["baseline_nonzero"] == 9
+
+
+def rescaled(shard):
+    """Return the weights of a network that begins with the norm it had, sharded or whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(3)
+    model = nn.Linear(9, 7)
+    if shard:
+        fully_shard(model)
+    masking = Masking(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), None, rescale=True)
+    masking.add_module(model, density=0.3)
+    return unsharded(model.state_dict())["weight"].clone()
+
+
+def test_sharded_weights_are_rescaled_as_whole_ones():
+    expected = rescaled(shard=False)
+    for weight in run(rescaled, 2, True):
+        torch.testing.assert_close(weight, expected)

@@ -174,6 +174,13 @@ def add_sparse_args(
         help="what a weight is when it grows; random is as torch initialises layers (default: %(default)s)",
     )
     add(
+        "--rescale",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="enlarge the weights at the start until every layer has the norm it had without masks, for networks of a "
+        "few percent that do not begin to learn (default: no)",
+    )
+    add(
         "--sparse-backend",
         choices=["cpu"],
         help="train on sparse kernels, in time that follows the active weights; docs/sparse.md says how growth differs "
