@@ -291,7 +291,8 @@ def norms(masking):
 
 
 @pytest.mark.parametrize(
-    ("method", "pattern"), [("mest", "block:2x2"), ("rigl", "2:5"), ("snip", None), ("granet", None), ("top_kast", None)]
+    ("method", "pattern"),
+    [("mest", "block:2x2"), ("rigl", "2:5"), ("snip", None), ("granet", None), ("top_kast", None)],
 )
 def test_rescaled_layers_have_the_norm_they_had_without_masks(method, pattern):
     torch.manual_seed(5)
