@@ -38,8 +38,8 @@ DECAY_STEPS = 25000  # between two decays of the learning rate in 100 epochs; sh
 DENSE = "dense"
 WRITING = threading.Lock()
 
-# At the default learning rate a dense LeNet-5 now and then stays at chance, and one of 1% does not learn from weights
-# that were initialised for a dense network.
+# At the default learning rate a dense LeNet-5 now and then stays at chance. One of 1% does not learn from weights that
+# were initialised for a dense network, unless they were chosen by their magnitude.
 FLAGS = {"lenet300-100": [], "lenet5": ["--lr", "0.05", "--rescale"]}
 
 # Test accuracy in %. Sparse momentum and dense: Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/1907.04840; the
@@ -130,7 +130,7 @@ def train(args, work):
     command = [sys.executable, str(SCRIPT), "--data", "mnist", "--model", work["model"], *kind, "--device", "cpu"]
     decay = str(DECAY_STEPS * work["epochs"] // 100)
     command += ["--seed", str(work["seed"]), "--epochs", str(work["epochs"]), "--max-threads", "1"]
-    command += ["--decay_frequency", decay, *FLAGS[work["model"]]]
+    command += ["--decay_frequency", decay, *flags(work["model"], work["method"])]
     command += ["--run-dir", str(place), *(["--data-dir", args.data_dir] if args.data_dir else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -149,6 +149,11 @@ def train(args, work):
     with WRITING:
         append(args.csv, row)
     return " ".join(str(row[name]) for name in COLUMNS[:6])
+
+
+def flags(model, method):
+    chosen_by_magnitude = method != DENSE and METHODS[method].inactive != "zero"
+    return [flag for flag in FLAGS[model] if flag != "--rescale" or not chosen_by_magnitude]
 
 
 def append(path, row):

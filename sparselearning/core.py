@@ -98,7 +98,7 @@ class Masking:
             beside the network, which does not see it (see dense_copy.py).
 
     Raises:
-        ValueError: for an unknown mode.
+        ValueError: for an unknown mode, or settings that do not go together.
         TypeError: for a function of the wrong shape, a schedule or an optimizer that is none.
         RuntimeError: if a mode needs a momentum and the optimizer keeps none.
 
@@ -140,6 +140,10 @@ class Masking:
             raise ValueError(f"Unknown inactive {inactive!r}. Choose one of {', '.join(map(repr, INACTIVE))}.")
         if inactive != "zero" and sparse_backend is not None:
             raise ValueError(f"inactive={inactive!r} trains inactive weights; leave out sparse_backend.")
+        if rescale and inactive != "zero":
+            raise ValueError(
+                f"With inactive={inactive!r} weights are active for their magnitude, and need no rescale; leave it out."
+            )
         self.optimizer = torch_optimizer(optimizer)
         self.stepper = optimizer
         self.prune_rate_decay = Constant(prune_rate) if prune_rate_decay is None else prune_rate_decay

@@ -119,7 +119,7 @@ class Settings:
             growth_mode=self.mode(GROWTH_FUNCTIONS), redistribution_mode=self.mode(REDISTRIBUTION_FUNCTIONS),
             prune_every_k_steps=self.data.draw(st.integers(0, 3)), density_schedule=self.schedule,
             first_update=self.data.draw(st.integers(0, 2)), reset_state=self.data.draw(st.booleans()),
-            regrown=self.one_of(START_VALUES), rescale=self.data.draw(st.booleans()),
+            regrown=self.one_of(START_VALUES), rescale=self.inactive == "zero" and self.data.draw(st.booleans()),
             pull=self.data.draw(st.sampled_from([0.0, 1e-3])),
             inactive=self.inactive, **self.kind,
         )  # fmt: skip

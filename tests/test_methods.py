@@ -292,7 +292,7 @@ def norms(masking):
 
 @pytest.mark.parametrize(
     ("method", "pattern"),
-    [("mest", "block:2x2"), ("rigl", "2:5"), ("snip", None), ("granet", None), ("top_kast", None)],
+    [("mest", "block:2x2"), ("rigl", "2:5"), ("snip", None), ("granet", None)],
 )
 def test_rescaled_layers_have_the_norm_they_had_without_masks(method, pattern):
     torch.manual_seed(5)
@@ -326,6 +326,11 @@ def test_rescaling_leaves_weights_alone_that_have_their_norm_or_none():
     values = norms(masking)
     masking.remove_weight_partial_name("")
     assert norms(masked(module, sparse_init="resume", rescale=True)) == values
+
+
+def test_weights_that_are_active_for_their_magnitude_are_not_rescaled():
+    with pytest.raises(ValueError, match="With inactive='kept' weights are active for their magnitude"):
+        begin("top_kast", rescale=True)
 
 
 def test_an_unknown_start_value_is_refused():
