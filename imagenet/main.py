@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sparselearning import checkpoint, distributed
+from sparselearning.allocator import keep_freed_memory
 from sparselearning.core import Masking, add_sparse_args
 from sparselearning.experiments import images, plots, resuming
 from sparselearning.experiments.arguments import (
@@ -215,6 +216,8 @@ def check(parser, args, recipe):
 def run(args):
     """Make one run, and return its folder."""
     device = distributed.start(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     rank, processes = distributed.rank(), distributed.processes()
     seed_generators(args.seed)
     torch.backends.cudnn.benchmark = True  # all batches have one shape

@@ -27,6 +27,7 @@ from extensions import EXTENSIONS
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sparselearning import checkpoint, distributed, models
+from sparselearning.allocator import keep_freed_memory
 from sparselearning.core import Masking, add_sparse_args
 from sparselearning.experiments import data as datasets
 from sparselearning.experiments import features, plots, resuming
@@ -191,6 +192,8 @@ def check(parser, args):
 def run(args):
     """Make one run, and return its folder."""
     device = distributed.start(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.set_num_threads(min(args.max_threads, os.cpu_count() or 1))
     seed_generators(args.seed)
     found = resuming.find(args)

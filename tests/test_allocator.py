@@ -1,0 +1,39 @@
+"""Freed memory that a process keeps."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from sparselearning import allocator
+
+COUNT_FAULTS = """
+import resource, torch
+from sparselearning.allocator import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        parts = [torch.ones(1 << 20) for _ in range(10)]
+        del parts
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+assert keep_freed_memory()
+faults()
+print(before, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep what they like")
+def test_the_second_use_of_memory_needs_no_pages():
+    out = subprocess.run([sys.executable, "-c", COUNT_FAULTS], capture_output=True, text=True, check=True).stdout
+    before, after = map(int, out.split())
+    assert before > 5 * 10 * 1024 / 2  # 4 MB in pages of 4 kB
+    assert after < before / 20
+
+
+def test_elsewhere_it_says_no(monkeypatch):
+    monkeypatch.setattr(allocator.sys, "platform", "win32")
+    assert not allocator.keep_freed_memory()
