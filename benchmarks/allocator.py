@@ -2,8 +2,8 @@
 
     python benchmarks/allocator.py
 
-Each measurement is a process of its own, for the setting cannot be taken back; the two kinds take turns. Dense networks,
-and one on the sparse kernels.
+Each measurement is a process of its own, for the setting cannot be taken back; the two kinds take turns. Dense
+networks, and one on the sparse kernels.
 """
 
 import json

@@ -611,7 +611,8 @@ class Masking:
         counts = apportion(min(lacking, sum(room)), [layer.importance for layer in self.layers], room)
         # A layer that lost its last weight would have no importance, and stay empty for ever.
         emptied = [int(layer.removed > 0 and layer.nonzeros == 0 and layer.room >= unit) for layer in self.layers]
-        return [count * unit for count in none_empty(counts, emptied)]
+        held = [layer.nonzeros for layer in self.layers]
+        return [count * unit for count in none_empty(counts, emptied, held)]
 
     def _grow_weights(self, regrowth):
         if is_network_wide(self.grow):

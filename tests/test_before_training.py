@@ -204,6 +204,21 @@ def test_scores_of_dense_layers_do_not_count():
     assert masking.name2nonzeros == {"fc1.weight": 20}
 
 
+def test_add_module_scores_what_it_masks():
+    model, inputs = mlp(10, 20, 20, 5), torch.randn(8, 10)
+
+    def masks(scores, **given):
+        copied = copy.deepcopy(model)
+        masking = Masking(torch.optim.SGD(copied.parameters(), lr=0.1, momentum=0.9), None)
+        masking.add_module(copied, 0.1, scores, dense=["fc2"], **given)
+        return masking.masks
+
+    found = masks("synflow", batches=[(inputs, torch.arange(8) % 5)])
+    assert same(found, masks(synflow(model, inputs, 0.1, dense=["fc2.weight"])))
+    assert not same(found, masks(synflow(model, inputs, 0.9, dense=["fc2.weight"])))
+    assert not same(found, masks(synflow(model, inputs, 0.1)))
+
+
 def test_masks_of_a_checkpoint_and_of_a_file(tmp_path):
     model = mlp(10, 20, 5)
     masking = masked(model, density=0.1)
