@@ -25,6 +25,7 @@ import common
 import torch
 from tabulate import tabulate
 
+from sparselearning.distributions import DISTRIBUTIONS
 from sparselearning.experiments import plots
 from sparselearning.experiments.results import statistics
 from sparselearning.methods import METHODS
@@ -39,7 +40,7 @@ DENSE = "dense"
 WRITING = threading.Lock()
 
 # At the default learning rate a dense LeNet-5 now and then stays at chance. One of 1% does not learn from weights that
-# were initialised for a dense network, unless they were chosen by their magnitude.
+# were initialised for a dense network and drawn at random; those that a score has chosen pass the signal on as they are.
 FLAGS = {"lenet300-100": [], "lenet5": ["--lr", "0.05", "--rescale"]}
 
 # Test accuracy in %. Sparse momentum and dense: Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/1907.04840; the
@@ -152,8 +153,8 @@ def train(args, work):
 
 
 def flags(model, method):
-    chosen_by_magnitude = method != DENSE and METHODS[method].inactive != "zero"
-    return [flag for flag in FLAGS[model] if flag != "--rescale" or not chosen_by_magnitude]
+    drawn = method != DENSE and METHODS[method].sparse_init in DISTRIBUTIONS and METHODS[method].inactive == "zero"
+    return [flag for flag in FLAGS[model] if flag != "--rescale" or drawn]
 
 
 def append(path, row):
