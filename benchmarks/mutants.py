@@ -3,6 +3,7 @@
     make mutants                                                # all files that pyproject.toml names
     python benchmarks/mutants.py sparselearning/schedules.py    # one file of them
     python benchmarks/mutants.py --only apportion               # functions whose name contains this
+    python benchmarks/mutants.py --again tests/test_updates.py  # what survived, once more, by all tests of these files
 
 The changes are those of mutmut (https://mutmut.readthedocs.io): another operator or number, an argument left out, a
 branch always taken, ...; text of error messages and the `strict` of a zip are left alone. Its runner skips functions
@@ -17,6 +18,7 @@ import argparse
 import difflib
 import importlib
 import json
+import math
 import os
 import re
 import resource
@@ -72,6 +74,9 @@ class Mutant:
         before = self.function.source(self.function.node).splitlines()
         lines = difflib.unified_diff(before, self.source.splitlines(), n=0, lineterm="")
         return [line for line in lines if line[0] in "+-" and not line.startswith(("+++", "---"))]
+
+    def key(self) -> tuple[str, str, str]:
+        return self.function.file, self.function.name, "\n".join(self.diff())
 
     def make(self) -> None:
         """Change the function in this process, for all who hold it."""
@@ -133,9 +138,11 @@ def _only_speaks(node):
 class Trial:
     """A pytest plugin that runs the tests once for each mutant, instead of once."""
 
-    def __init__(self, functions: list[Function], log: Any):
+    def __init__(self, functions: list[Function], log: Any, again: set[tuple[str, str, str]] | None = None):
         self.functions = functions
         self.log = log
+        self.again = again  # file, function and change of those to try; None: all
+        self.seconds_each = SECONDS_EACH if again is None else math.inf
         self.outcome: dict[int, str] = {}
         self.failed: list[str] = []
         self.mutants: list[Mutant] = []
@@ -151,6 +158,8 @@ class Trial:
         for function in self.functions:
             order = sorted(callers[function.name], key=seconds.__getitem__)
             for mutant in mutants_of(function):
+                if self.again is not None and mutant.key() not in self.again:
+                    continue
                 outcome = self._try(mutant, order, seconds)
                 self.outcome[len(self.mutants)] = outcome
                 self.mutants.append(mutant)
@@ -207,7 +216,7 @@ class Trial:
                 mutant.make()
                 started = time.process_time()
                 for i in order:
-                    if time.process_time() - started > SECONDS_EACH:
+                    if time.process_time() - started > self.seconds_each:
                         break
                     limit = int(time.process_time() + 5 + 20 * seconds[i]) + 1
                     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))  # a hard one stays
@@ -233,20 +242,51 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", default=settings["files"])
     parser.add_argument("--only", default="", help="functions whose name contains this; nothing is written then")
+    parser.add_argument("--again", nargs="+", metavar="TESTS", help="files of tests for the changes that survived")
     args = parser.parse_args()
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     functions = [function for file in args.files for function in functions_of(file) if args.only in function.name]
-    started = time.process_time(), time.time()
-    trial = Trial(functions, sys.stdout)
-    status = pytest.main([*settings["tests"], *settings["options"], "-p", "no:cacheprovider", "-s"], plugins=[trial])
+    started = time.time()
+    trial = Trial(functions, sys.stdout, survivors() if args.again else None)
+    tests = args.again or settings["tests"]
+    status = pytest.main([*tests, *settings["options"], "-p", "no:cacheprovider", "-s"], plugins=[trial])
     if status:
         sys.exit(status)
-    if not args.only:
-        write(trial, args.files, time.time() - started[1])
+    if args.again:
+        write_again(trial)
+    elif not args.only:
+        write(trial, args.files)
+    print(f"{time.time() - started:.0f} seconds")
 
 
-def write(trial: Trial, files: list[str], seconds: float) -> None:
+def survivors() -> set[tuple[str, str, str]]:
+    """Return file, function and change of what no test has noticed so far."""
+    found = json.loads(OUT.read_text())["survived"]
+    return {(file, one["function"], "\n".join(one["change"])) for file, rows in found.items() for one in rows}
+
+
+def write_again(trial: Trial) -> None:
+    """Take the changes that a test notices now off the list, and those that the code no longer allows."""
+    result = json.loads(OUT.read_text())
+    outcomes = {mutant.key(): trial.outcome[i] for i, mutant in enumerate(trial.mutants)}
+    for file in {function.file for function in trial.functions}:
+        left = []
+        for one in result["survived"][file]:
+            outcome = outcomes.get((file, one["function"], "\n".join(one["change"])))
+            counts = result["files"][file]
+            counts["survived"] -= outcome != "survived"
+            if outcome is None:
+                counts["mutants"] -= 1
+            elif outcome == "survived":
+                left.append(one)
+            else:
+                counts["timeout" if outcome == "timeout" else "killed"] += 1
+        result["survived"][file] = left
+    OUT.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def write(trial: Trial, files: list[str]) -> None:
     """Write how many changes of each file no test noticed, and which."""
     result = json.loads(OUT.read_text()) if OUT.is_file() else {"files": {}, "survived": {}}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -263,7 +303,6 @@ def write(trial: Trial, files: list[str], seconds: float) -> None:
         ]
     result |= {"command": "make mutants", "mutmut": version("mutmut"), "tests": len(trial.items)}
     OUT.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{seconds:.0f} seconds")
 
 
 if __name__ == "__main__":

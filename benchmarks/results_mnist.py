@@ -40,7 +40,7 @@ DENSE = "dense"
 WRITING = threading.Lock()
 
 # At the default learning rate a dense LeNet-5 now and then stays at chance. One of 1% does not learn from weights that
-# were initialised for a dense network and drawn at random; those that a score has chosen pass the signal on as they are.
+# were initialised for a dense network and drawn at random; those that a score has chosen pass the signal as they are.
 FLAGS = {"lenet300-100": [], "lenet5": ["--lr", "0.05", "--rescale"]}
 
 # Test accuracy in %. Sparse momentum and dense: Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/1907.04840; the
