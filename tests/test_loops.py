@@ -9,6 +9,8 @@ from helpers import assert_masks_hold, backward, batch_for, masked, mlp, same, s
 from torch import nn
 
 from sparselearning import Masking
+from sparselearning.invariants import NonFiniteError
+from sparselearning.selection import add_highest
 
 
 def pair(**modes):
@@ -217,6 +219,28 @@ def test_apex_functions_see_the_master_weight():
     masking.at_end_of_epoch()
     assert min(masking.name2variance.values()) > 0
     assert_masks_hold(masking)
+
+
+def test_apex_gradients_are_those_of_the_master_weight():
+    seen = []
+
+    def grow(masking, name, mask, count, weight):
+        seen.append(masking.get_gradient_for_weight(weight))
+        return add_highest(seen[-1].abs(), mask, count)
+
+    model = mlp(20, 30, 10).half()
+    optimizer = apex(model)
+    masking = masked(model, optimizer, growth_mode=grow)
+    optimizer.backward(model(batch_for(model)).float().square().mean())
+    masking.step()
+    masking.at_end_of_epoch()
+    assert [gradient.dtype for gradient in seen] == [torch.float32, torch.float32]
+    layer = masking.layers[1]
+    for weight in (layer.weight, layer.master):
+        assert torch.equal(masking.get_gradient_for_weight(weight), seen[1])
+    layer.master.grad[0, 0] = torch.inf
+    with pytest.raises(NonFiniteError, match=r"gradient of fc2\.weight"):
+        masking.at_end_of_epoch()
 
 
 def test_fp16_without_master_weights_is_refused():

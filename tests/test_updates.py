@@ -59,10 +59,12 @@ def test_layers_gain_and_lose_in_proportion_to_what_they_have(density, expected)
 @pytest.mark.parametrize(("density", "expected"), [(0.2, [32, 48]), (0.05, [8, 12])])
 def test_blocks_are_gained_and_lost_whole(density, expected):
     model = mlp(10, 20, 10)
-    masking = Masking(sgd(model), None, growth_mode="random", redistribution_mode="none",
-                      density_schedule=lambda step: density)  # fmt: skip
+    modes = dict(growth_mode="random", redistribution_mode="none", prune_rate=0.0)
+    masking = Masking(sgd(model), None, density_schedule=lambda step: density, **modes)
     masking.add_module(model, {"fc1": 0.08, "fc2": 0.12}, pattern="block:2x2")
     train(model, masking, 1)
+    with torch.no_grad():
+        model.fc1.weight.mul_(100)  # larger weights keep no more of a layer
     masking.at_end_of_epoch()
     assert counts(masking) == expected
 
