@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sparselearning import models
-from sparselearning.allocator import keep_freed_memory
 from sparselearning.models.resnet import resnet50
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,8 +44,6 @@ def parse(description: str | None, rounds: int, **more: tuple[Any, str]) -> argp
     args.rounds = args.rounds or (2 if args.quick else rounds)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    if args.device == "cpu":
-        keep_freed_memory()  # as main.py does
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     return args
 
