@@ -328,6 +328,16 @@ def test_rescaling_leaves_weights_alone_that_have_their_norm_or_none():
     assert norms(masked(module, sparse_init="resume", rescale=True)) == values
 
 
+def test_sparse_kernels_begin_with_rescaled_weights():
+    outputs = []
+    for backend in (None, "cpu"):
+        torch.manual_seed(5)
+        model, _, masking = begin("set", rescale=True, sparse_backend=backend)
+        outputs.append(model(BATCHES[0][0]))
+        assert_masks_hold(masking)
+    torch.testing.assert_close(*outputs)
+
+
 def test_weights_that_are_active_for_their_magnitude_are_not_rescaled():
     with pytest.raises(ValueError, match="With inactive='kept' weights are active for their magnitude"):
         begin("top_kast", rescale=True)

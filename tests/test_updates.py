@@ -225,8 +225,8 @@ def test_every_gradient_that_is_read_is_looked_at():
     assert "fc2" not in str(refused.value)
 
 
-def test_functions_are_handed_to_select_by_hand():
-    """The worked example of functions.py: the smallest leave, the largest momenta come."""
+def test_an_update_with_functions_of_ones_own():
+    """The smallest two leave, the largest two momenta come."""
     masking = layer_with(
         [[4.0, -1.0, 0.0, 0.0], [3.0, -2.0, 0.0, 0.0]],
         mask=[[True, True, False, False]] * 2,
