@@ -270,9 +270,13 @@ def write_again(trial: Trial) -> None:
     """Take the changes that a test notices now off the list, and those that the code no longer allows."""
     result = json.loads(OUT.read_text())
     outcomes = {mutant.key(): trial.outcome[i] for i, mutant in enumerate(trial.mutants)}
-    for file in {function.file for function in trial.functions}:
+    tried = {(function.file, function.name) for function in trial.functions}
+    for file in {file for file, _ in tried}:
         left = []
         for one in result["survived"][file]:
+            if (file, one["function"]) not in tried:
+                left.append(one)
+                continue
             outcome = outcomes.get((file, one["function"], "\n".join(one["change"])))
             counts = result["files"][file]
             counts["survived"] -= outcome != "survived"
