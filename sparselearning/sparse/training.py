@@ -294,7 +294,8 @@ class SparseTraining:
         if self.reset_state or key != "momentum_buffer" or module.gradient is None:
             return torch.zeros_like(module.weight).reshape(-1)
         group = next(group for group in self.optimizer.param_groups if any(p is module.value for p in group["params"]))
-        if "dampening" not in group:  # RMSprop's momentum is one of scaled gradients
+        # RMSprop's momentum is one of scaled gradients; one that never decays has no such sum.
+        if "dampening" not in group or group["momentum"] >= 1:
             return torch.zeros_like(module.weight).reshape(-1)
         gain = (1 - group["dampening"]) / (1 - group["momentum"])
         return module.gradient.reshape(-1) * (gain / max(module.observed, 1))

@@ -250,3 +250,19 @@ def test_a_deep_copy_trains_on_its_own():
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match=r"Unknown sparse_backend 'gpu'. Choose 'cpu', or None"):
         masked("gpu")
+
+
+def test_a_momentum_that_never_decays_starts_at_zero():
+    torch.manual_seed(0)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=1.0)
+    mask = Masking(optimizer, None, sparse_backend="cpu")
+    mask.add_module(model, density=0.3)
+    before = {layer.name: layer.mask.clone() for layer in mask.layers}
+    train(model, optimizer, mask, 3)
+    mask.at_end_of_epoch()
+    mask.check()
+    layer = mask.layers[0]
+    grown = layer.mask & ~before[layer.name]
+    assert grown.any()
+    assert not mask.get_momentum_for_weight(layer.weight)[grown].any()
