@@ -27,7 +27,7 @@ from sparselearning.sparse.modules import numeric_padding
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 10  # steps before an update whose dense gradients are averaged
+WINDOW = 10  # dense gradients that are averaged, of the steps before an update
 EVERY = 10  # until the first update has shown how far apart updates are, one step in so many, and the first
 
 
@@ -97,6 +97,14 @@ class Trained(nn.Module):
     def collect(self, x: Tensor, dy: Tensor) -> None:
         gradient = self.weight_gradient(x, dy)
         self.gradient = gradient if self.gradient is None else self.gradient.add_(gradient)
+
+    @torch.no_grad()
+    def count_observed(self) -> None:
+        """Count a step. Of more than WINDOW that were observed the earlier ones fade, as they do from a momentum."""
+        self.observed += self.observing
+        if self.observed > WINDOW and self.gradient is not None:
+            self.gradient.mul_(WINDOW / self.observed)
+            self.observed = WINDOW
 
     def arguments(self):
         start, column, *turned = self.indices
@@ -306,7 +314,7 @@ class SparseTraining:
             return
         self.since_update += 1
         for module in self.trained.values():
-            module.observed += module.observing
+            module.count_observed()
         for module in self.trained.values():
             module.observing = self.observes(left, by_steps)
 

@@ -266,3 +266,14 @@ def test_a_momentum_that_never_decays_starts_at_zero():
     grown = layer.mask & ~before[layer.name]
     assert grown.any()
     assert not mask.get_momentum_for_weight(layer.weight)[grown].any()
+
+
+def test_of_many_observed_gradients_the_early_ones_fade():
+    model, optimizer, mask = masked("cpu")
+    module = next(iter(mask.sparse_training.trained.values()))
+    module.observing = True
+    for step in range(4 * WINDOW):
+        module.gradient = (torch.zeros_like(module.weight) if step == 0 else module.gradient) + (step < WINDOW)
+        module.count_observed()
+    assert module.observed == WINDOW
+    assert 0 < module.gradient.max() / WINDOW < 0.1
