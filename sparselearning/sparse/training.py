@@ -27,7 +27,7 @@ from sparselearning.sparse.modules import numeric_padding
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 10  # dense gradients that are averaged, of the steps before an update
+WINDOW = 20  # dense gradients that are averaged, of the steps before an update: as many as a momentum of 0.9 averages
 EVERY = 10  # until the first update has shown how far apart updates are, one step in so many, and the first
 
 
