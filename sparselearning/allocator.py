@@ -11,9 +11,9 @@ def keep_freed_memory(number_of_bytes: int = MOST) -> bool:
     """Keep up to this much freed memory for what is allocated next; return whether the C library can.
 
     glibc returns large blocks to the system when they are freed. A training on a CPU frees its activations in every
-    step, and has the system map and clear the same pages for the next, which takes up to a third of its time
-    (docs/sparse.md). Results do not change, nor does the most memory that is in use. The setting is the whole
-    process's, so it is a program's to make, not a library's: the scripts do.
+    step, and has the system map and clear the same pages for the next: a fifth of a step of LeNet-5 (docs/sparse.md).
+    Results do not change, nor does the most memory that is in use. The setting is the whole process's, so it is a
+    program's to make, not a library's: the scripts do.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
