@@ -148,6 +148,15 @@ def test_a_signal_in_the_test_ends_the_run_at_once(run, stop):
     assert "test_loss" in metrics_of(run("--valid_split", "0", "--resume", "auto"))[-1]
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler of SIGINT, which a process that a shell started in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_second_signal_ends_at_once():
     with resuming.StopRequests() as stop:
         signal.raise_signal(signal.SIGINT)
