@@ -207,16 +207,22 @@ def test_apex_master_weights_are_masked_with_their_fp16_copies():
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
 
 
+def updated_under_apex(**modes):
+    """Masks of a half-precision model, after one step and one update."""
+    model = mlp(20, 30, 10).half()
+    optimizer = apex(model)
+    masking = masked(model, optimizer, **modes)
+    optimizer.backward(model(batch_for(model)).float().square().mean())
+    masking.step()
+    masking.at_end_of_epoch()
+    return masking
+
+
 def test_apex_functions_see_the_master_weight():
     def by_state(masking, name, weight, mask):
         return masking.optimizer.state[weight]["momentum_buffer"][mask].abs().sum().item()
 
-    model = mlp(20, 30, 10).half()
-    optimizer = apex(model)
-    masking = masked(model, optimizer, redistribution_mode=by_state)
-    optimizer.backward(model(batch_for(model)).float().square().mean())
-    masking.step()
-    masking.at_end_of_epoch()
+    masking = updated_under_apex(redistribution_mode=by_state)
     assert min(masking.name2variance.values()) > 0
     assert_masks_hold(masking)
 
@@ -228,12 +234,7 @@ def test_apex_gradients_are_those_of_the_master_weight():
         seen.append(masking.get_gradient_for_weight(weight))
         return add_highest(seen[-1].abs(), mask, count)
 
-    model = mlp(20, 30, 10).half()
-    optimizer = apex(model)
-    masking = masked(model, optimizer, growth_mode=grow)
-    optimizer.backward(model(batch_for(model)).float().square().mean())
-    masking.step()
-    masking.at_end_of_epoch()
+    masking = updated_under_apex(growth_mode=grow)
     assert [gradient.dtype for gradient in seen] == [torch.float32, torch.float32]
     layer = masking.layers[1]
     for weight in (layer.weight, layer.master):
