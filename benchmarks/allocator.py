@@ -3,7 +3,7 @@
     python benchmarks/allocator.py
 
 Each measurement is a process of its own, for the setting cannot be taken back; the two kinds take turns. Dense
-networks, and one on the sparse kernels.
+networks, and on the sparse kernels a network and a layer.
 """
 
 import json
@@ -16,12 +16,18 @@ import time
 
 import common
 import torch
+from sparse_layers import both, prune
 from torch.nn.functional import cross_entropy
 
 from sparselearning import Masking, models
 from sparselearning.allocator import keep_freed_memory
+from sparselearning.sparse import SparseConv2d, library, ops
 
-CASES = [("lenet5", 100, False), ("wrn-16-8", 32, False), ("vgg-d", 32, False), ("vgg-d", 32, True)]
+LAYER = "conv 64@32"
+CASES = [
+    *(("lenet5", 100, False), ("wrn-16-8", 32, False), ("vgg-d", 32, False)),
+    *(("vgg-d", 32, True), (LAYER, 32, True)),
+]
 STEPS = 8
 
 
@@ -58,7 +64,25 @@ def measure(name, images, sparse, keep, threads):
     torch.set_num_threads(threads)
     if keep:
         keep_freed_memory()
+    else:
+        library.keep_memory = lambda: None
     torch.manual_seed(0)
+    step = layer_step(images) if name == LAYER else model_step(name, images, sparse)
+    for _ in range(3):
+        step()
+    before, milliseconds = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, []
+    for _ in range(STEPS):
+        started = time.perf_counter()
+        step()
+        milliseconds.append(1e3 * (time.perf_counter() - started))
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return dict(
+        ms=statistics.median(milliseconds), faults=(used.ru_minflt - before) / STEPS, memory=used.ru_maxrss >> 10
+    )
+
+
+def model_step(name, images, sparse):
+    """Return a training step of a network."""
     model = models.build(name)
     x = torch.randn(images, *((1, 28, 28) if name == "lenet5" else (3, 32, 32)))
     y = torch.randint(10, (images,))
@@ -73,17 +97,14 @@ def measure(name, images, sparse, keep, threads):
         cross_entropy(model(x), y).backward()
         optimizer.step()
 
-    for _ in range(3):
-        step()
-    before, milliseconds = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, []
-    for _ in range(STEPS):
-        started = time.perf_counter()
-        step()
-        milliseconds.append(1e3 * (time.perf_counter() - started))
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return dict(
-        ms=statistics.median(milliseconds), faults=(used.ru_minflt - before) / STEPS, memory=used.ru_maxrss >> 10
-    )
+    return step
+
+
+def layer_step(images):
+    """Return a pass through one sparse convolution, and back."""
+    layer = torch.nn.Conv2d(64, 64, 3, padding=1)
+    prune(layer, 0.05)
+    return both(SparseConv2d.from_dense(layer), ops.in_order(torch.randn(images, 64, 32, 32), True))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparselearning.allocator import keep_freed_memory
+
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 DTYPES = {torch.float32: "float", torch.float64: "double"}
 FAILURES = {
@@ -78,6 +80,7 @@ def load() -> Library | None:
 
 
 LIBRARY = load()
+keep_memory = functools.cache(keep_freed_memory)
 
 
 def kernels() -> Library:
@@ -91,6 +94,7 @@ def kernels() -> Library:
             "sparselearning was installed without its sparse kernels. Install a C++ compiler and reinstall, "
             "or keep the model dense."
         )
+    keep_memory()
     return LIBRARY
 
 
