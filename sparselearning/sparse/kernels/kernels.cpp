@@ -44,10 +44,13 @@ inline int64_t cache_bytes() {
 constexpr int64_t L1_BYTES = 24576;
 
 // Nonzeros of a row in one block of channels, at least, on average.
-constexpr int64_t NONZEROS_TOGETHER = 12;
+constexpr int64_t NONZEROS_TOGETHER = 24;
 
 // Tiles from which on it pays to look up where every nonzero reads.
 constexpr int64_t TILES_TO_LOOK_UP = 2;
+
+// Indices from which on several threads are worth waking for them.
+constexpr int64_t MANY_INDICES = 1 << 17;
 
 // Rows whose sums of one tile stay in the second-level cache.
 constexpr int64_t ROWS_TOGETHER = 512;
@@ -118,13 +121,21 @@ const Kernels<S>& kernels(int instruction_set) {
     return table[instruction_set];
 }
 
-bool fits(const int32_t* start, const int32_t* column, int64_t rows, int64_t columns) {
+bool all_below(const int32_t* index, int64_t count, int64_t limit, const Parallel& parallel) {
+    std::atomic<bool> below{true};
+    parallel.run_if(count > MANY_INDICES, count, [&](int64_t from, int64_t to) {
+        bool found = true;
+        for (int64_t k = from; k < to; ++k) found &= uint32_t(index[k]) < uint32_t(limit);
+        if (!found) below = false;
+    });
+    return below;
+}
+
+bool fits(const int32_t* start, const int32_t* column, int64_t rows, int64_t columns, const Parallel& parallel) {
     if (start[0] != 0) return false;
     for (int64_t r = 0; r < rows; ++r)
         if (start[r + 1] < start[r]) return false;
-    bool inside = true;
-    for (int64_t k = 0; k < start[rows]; ++k) inside &= uint32_t(column[k]) < uint32_t(columns);
-    return inside;
+    return all_below(column, start[rows], columns, parallel);
 }
 
 // Exceptions stop at the C interface.
@@ -148,7 +159,7 @@ template <class S>
 int forward(const int64_t* shape, const S* x, const int32_t* start, const int32_t* column, const S* value,
             const S* bias, bool relu, S* y, int instruction_set, const Parallel& parallel) {
     const Conv c = conv_of(shape);
-    if (!fits(start, column, c.out_channels, c.in_channels / c.groups * c.taps())) return 1;
+    if (!fits(start, column, c.out_channels, c.in_channels / c.groups * c.taps(), parallel)) return 1;
     if (c.images == 0) return 0;
     return kernels<S>(instruction_set).convolve[c.batch_last](forward_grid(c), c.images, c.in_channels, x,
                                                               {c.out_channels, start, column, value}, c.groups, bias,
@@ -161,13 +172,14 @@ int input_gradient(const int64_t* shape, const S* dy, const int32_t* start, cons
                    const S* value, S* dx, int instruction_set, const Parallel& parallel) {
     const Conv c = conv_of(shape);
     const int64_t rows = c.in_channels * c.stride_y * c.stride_x;
-    if (!fits(start, column, rows, c.out_channels / c.groups * c.taps())) return 1;
+    if (!fits(start, column, rows, c.out_channels / c.groups * c.taps(), parallel)) return 1;
     if (c.images == 0) return 0;
     const int64_t nonzeros = start[rows];
-    for (int64_t k = 0; k < nonzeros; ++k)
-        if (order[k] < 0 || order[k] >= nonzeros) return 1;
+    if (!all_below(order, nonzeros, nonzeros, parallel)) return 1;
     std::vector<S> ordered(nonzeros);
-    for (int64_t k = 0; k < nonzeros; ++k) ordered[k] = value[order[k]];
+    parallel.run_if(nonzeros > MANY_INDICES, nonzeros, [&](int64_t from, int64_t to) {
+        for (int64_t k = from; k < to; ++k) ordered[k] = value[order[k]];
+    });
     return kernels<S>(instruction_set).convolve[c.batch_last](input_gradient_grid(c), c.images, c.out_channels, dy,
                                                               {rows, start, column, ordered.data()}, c.groups, nullptr,
                                                               false, dx, parallel);
@@ -177,7 +189,7 @@ template <class S>
 int weight_gradient(const int64_t* shape, const S* x, const S* dy, const int32_t* start, const int32_t* column,
                     S* gradient, int instruction_set, const Parallel& parallel) {
     const Conv c = conv_of(shape);
-    if (!fits(start, column, c.out_channels, c.in_channels / c.groups * c.taps())) return 1;
+    if (!fits(start, column, c.out_channels, c.in_channels / c.groups * c.taps(), parallel)) return 1;
     if (c.images == 0) {
         std::memset(gradient, 0, sizeof(S) * start[c.out_channels]);
         return 0;
@@ -194,7 +206,7 @@ int transpose_rows(const int64_t* shape, const int32_t* start, const int32_t* co
     const Conv c = conv_of(shape);
     const int64_t taps = c.taps(), phases = c.stride_y * c.stride_x;
     const int64_t per_group = c.in_channels / c.groups, rows_per_group = c.out_channels / c.groups;
-    if (!fits(start, column, c.out_channels, per_group * taps)) return 1;
+    if (!fits(start, column, c.out_channels, per_group * taps, {1, nullptr})) return 1;
     std::vector<int64_t> phase(taps);
     for (int64_t t = 0; t < taps; ++t)
         phase[t] = tap_of(t / c.kernel_x, c.stride_y, c.pad_y, c.dilation_y).phase * c.stride_x +
@@ -219,7 +231,7 @@ int transpose_rows(const int64_t* shape, const int32_t* start, const int32_t* co
 template <class S>
 int few(const S* x, int64_t batch, int64_t inputs, int64_t outputs, const int32_t* start, const int32_t* column,
         const S* value, const S* bias, bool relu, S* y, int instruction_set, const Parallel& parallel) {
-    if (!fits(start, column, outputs, inputs)) return 1;
+    if (!fits(start, column, outputs, inputs, parallel)) return 1;
     kernels<S>(instruction_set).multiply_few({outputs, start, column, value}, x, batch, inputs, bias, relu, y, parallel);
     return 0;
 }
