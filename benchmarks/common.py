@@ -59,10 +59,12 @@ def alternate(
     calls: int = 1,
     device: str = "cpu",
     prepare: Callable[[], Any] = lambda: None,
+    least: float = 0.0,
 ) -> dict[str, list[float]]:
     """Return the seconds per call of each kind, one figure a round; the kinds take turns, so that load hits all.
 
-    Every kind is called once before, unmeasured, as is `prepare` before every measurement.
+    A turn is `calls` calls, and more until `least` seconds are over. Every kind is called once before, unmeasured, as
+    is `prepare` before every turn.
     """
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for call in kinds.values():
@@ -72,11 +74,14 @@ def alternate(
         for name, call in kinds.items():
             prepare()
             wait(device)
-            started = time.perf_counter()
-            for _ in range(calls):
+            started, done, spent = time.perf_counter(), 0, 0.0
+            while done < calls or spent < least:
                 call()
-            wait(device)
-            seconds[name].append((time.perf_counter() - started) / calls)
+                done += 1
+                if done >= calls:
+                    wait(device)
+                    spent = time.perf_counter() - started
+            seconds[name].append(spent / done)
     return seconds
 
 

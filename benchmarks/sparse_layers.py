@@ -7,8 +7,9 @@
 
 Dense is the faster of contiguous and channels_last, float32. Both take activations in the memory order that they
 give them in: the sparse layer gets the batch last, as from a sparse layer before it; 'from_nchw_ms' adds the turn.
-The kinds take turns, several calls each; a ratio is the median over rounds of dense over sparse, printed last. Where
-SparseProp (pip install sparseprop) is installed it is measured too, up to density 0.05 (above it takes seconds a call).
+The kinds take turns of 20 ms; a ratio is the median over rounds of dense over sparse, printed last. 'alone' is the same
+with a single call a turn, which finds in the caches what the other kinds left. Where SparseProp (pip install
+sparseprop) is installed it is measured too, up to density 0.05 (above it takes seconds a call).
 """
 
 import importlib.util
@@ -23,6 +24,7 @@ from sparselearning.sparse import SparseConv2d, SparseLinear, ops
 CONVOLUTIONS = [(64, 32), (128, 16), (256, 8), (512, 4)]  # channels, height and width; 3x3, padding 1
 LINEARS = [1024, 4096]
 DENSITIES = [0.2, 0.1, 0.05, 0.02]
+TURN = 0.02  # seconds
 
 
 def main():
@@ -41,8 +43,8 @@ def main():
     common.save(args, "sparse_layers", rows)
     for row in rows:
         logging.info(
-            "%-16s density %.2f  %d threads: forward %5.1fx  forward+backward %5.1fx  over SparseProp %s",
-            *(row[key] for key in ("layer", "density", "threads", "forward", "both")),
+            "%-11s density %.2f  %d threads: forward %5.1fx (alone %.1fx)  and back %5.1fx (%.1fx)  over SparseProp %s",
+            *(row[key] for key in ("layer", "density", "threads", "forward", "forward_alone", "both", "both_alone")),
             "  ".join(f"{row[key]:.1f}x" for key in row if key.endswith("over_sparseprop")) or "not measured",
         )
 
@@ -83,18 +85,22 @@ def measure(args, name, density, kinds):
         kinds |= {f"sparseprop_{i}": (layer, x) for i, layer in enumerate(peers(dense))}
     for part, call in (("forward", forward), ("both", both)):
         calls = {kind: call(layer, x) for kind, (layer, x) in kinds.items()}
-        seconds = common.alternate(calls, args.rounds, calls=3)
+        seconds = common.alternate(calls, args.rounds, least=TURN)
         common.show(f"{name} {density} {part}", seconds)
         row |= {f"{part}_{kind}_ms": 1e3 * common.summary(values)["median"] for kind, values in seconds.items()}
-        dense, peer = (
-            [min(turn) for turn in zip(*(seconds[kind] for kind in seconds if kind.startswith(names)), strict=True)]
-            for names in (("contiguous", "channels_last"), "sparseprop")
-        )
+        dense = fastest(seconds, "contiguous", "channels_last")
         row[part] = common.ratio(dense, seconds["sparse"])
         row[f"{part}_from_nchw"] = common.ratio(dense, seconds["from_nchw"])
-        if peer:
+        if peer := fastest(seconds, "sparseprop_0", "sparseprop_1"):
             row[f"{part}_over_sparseprop"] = common.ratio(peer, seconds["sparse"])
+        alone = common.alternate({kind: call for kind, call in calls.items() if "prop" not in kind}, args.rounds)
+        row[f"{part}_alone"] = common.ratio(fastest(alone, "contiguous", "channels_last"), alone["sparse"])
     return row
+
+
+def fastest(seconds, *kinds):
+    """Return the shortest time of each round among those of these kinds that were measured."""
+    return [min(turn) for turn in zip(*(seconds[kind] for kind in kinds if kind in seconds), strict=True)]
 
 
 def forward(layer, x):

@@ -68,7 +68,7 @@ def measure_inference(args, name, batch):
             "channels_last": lambda: turned(turned_images),
             "converted": lambda: converted(images),
         }
-        seconds = common.alternate(kinds, args.rounds, calls=3)
+        seconds = common.alternate(kinds, args.rounds, least=0.05)
         difference = (model(images) - converted(images)).abs().max().item()
     common.show(f"{name} batch {batch}", seconds)
     dense = [min(pair) for pair in zip(seconds["contiguous"], seconds["channels_last"], strict=True)]
