@@ -104,12 +104,28 @@ def available() -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def conv_shape(batch, in_channels, height, width, out_channels, kernel, stride, padding, dilation, groups, batch_last):
-    """Return the kernels' description of a convolution, and the height and width of its output."""
+def conv_shape(
+    batch,
+    in_channels,
+    height,
+    width,
+    out_channels,
+    kernel,
+    stride,
+    padding,
+    dilation,
+    groups,
+    batch_last,
+    first=(False, False),
+):
+    """Return the kernels' description of a convolution, and the height and width of its output.
+
+    `first` says whether its input and its output are NCHW in memory although vectors go along the batch.
+    """
     out_height, out_width = (
         (size + 2 * pad - step * (k - 1) - 1) // move + 1
         for size, k, move, pad, step in zip((height, width), kernel, stride, padding, dilation, strict=True)
     )
     numbers = (batch, in_channels, height, width, out_channels, out_height, out_width, *kernel, *stride, *padding)
-    numbers += (*dilation, groups, int(batch_last))
+    numbers += (*dilation, groups, int(batch_last), *map(int, first))
     return (ctypes.c_int64 * len(numbers))(*numbers), out_height, out_width

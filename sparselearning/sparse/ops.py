@@ -6,7 +6,7 @@ A weight of shape (out_channels, in_channels / groups, height, width) is stored 
 
 Activations are NCHW by shape. From some batch size on (`is_batch_last`) their memory is ordered CHWN, so that one
 vector holds one pixel of several images; elementwise operations of torch keep that order, others give plain NCHW,
-which the next sparse layer turns around again.
+which the next sparse layer turns while it reads.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 from sparselearning.sparse.library import DTYPES, conv_shape, kernels
 
 LANES = 16  # images in a vector of the widest instruction set; one rule for all of them
+WIDE = 4  # pixels of a row that kernels turn at once
 FEW = 4  # up to this many rows a linear layer takes one at a time
 
 library = torch.library.Library("sparselearning", "DEF")
@@ -73,6 +74,16 @@ def in_order(x: Tensor, batch_last: bool) -> Tensor:
     return to_batch_last(x) if batch_last else to_batch_first(x)
 
 
+def readable(x: Tensor, batch_last: bool, step: int = 1) -> tuple[Tensor, bool]:
+    """Return x in a memory order that kernels read, and whether that is NCHW where they go along the batch.
+
+    They turn such images while they read them, where they read neighbouring pixels.
+    """
+    if not batch_last or is_turned(x) or step > 1 or x.shape[-1] < WIDE:
+        return in_order(x, batch_last), False
+    return x.contiguous(), True
+
+
 def new_output(x: Tensor, shape, batch_last: bool) -> Tensor:
     """Return an empty tensor like x; not a view of one, for views must not be changed in place under autograd."""
     if not batch_last:
@@ -96,9 +107,9 @@ def conv2d(x, value, bias, start, column, t_start, t_column, t_order, *rest):
     *geometry, relu = rest
     check(x, value, start, column)
     batch_last = is_batch_last(len(x))
-    x = in_order(x, batch_last)
+    x, x_first = readable(x, batch_last, geometry[1][1])
     out_channels = len(start) - 1
-    shape, height, width = describe(x.shape, out_channels, geometry, batch_last)
+    shape, height, width = describe(x.shape, out_channels, geometry, batch_last, (x_first, False))
     y = new_output(x, (len(x), out_channels, height, width), batch_last)
     bias = None if bias is None else bias.contiguous()
     values = value.contiguous()
@@ -106,17 +117,17 @@ def conv2d(x, value, bias, start, column, t_start, t_column, t_order, *rest):
     return y
 
 
-def describe(input_shape, out_channels, geometry, batch_last):
+def describe(input_shape, out_channels, geometry, batch_last, first):
     kernel, stride, padding, dilation, groups = geometry
     batch, channels, height, width = input_shape
     pairs = (tuple(pair) for pair in (kernel, stride, padding, dilation))
-    return conv_shape(batch, channels, height, width, out_channels, *pairs, groups, batch_last)
+    return conv_shape(batch, channels, height, width, out_channels, *pairs, groups, batch_last, first)
 
 
 def conv2d_input_gradient(dy, value, t_start, t_column, t_order, input_shape, *geometry):
     batch_last = is_batch_last(len(dy))
-    dy = in_order(dy, batch_last)
-    shape, _, _ = describe(input_shape, dy.shape[1], geometry, batch_last)
+    dy, y_first = readable(dy, batch_last)
+    shape, _, _ = describe(input_shape, dy.shape[1], geometry, batch_last, (False, y_first))
     dx = new_output(dy, tuple(input_shape), batch_last)
     values = value.contiguous()
     kernels().call("input_gradient", dy.dtype, shape, dy, t_start, t_column, t_order, values, dx)
@@ -125,8 +136,8 @@ def conv2d_input_gradient(dy, value, t_start, t_column, t_order, input_shape, *g
 
 def conv2d_weight_gradient(dy, x, start, column, *geometry):
     batch_last = is_batch_last(len(dy))
-    dy, x = in_order(dy, batch_last), in_order(x, batch_last)
-    shape, _, _ = describe(x.shape, dy.shape[1], geometry, batch_last)
+    (dy, y_first), (x, x_first) = readable(dy, batch_last), readable(x, batch_last, geometry[1][1])
+    shape, _, _ = describe(x.shape, dy.shape[1], geometry, batch_last, (x_first, y_first))
     gradient = dy.new_empty(len(column))
     kernels().call("weight_gradient", dy.dtype, shape, x, dy, start, column, gradient)
     return gradient

@@ -30,12 +30,13 @@ struct Case {
     std::vector<S> value, x, dy, bias;
     bool relu;
 
-    int64_t at(int64_t n, int64_t channel, int64_t row, int64_t col, int64_t channels, int64_t height, int64_t width) const {
-        if (c.batch_last) return ((channel * height + row) * width + col) * c.images + n;
+    int64_t at(int64_t n, int64_t channel, int64_t row, int64_t col, int64_t channels, int64_t height, int64_t width,
+               bool batch_last) const {
+        if (batch_last) return ((channel * height + row) * width + col) * c.images + n;
         return ((n * channels + channel) * height + row) * width + col;
     }
 
-    // Calls visit(nonzero, input index, output index) for every product of the convolution.
+    // Calls visit(nonzero, x, dy, dx, y) with the indices of what every product of the convolution reads and adds to.
     template <class Visit>
     void products(const Visit& visit) const {
         const int64_t per_group = c.in_channels / c.groups, rows_per_group = c.out_channels / c.groups;
@@ -48,8 +49,14 @@ struct Case {
                             const int64_t row = y * c.stride_y - c.pad_y + tap / c.kernel_x * c.dilation_y;
                             const int64_t col = x * c.stride_x - c.pad_x + tap % c.kernel_x * c.dilation_x;
                             if (row < 0 || row >= c.height || col < 0 || col >= c.width) continue;
-                            visit(k, at(n, channel, row, col, c.in_channels, c.height, c.width),
-                                  at(n, o, y, x, c.out_channels, c.out_height, c.out_width));
+                            const auto in = [&](bool batch_last) {
+                                return at(n, channel, row, col, c.in_channels, c.height, c.width, batch_last);
+                            };
+                            const auto out = [&](bool batch_last) {
+                                return at(n, o, y, x, c.out_channels, c.out_height, c.out_width, batch_last);
+                            };
+                            visit(k, in(c.batch_last && !c.x_first), out(c.batch_last && !c.y_first), in(c.batch_last),
+                                  out(c.batch_last));
                         }
             }
     }
@@ -71,7 +78,7 @@ Case<S> random_case() {
     c.width = std::max<int64_t>(1, c.dilation_x * (c.kernel_x - 1) + 1 - 2 * c.pad_x) + draw(0, 20);
     c.out_height = (c.height + 2 * c.pad_y - c.dilation_y * (c.kernel_y - 1) - 1) / c.stride_y + 1;
     c.out_width = (c.width + 2 * c.pad_x - c.dilation_x * (c.kernel_x - 1) - 1) / c.stride_x + 1;
-    c.batch_last = draw(0, 1);
+    c.batch_last = draw(0, 1), c.x_first = draw(0, 1), c.y_first = draw(0, 1);
     const double density = draw(0, 4) / 4.0;
     const int64_t columns = c.in_channels / c.groups * c.taps();
     t.start.push_back(0);
@@ -100,38 +107,43 @@ void compare(const char* what, const std::vector<S>& found, const std::vector<do
 template <class S>
 void check(const Case<S>& t, int set, int threads) {
     const Conv& c = t.c;
-    const int64_t* shape = &c.images;
+    Conv written = c;  // what is written has the order of the vectors
+    written.x_first = written.y_first = false;
     const Parallel parallel{threads, nullptr};
     std::vector<double> y(t.dy.size()), dx(t.x.size()), dw(t.value.size());
     for (size_t i = 0; i < y.size(); ++i) {
         const size_t pixels = c.out_height * c.out_width;
         y[i] = t.bias[c.batch_last ? i / (pixels * c.images) : i / pixels % c.out_channels];
     }
-    t.products([&](int64_t k, int64_t in, int64_t out) {
-        y[out] += double(t.value[k]) * t.x[in];
-        dx[in] += double(t.value[k]) * t.dy[out];
-        dw[k] += double(t.dy[out]) * t.x[in];
+    t.products([&](int64_t k, int64_t x_at, int64_t dy_at, int64_t dx_at, int64_t y_at) {
+        y[y_at] += double(t.value[k]) * t.x[x_at];
+        dx[dx_at] += double(t.value[k]) * t.dy[dy_at];
+        dw[k] += double(t.dy[dy_at]) * t.x[x_at];
     });
     if (t.relu)
         for (double& v : y) v = std::max(v, 0.0);
 
     std::vector<S> found(y.size());
-    if (forward<S>(shape, t.x.data(), t.start.data(), t.column.data(), t.value.data(), t.bias.data(), t.relu,
+    Conv shape = written;
+    shape.x_first = c.x_first;
+    if (forward<S>(&shape.images, t.x.data(), t.start.data(), t.column.data(), t.value.data(), t.bias.data(), t.relu,
                    found.data(), set, parallel))
         std::abort();
     compare("forward", found, y);
 
     const int64_t rows = c.in_channels * c.stride_y * c.stride_x;
     std::vector<int32_t> start(rows + 1), column(t.column.size()), order(t.column.size());
-    if (transpose_rows(shape, t.start.data(), t.column.data(), start.data(), column.data(), order.data())) std::abort();
+    if (transpose_rows(&c.images, t.start.data(), t.column.data(), start.data(), column.data(), order.data())) std::abort();
     found.assign(dx.size(), 0);
-    if (input_gradient<S>(shape, t.dy.data(), start.data(), column.data(), order.data(), t.value.data(), found.data(),
+    shape = written;
+    shape.y_first = c.y_first;
+    if (input_gradient<S>(&shape.images, t.dy.data(), start.data(), column.data(), order.data(), t.value.data(), found.data(),
                           set, parallel))
         std::abort();
     compare("input gradient", found, dx);
 
     found.assign(dw.size(), 0);
-    if (weight_gradient<S>(shape, t.x.data(), t.dy.data(), t.start.data(), t.column.data(), found.data(), set, parallel))
+    if (weight_gradient<S>(&c.images, t.x.data(), t.dy.data(), t.start.data(), t.column.data(), found.data(), set, parallel))
         std::abort();
     compare("weight gradient", found, dw);
 

@@ -33,7 +33,13 @@ def convolutions(draw):
         "instruction_set": draw(st.sampled_from(instruction_sets())),
         "bias": draw(st.booleans()),
         "relu": draw(st.booleans()),
+        "turned": [draw(st.booleans()) for _ in range(2)],  # memory order of x and of the gradient of y
     }
+
+
+def ordered(x, turned):
+    """Return x as a new leaf, with the batch last in memory if `turned`."""
+    return (ops.to_batch_last if turned else ops.to_batch_first)(x.detach()).requires_grad_()
 
 
 def assert_same(outputs, references, dtype):
@@ -49,7 +55,7 @@ def test_convolution_equals_dense_in_values_and_gradients(case):
     dtype, geometry = case["dtype"], case["geometry"]
     inputs, outputs = case["channels"]
     weight = sparse_weight((outputs, inputs // geometry["groups"], *case["kernel"]), case["density"], dtype)
-    x = torch.randn(case["batch"], inputs, *case["size"], dtype=dtype, requires_grad=True)
+    x = ordered(torch.randn(case["batch"], inputs, *case["size"], dtype=dtype), case["turned"][0])
     bias = torch.randn(outputs, dtype=dtype, requires_grad=True) if case["bias"] else None
     dense = weight.clone().requires_grad_()
     extra = [bias] if case["bias"] else []
@@ -59,12 +65,31 @@ def test_convolution_equals_dense_in_values_and_gradients(case):
         y, value = conv2d(x, weight, bias, relu=case["relu"], **geometry)
         expected = F.conv2d(x, dense, bias, **geometry)
         expected = expected.relu() if case["relu"] else expected
-        dy = torch.randn_like(expected)
+        dy = ordered(torch.randn(expected.shape, dtype=dtype), case["turned"][1])
         found = torch.autograd.grad(y, [x, value, *extra], dy)
     finally:
         kernels().instruction_set = kernels().best
     dx, dweight, *dbias = torch.autograd.grad(expected, [x, dense, *extra], dy)
     assert_same((y, *found), (expected, dx, dweight[weight != 0], *dbias), dtype)
+
+
+@pytest.mark.parametrize("instruction_set", instruction_sets())
+@pytest.mark.parametrize("width", [1, 3, 4, 7, 18])
+def test_the_order_in_memory_changes_no_bit(width, instruction_set):
+    torch.manual_seed(0)
+    weight = sparse_weight((6, 3, 3, 3), 0.3, torch.float32)
+    x, dy = torch.randn(32, 3, 5, width), torch.randn(32, 6, 5, width)
+    results = []
+    kernels().instruction_set = instruction_set
+    try:
+        for turned in (False, True):
+            given = ordered(x, turned)
+            y, value = conv2d(given, weight, padding=(1, 1))
+            results.append((y, *torch.autograd.grad(y, [given, value], ordered(dy, turned))))
+            assert ops.is_turned(y)
+    finally:
+        kernels().instruction_set = kernels().best
+    assert all(torch.equal(first, last) for first, last in zip(*results, strict=True))
 
 
 @settings(max_examples=40, deadline=None)

@@ -17,7 +17,8 @@ struct Conv {
     int64_t images, in_channels, height, width;
     int64_t out_channels, out_height, out_width;
     int64_t kernel_y, kernel_x, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x, groups;
-    int64_t batch_last;  // memory order of every activation: NCHW, or CHWN
+    int64_t batch_last;  // memory order of activations: NCHW, or CHWN, where a vector holds one pixel of many images
+    int64_t x_first, y_first;  // of those on either side, read as NCHW all the same
 
     int64_t taps() const { return kernel_y * kernel_x; }
 };
@@ -60,6 +61,14 @@ struct Plane {
                 (phase_y * width + phase_x) * pixel};
     }
 };
+
+inline Plane input_plane(const Conv& c) {
+    return {c.images, c.in_channels, c.height, c.width, c.batch_last && !c.x_first};
+}
+
+inline Plane output_plane(const Conv& c) {
+    return {c.images, c.out_channels, c.out_height, c.out_width, c.batch_last && !c.y_first};
+}
 
 // One direction of a convolution on its flat grid: the planes read and written, and the shift of every tap.
 struct Grid {
@@ -111,8 +120,7 @@ inline void place(Grid& grid, const std::vector<int64_t>& shift_y, const std::ve
 
 // Reads the phase planes of the input, writes the output.
 inline Grid forward_grid(const Conv& c) {
-    const Plane input{c.images, c.in_channels, c.height, c.width, c.batch_last != 0};
-    const Plane output{c.images, c.out_channels, c.out_height, c.out_width, c.batch_last != 0};
+    const Plane input = input_plane(c), output = output_plane(c);
     Grid grid;
     grid.images = c.batch_last ? 1 : c.images;
     std::vector<int64_t> shift_y, shift_x, plane_of(c.stride_y * c.stride_x, -1);
@@ -136,8 +144,7 @@ inline Grid forward_grid(const Conv& c) {
 
 // Reads the output's gradient, writes every phase plane of the input's: position j of a plane gets o = j - shift.
 inline Grid input_gradient_grid(const Conv& c) {
-    const Plane input{c.images, c.in_channels, c.height, c.width, c.batch_last != 0};
-    const Plane output{c.images, c.out_channels, c.out_height, c.out_width, c.batch_last != 0};
+    const Plane input = input_plane(c), output = output_plane(c);
     Grid grid;
     grid.images = c.batch_last ? 1 : c.images;
     std::vector<int64_t> shift_y, shift_x;

@@ -150,7 +150,7 @@ int guarded(const Body& body) {
 
 Conv conv_of(const int64_t* shape) {
     Conv conv;
-    static_assert(sizeof(Conv) == 17 * sizeof(int64_t), "library.py passes 17 numbers");
+    static_assert(sizeof(Conv) == 19 * sizeof(int64_t), "library.py passes 19 numbers");
     std::memcpy(&conv, shape, sizeof conv);
     return conv;
 }
