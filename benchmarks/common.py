@@ -167,9 +167,16 @@ def _processor():
 
 
 def commit() -> str:
-    """Return the commit that is checked out, and whether it was changed."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    """Return the commit that is checked out, and whether anything but results was changed."""
+    here = Path(__file__).parent
+    changed = _git(here, "status", "--porcelain", "--untracked-files=no", "--", ":/", f":!{RESULTS.name}")
+    return (_git(here, "describe", "--always") or "unknown") + ("-dirty" if changed else "")
+
+
+def _git(folder, *arguments):
+    return subprocess.run(
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False
+    ).stdout.strip()
 
 
 class Synchronisations(TorchFunctionMode):

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <random>
 
+#define MANY_NUMBERS 0  // small layers are shared among threads too
 #include "../../sparselearning/sparse/kernels/kernels.cpp"
 
 namespace {

@@ -49,8 +49,11 @@ constexpr int64_t NONZEROS_TOGETHER = 24;
 // Tiles from which on it pays to look up where every nonzero reads.
 constexpr int64_t TILES_TO_LOOK_UP = 2;
 
-// Indices from which on several threads are worth waking for them.
+// Indices, and numbers multiplied, read and written, from which on several threads are worth waking for them.
 constexpr int64_t MANY_INDICES = 1 << 17;
+#ifndef MANY_NUMBERS
+#define MANY_NUMBERS (1 << 20)
+#endif
 
 // Rows whose sums of one tile stay in the second-level cache.
 constexpr int64_t ROWS_TOGETHER = 512;
@@ -123,7 +126,7 @@ const Kernels<S>& kernels(int instruction_set) {
 
 bool all_below(const int32_t* index, int64_t count, int64_t limit, const Parallel& parallel) {
     std::atomic<bool> below{true};
-    parallel.run_if(count > MANY_INDICES, count, [&](int64_t from, int64_t to) {
+    parallel.only_if(count > MANY_INDICES).run(count, [&](int64_t from, int64_t to) {
         bool found = true;
         for (int64_t k = from; k < to; ++k) found &= uint32_t(index[k]) < uint32_t(limit);
         if (!found) below = false;
@@ -155,6 +158,11 @@ Conv conv_of(const int64_t* shape) {
     return conv;
 }
 
+Parallel threads_for(const Conv& c, int64_t nonzeros, const Parallel& parallel) {
+    const int64_t read = c.in_channels * c.height * c.width, pixels = c.out_height * c.out_width;
+    return parallel.only_if(c.images * (read + (c.out_channels + nonzeros) * pixels) > MANY_NUMBERS);
+}
+
 template <class S>
 int forward(const int64_t* shape, const S* x, const int32_t* start, const int32_t* column, const S* value,
             const S* bias, bool relu, S* y, int instruction_set, const Parallel& parallel) {
@@ -163,7 +171,7 @@ int forward(const int64_t* shape, const S* x, const int32_t* start, const int32_
     if (c.images == 0) return 0;
     return kernels<S>(instruction_set).convolve[c.batch_last](forward_grid(c), c.images, c.in_channels, x,
                                                               {c.out_channels, start, column, value}, c.groups, bias,
-                                                              relu, y, parallel);
+                                                              relu, y, threads_for(c, start[c.out_channels], parallel));
 }
 
 // `start`, `column` and `order` as sl_transpose_rows gives them.
@@ -177,12 +185,12 @@ int input_gradient(const int64_t* shape, const S* dy, const int32_t* start, cons
     const int64_t nonzeros = start[rows];
     if (!all_below(order, nonzeros, nonzeros, parallel)) return 1;
     std::vector<S> ordered(nonzeros);
-    parallel.run_if(nonzeros > MANY_INDICES, nonzeros, [&](int64_t from, int64_t to) {
+    parallel.only_if(nonzeros > MANY_INDICES).run(nonzeros, [&](int64_t from, int64_t to) {
         for (int64_t k = from; k < to; ++k) ordered[k] = value[order[k]];
     });
     return kernels<S>(instruction_set).convolve[c.batch_last](input_gradient_grid(c), c.images, c.out_channels, dy,
                                                               {rows, start, column, ordered.data()}, c.groups, nullptr,
-                                                              false, dx, parallel);
+                                                              false, dx, threads_for(c, nonzeros, parallel));
 }
 
 template <class S>
@@ -196,7 +204,8 @@ int weight_gradient(const int64_t* shape, const S* x, const S* dy, const int32_t
     }
     return kernels<S>(instruction_set).weight_gradient[c.batch_last](forward_grid(c), c.images, c.in_channels, x,
                                                                      {c.out_channels, start, column, nullptr}, c.groups,
-                                                                     dy, gradient, parallel);
+                                                                     dy, gradient,
+                                                                     threads_for(c, start[c.out_channels], parallel));
 }
 
 // Sorts the nonzeros by (input channel, phase), as the input gradient reads them. A row of the result is one phase

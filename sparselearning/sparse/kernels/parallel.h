@@ -56,11 +56,8 @@ struct Parallel {
         if (task.failed) throw std::bad_alloc();
     }
 
-    // The same on this thread alone unless `large`: to wake another takes as long as some 100,000 operations.
-    template <class Body>
-    void run_if(bool large, int64_t count, const Body& body) const {
-        Parallel{large ? threads : 1, fork}.run(count, body);
-    }
+    // This thread alone, unless `large`: to wake another takes as long as some 100,000 operations.
+    Parallel only_if(bool large) const { return {large ? threads : 1, fork}; }
 };
 
 // Memory that a thread keeps from call to call, on huge pages where they are to be had: the kernels read it at random.
