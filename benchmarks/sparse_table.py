@@ -31,6 +31,10 @@ def main():
         layer_table(layers["rows"], "forward"),
         "Forward and backward:",
         layer_table(layers["rows"], "both"),
+        "Forward, a single call a turn:",
+        layer_table(layers["rows"], "forward_alone"),
+        "Forward, from NCHW in memory:",
+        layer_table(layers["rows"], "forward_from_nchw"),
         machine(models),
         model_table(models["rows"]),
     ]
@@ -50,15 +54,17 @@ def machine(report):
 
 
 def layer_table(rows, part):
-    """Return a line per layer and number of threads: how many times faster than dense, at each density."""
+    """Return a line per layer and number of threads: how many times faster than dense at each density, than a peer."""
     densities = sorted({row["density"] for row in rows}, reverse=True)
     cells = {(row["layer"], row["threads"], row["density"]): row for row in rows}
+    peer = f"{part}_over_sparseprop"
+    measured = any(peer in row for row in rows)
     lines = []
     for layer, threads in dict.fromkeys((row["layer"], row["threads"]) for row in rows):
         times = [times_faster(cells[layer, threads, density][part]) for density in densities]
-        peer = cells.get((layer, threads, 0.05), {}).get(f"{part}_over_sparseprop")
-        lines.append([layer, threads, *times, times_faster(peer)])
-    headers = ["layer", "threads", *(f"{density:g}" for density in densities), "over SparseProp"]
+        over = [times_faster(cells.get((layer, threads, 0.05), {}).get(peer))] if measured else []
+        lines.append([layer, threads, *times, *over])
+    headers = ["layer", "threads", *(f"{density:g}" for density in densities), *(["over SparseProp"] * measured)]
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
 
