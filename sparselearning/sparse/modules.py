@@ -87,7 +87,9 @@ class SparseLayer(nn.Module):
         return False
 
     def arguments(self):
-        return self.value, self.bias, self.start, self.column, self.t_start, self.t_column, self.t_order
+        # nn.Module takes half a microsecond to find an attribute; seven are a fifth of a small layer's time.
+        own = {"bias": None, **self._parameters, **self._buffers}
+        return tuple(own[name] for name in ("value", "bias", "start", "column", "t_start", "t_column", "t_order"))
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         column = state_dict.get(prefix + "column")

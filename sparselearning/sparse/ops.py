@@ -47,13 +47,12 @@ def is_batch_last(batch: int) -> bool:
 
 def is_turned(x: Tensor) -> bool:
     """Return whether the batch is the last dimension of x in memory (and not the only one)."""
-    return x.movedim(0, -1).is_contiguous() and not x.is_contiguous()
+    return not x.is_contiguous() and x.movedim(0, -1).is_contiguous()
 
 
 def to_batch_last(x: Tensor) -> Tensor:
     """Return x, of shape (N, ...), with the memory order (..., N)."""
-    turned = x.movedim(0, -1)
-    if turned.is_contiguous():
+    if x.movedim(0, -1).is_contiguous():
         return x
     x = x.contiguous()
     turned = new_output(x, x.shape, True)
