@@ -13,6 +13,7 @@ import logging
 
 import common
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from sparselearning import CosineDecay, Masking
@@ -45,7 +46,7 @@ def masked(name, density, backend=None):
     torch.manual_seed(0)
     model = build(name)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    mask = Masking(optimizer, CosineDecay(0.5, 10_000), sparse_backend=backend)
+    mask = Masking(optimizer, CosineDecay(0.5, 10_000), sparse_backend=backend, rescale=True)
     mask.add_module(model, density)
     return model, optimizer, mask
 
@@ -54,8 +55,10 @@ def measure_inference(args, name, batch):
     """Return times, their ratio and the largest difference of outputs."""
     model = masked(name, args.density)[0]
     images = torch.randn(batch, 3, 32, 32)
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.momentum = None  # plain averages: with those of three passes that fade the signal would fade too
     with torch.no_grad():
-        for _ in range(3):  # statistics for the batch norms
+        for _ in range(3):
             model(torch.randn(32, 3, 32, 32))
     model.eval()
     converted, report = convert(model, images)
