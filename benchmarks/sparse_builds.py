@@ -4,8 +4,8 @@
     g++ -std=c++17 -O3 -fPIC -shared -fvisibility=hidden -Wno-psabi kernels.cpp -o /tmp/new.so
     python benchmarks/sparse_builds.py --builds /tmp/old.so,/tmp/new.so
 
-The builds take turns on the same convolutions, and a dense one is called before each turn, so that they find in the
-caches what a network leaves there. A ratio is how many times faster than the first a build is.
+The builds take turns on the same layers, and a dense one is called before each turn, so that they find in the caches
+what a network leaves there. A ratio is how many times faster than the first a build is.
 """
 
 import logging
@@ -13,37 +13,54 @@ from pathlib import Path
 
 import common
 import torch
-from sparse_layers import CONVOLUTIONS, both, forward, prune
+from sparse_layers import CONVOLUTIONS, LINEARS, both, forward, prune
 from torch import nn
 
-from sparselearning.sparse import SparseConv2d, library, ops
+from sparselearning.sparse import SparseConv2d, SparseLinear, library, ops
 
 
 def main():
     """Measure, log and save."""
-    args = common.parse(__doc__, rounds=15, builds=("", "files, with commas between"), images=(32, "images per call"))
+    more = dict(builds=("", "files, with commas between"), images=(32, "per call"), rows=(128, "of a linear layer"))
+    args = common.parse(__doc__, rounds=15, **more)
     builds = {Path(file).stem: library.Library(Path(file)) for file in args.builds.split(",")}
+    convolutions = [
+        (f"conv {channels}@{size}", convolution, (channels, size, args.images)) for channels, size in CONVOLUTIONS
+    ]
+    linears = [(f"linear {features}", linear, (features, args.rows)) for features in LINEARS]
     args.builds = list(builds)
     rows = []
     for threads in [1] if args.threads == 1 else [1, args.threads]:
         torch.set_num_threads(threads)
-        for channels, size in CONVOLUTIONS[: 1 if args.quick else None]:
+        for name, make, sizes in convolutions[:1] if args.quick else convolutions + linears:
             for density in [0.05] if args.quick else [0.05, 0.02]:
-                rows.append(measure(args, builds, channels, size, density) | dict(threads=threads))
+                row = measure(args, builds, *make(*sizes, density))
+                rows.append(dict(layer=name, density=density, threads=threads) | row)
                 logging.info(" ".join(f"{key}={value}" for key, value in rows[-1].items()))
     common.save(args, "sparse_builds", rows)
 
 
-def measure(args, builds, channels, size, density):
-    """Return the ratios of one convolution, forward and with its backward pass."""
+def convolution(channels, size, images, density):
+    """Return a dense layer, its sparse form and an input."""
     layer = nn.Conv2d(channels, channels, 3, padding=1)
-    images = torch.randn(args.images, channels, size, size)
     prune(layer, density)
-    sparse, x = SparseConv2d.from_dense(layer), ops.in_order(images, ops.is_batch_last(len(images)))
-    row = dict(layer=f"conv {channels}@{size}", density=density)
+    return layer, SparseConv2d.from_dense(layer), torch.randn(images, channels, size, size)
+
+
+def linear(features, rows, density):
+    """Return a dense layer, its sparse form and an input."""
+    layer = nn.Linear(features, features)
+    prune(layer, density)
+    return layer, SparseLinear.from_dense(layer), torch.randn(rows, features)
+
+
+def measure(args, builds, layer, sparse, inputs):
+    """Return the ratios of one layer, forward and with its backward pass."""
+    x = ops.in_order(inputs, ops.is_batch_last(len(inputs)))
+    row = {}
     for part, call in (("forward", forward(sparse, x)), ("both", both(sparse, x))):
         calls = {name: by(build, call) for name, build in builds.items()}
-        seconds = common.alternate(calls, args.rounds, calls=3, prepare=forward(layer, images))
+        seconds = common.alternate(calls, args.rounds, calls=3, prepare=forward(layer, inputs))
         first = next(iter(seconds.values()))
         row |= {f"{part}_{name}": round(common.ratio(first, values), 3) for name, values in seconds.items()}
         row |= {
