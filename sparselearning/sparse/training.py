@@ -10,6 +10,7 @@ other optimizers' state starts at zero. Pruning and redistribution, which read a
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ WINDOW = 20  # dense gradients that are averaged, of the steps before an update:
 EVERY = 10  # until the first update has shown how far apart updates are, one step in so many, and the first
 
 
-class Trained(nn.Module):
+class Trained(nn.Module, ABC):
     """What a linear or convolution layer needs to train on its active weights.
 
     `value` (nonzeros,) is the parameter that is trained. `weight` stays, with zeros, for whoever reads it: it follows
@@ -80,11 +81,13 @@ class Trained(nn.Module):
         self.weight.requires_grad_(True)
         self.__class__ = next(kind for kind, trained in KINDS.items() if trained is type(self))
 
-    def conv_shape(self):
-        raise NotImplementedError
+    @abstractmethod
+    def conv_shape(self) -> Any:
+        """Return the layer as a convolution of one image, as the kernels take it."""
 
+    @abstractmethod
     def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Return the gradient of the dense weight."""
 
     def watch(self, x: Tensor, y: Tensor) -> Tensor:
         """Let the backward pass of y add the dense gradient, if this step is observed."""
