@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := setup.py $(wildcard sparselearning/*.cpp sparselearning/sparse/kernels/*)
+SOURCES := setup.py $(wildcard sparselearning/native/*.cpp sparselearning/sparse/kernels/*)
 
 .PHONY: demo demo-imagenet test soak coverage mutants lint bench results-mnist clean
 
@@ -26,10 +26,10 @@ soak: .venv/installed
 coverage: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check pytest-cov
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report term \
-		--deselect tests/test_main.py::test_the_same_seed_gives_the_same_run \
-		--deselect tests/test_main.py::test_a_killed_run_goes_on_exactly \
-		--deselect tests/test_resuming.py::test_a_thread_other_than_the_main_one_leaves_signals_alone \
-		--deselect tests/test_resuming.py::test_a_disk_too_full_for_the_log_ends_in_one_line
+		--deselect tests/mnist_cifar/test_main.py::test_the_same_seed_gives_the_same_run \
+		--deselect tests/mnist_cifar/test_main.py::test_a_killed_run_goes_on_exactly \
+		--deselect tests/experiments/run/test_resuming.py::test_a_thread_other_than_the_main_one_leaves_signals_alone \
+		--deselect tests/experiments/run/test_resuming.py::test_a_disk_too_full_for_the_log_ends_in_one_line
 
 # Small changes of selection.py, schedules.py and core.py, and whether a test notices each. FILES="..." for one of them.
 mutants: .venv/installed

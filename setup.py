@@ -26,8 +26,8 @@ sparse_kernels = Extension(
 
 # Applies the masks after a step; without it numpy does, in about twice the time.
 zero_kernel = Extension(
-    "sparselearning._zero",
-    ["sparselearning/zero.cpp"],
+    "sparselearning.native._zero",
+    ["sparselearning/native/zero.cpp"],
     extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden"],
     py_limited_api=True,
     optional=True,

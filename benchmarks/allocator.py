@@ -20,7 +20,7 @@ from sparse_layers import both, prune
 from torch.nn.functional import cross_entropy
 
 from sparselearning import Masking, models
-from sparselearning.allocator import keep_freed_memory
+from sparselearning.native.allocator import keep_freed_memory
 from sparselearning.sparse import SparseConv2d, library, ops
 
 LAYER = "conv 64@32"

@@ -16,8 +16,8 @@ import torch
 from torch.nn import functional as F
 
 from sparselearning import CosineDecay, Masking
-from sparselearning.experiments import data as datasets
-from sparselearning.experiments.training import Precision, train_epoch
+from sparselearning.experiments.data import in_memory as datasets
+from sparselearning.experiments.run.training import Precision, train_epoch
 
 DENSITY = 0.05
 BATCH = 100

@@ -19,7 +19,7 @@ import torch
 from common import parse, ratio, save, summary
 from PIL import Image
 
-from sparselearning.experiments import images
+from sparselearning.experiments.data import photographs as images
 
 SIZES = (224, 128, 64)
 COUNT = 200

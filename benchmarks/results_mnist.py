@@ -25,10 +25,10 @@ import common
 import torch
 from tabulate import tabulate
 
-from sparselearning.distributions import DISTRIBUTIONS
-from sparselearning.experiments import plots
-from sparselearning.experiments.results import statistics
+from sparselearning.experiments.report import plots
+from sparselearning.experiments.report.results import statistics
 from sparselearning.methods import METHODS
+from sparselearning.start.distributions import DISTRIBUTIONS
 
 SCRIPT = Path(__file__).parent.parent / "mnist_cifar" / "main.py"
 RESULTS = Path(__file__).parent / "results"

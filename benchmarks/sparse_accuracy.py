@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from sparselearning import CosineDecay, Masking
-from sparselearning.experiments.data import batches, load
+from sparselearning.experiments.data.in_memory import batches, load
 from sparselearning.models import build
 
 

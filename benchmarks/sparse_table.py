@@ -13,7 +13,7 @@ import logging
 import common
 from tabulate import tabulate
 
-from sparselearning.experiments import plots
+from sparselearning.experiments.report import plots
 
 
 def main():

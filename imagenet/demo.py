@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 from tabulate import tabulate
 
-from sparselearning.experiments.arguments import positive_int
-from sparselearning.experiments.plots import plot_demo
+from sparselearning.experiments.report.plots import plot_demo
+from sparselearning.flags import positive_int
 
 COMMON = "--recipe tuned --arch resnet18 --lr 0.4 --workers 1"
 CLASSES = 10

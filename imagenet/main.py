@@ -26,27 +26,23 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from sparselearning import checkpoint, distributed
-from sparselearning.allocator import keep_freed_memory
+from sparselearning import checkpoint
 from sparselearning.core import Masking, add_sparse_args
-from sparselearning.experiments import images, plots, resuming
-from sparselearning.experiments.arguments import (
+from sparselearning.experiments.data import photographs as images
+from sparselearning.experiments.data.files import DataError
+from sparselearning.experiments.report import plots
+from sparselearning.experiments.run import resuming
+from sparselearning.experiments.run.arguments import (
     ArgumentParser,
     add_checkpoint_args,
     check_sparse_backend,
-    chosen_method,
     fail,
-    fraction,
-    non_negative,
-    positive_int,
     seed,
-    whole_number,
 )
-from sparselearning.experiments.costs import describe, flops_of_run, relative_flops
-from sparselearning.experiments.datafiles import DataError
-from sparselearning.experiments.initial import choice_of_weights
-from sparselearning.experiments.run_folder import RunFolder, check_same_run
-from sparselearning.experiments.training import (
+from sparselearning.experiments.run.costs import describe, flops_of_run, relative_flops
+from sparselearning.experiments.run.folder import RunFolder, check_same_run
+from sparselearning.experiments.run.start import choice_of_weights
+from sparselearning.experiments.run.training import (
     ApexPrecision,
     NotFinite,
     Precision,
@@ -57,13 +53,16 @@ from sparselearning.experiments.training import (
     seed_generators,
     train_epoch,
 )
+from sparselearning.flags import chosen_method, fraction, non_negative, positive_int, whole_number
 from sparselearning.flops import forward_flops
 from sparselearning.functions import FunctionError
-from sparselearning.maskable import maskable_parameters
 from sparselearning.models.resnet import RESNETS
-from sparselearning.momentum import torch_optimizer
-from sparselearning.names import named
-from sparselearning.sharded import Whole
+from sparselearning.native.allocator import keep_freed_memory
+from sparselearning.processes import distributed
+from sparselearning.processes.sharded import Whole
+from sparselearning.start.maskable import maskable_parameters
+from sparselearning.start.names import named
+from sparselearning.weights.optimizer import torch_optimizer
 
 # Defaults of the arguments below. With other --epochs, warm-up and decay keep their place in the run.
 RECIPES = {

@@ -12,8 +12,8 @@ from pathlib import Path
 import main as script
 from tabulate import tabulate
 
-from sparselearning.experiments.arguments import positive_int
-from sparselearning.experiments.plots import plot_demo
+from sparselearning.experiments.report.plots import plot_demo
+from sparselearning.flags import positive_int
 
 COMMON = "--data digits --model lenet300-100 --decay_frequency 900 --max-threads 1"
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from tabulate import tabulate
 
 from sparselearning import checkpoint
-from sparselearning.experiments import plots
-from sparselearning.experiments.results import OLD_NAMES, ResultsError, find, group, mean_costs, read, summarise
+from sparselearning.experiments.report import plots
+from sparselearning.experiments.report.results import OLD_NAMES, ResultsError, find, group, mean_costs, read, summarise
 
 ALWAYS_SHOWN = ["data", "model", "density"]
 

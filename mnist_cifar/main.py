@@ -26,28 +26,23 @@ import torch
 from extensions import EXTENSIONS
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from sparselearning import checkpoint, distributed, models
-from sparselearning.allocator import keep_freed_memory
+from sparselearning import checkpoint, models
 from sparselearning.core import Masking, add_sparse_args
-from sparselearning.experiments import data as datasets
-from sparselearning.experiments import features, plots, resuming
-from sparselearning.experiments.arguments import (
+from sparselearning.experiments.data import in_memory as datasets
+from sparselearning.experiments.report import features, plots
+from sparselearning.experiments.report.bench import LayerBench
+from sparselearning.experiments.run import resuming
+from sparselearning.experiments.run.arguments import (
     ArgumentParser,
     add_checkpoint_args,
     check_sparse_backend,
-    chosen_method,
     fail,
-    fraction,
-    non_negative,
-    positive_int,
-    proper_fraction,
     seed,
 )
-from sparselearning.experiments.bench import LayerBench
-from sparselearning.experiments.costs import describe, flops_of_run, relative_flops
-from sparselearning.experiments.initial import choice_of_weights
-from sparselearning.experiments.run_folder import MAY_CHANGE, RunFolder, arguments_of, check_same_run
-from sparselearning.experiments.training import (
+from sparselearning.experiments.run.costs import describe, flops_of_run, relative_flops
+from sparselearning.experiments.run.folder import MAY_CHANGE, RunFolder, arguments_of, check_same_run
+from sparselearning.experiments.run.start import choice_of_weights
+from sparselearning.experiments.run.training import (
     ApexPrecision,
     NotFinite,
     Precision,
@@ -58,11 +53,14 @@ from sparselearning.experiments.training import (
     seed_generators,
     train_epoch,
 )
+from sparselearning.flags import chosen_method, fraction, non_negative, positive_int, proper_fraction
 from sparselearning.flops import forward_flops
 from sparselearning.functions import FunctionError
-from sparselearning.maskable import maskable_parameters
-from sparselearning.momentum import torch_optimizer
+from sparselearning.native.allocator import keep_freed_memory
+from sparselearning.processes import distributed
 from sparselearning.sparse import convert, to_dense
+from sparselearning.start.maskable import maskable_parameters
+from sparselearning.weights.optimizer import torch_optimizer
 
 IMAGE_SHAPES = {"digits": (1, 28, 28), "mnist": (1, 28, 28), "cifar": (3, 32, 32)}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from sparselearning.experiments import features, plots
+from sparselearning.experiments.report import features, plots
 
 
 def parse_arguments(argv=None):

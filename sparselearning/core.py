@@ -27,28 +27,29 @@ from typing import Any, SupportsFloat
 import torch
 from torch import Tensor, nn
 
-from sparselearning import distributed, invariants
-from sparselearning.before_training import SCORES, Batches, scores_of
-from sparselearning.dense_copy import INACTIVE
-from sparselearning.distributions import none_empty
-from sparselearning.experiments.arguments import add_sparse_args
+from sparselearning import invariants
+from sparselearning.flags import add_sparse_args
 from sparselearning.functions import FunctionError, is_network_wide, measures_after_pruning, resolve
 from sparselearning.grow import GROWTH_FUNCTIONS
-from sparselearning.initial import Density, SparseInit, initial_masks
-from sparselearning.layer import SparseLayer
-from sparselearning.maskable import canonical_name, maskable_parameters
+from sparselearning.layers import SparseLayer
 from sparselearning.methods import Method, find_method, masking_arguments
-from sparselearning.momentum import gradient_of, keeps_momentum, master_weights, momentum_of, torch_optimizer
-from sparselearning.names import named
+from sparselearning.native.zero import zero_inactive
 from sparselearning.patterns import UNSTRUCTURED, patterns_for, with_most, with_pattern
+from sparselearning.processes import distributed
+from sparselearning.processes.sharded import add_up, count_active, is_sharded, reshard, shard_of
 from sparselearning.prune import PRUNE_FUNCTIONS, count_of
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS, no_redistribution
-from sparselearning.regrowth import START_VALUES, keep_norms, pull_to_zero, start_regrown
 from sparselearning.schedules import Constant, CosineDecay, LinearDecay
 from sparselearning.selection import apportion, drop_lowest_jointly
-from sparselearning.sharded import add_up, count_active, is_sharded, reshard, shard_of
 from sparselearning.sparse.training import SparseTraining
-from sparselearning.zero import zero_inactive
+from sparselearning.start.distributions import none_empty
+from sparselearning.start.maskable import canonical_name, maskable_parameters
+from sparselearning.start.masks import Density, SparseInit, initial_masks
+from sparselearning.start.names import named
+from sparselearning.start.scores import SCORES, Batches, scores_of
+from sparselearning.weights.dense_copy import INACTIVE
+from sparselearning.weights.optimizer import gradient_of, keeps_momentum, master_weights, momentum_of, torch_optimizer
+from sparselearning.weights.regrowth import START_VALUES, keep_norms, pull_to_zero, start_regrown
 
 __all__ = ["CosineDecay", "LinearDecay", "Masking", "add_sparse_args"]
 

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from sparselearning import distributed
-from sparselearning.dense_copy import dense_weight
 from sparselearning.functions import FunctionError, network_wide, single_weights
+from sparselearning.processes import distributed
+from sparselearning.processes.sharded import is_sharded, uniform_like
 from sparselearning.selection import add_highest, add_highest_jointly, apportion
-from sparselearning.sharded import is_sharded, uniform_like
+from sparselearning.weights.dense_copy import dense_weight
 
 
 def momentum_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from sparselearning import distributed
-from sparselearning.sharded import add_up, count_active, is_sharded
+from sparselearning.processes import distributed
+from sparselearning.processes.sharded import add_up, count_active, is_sharded
 
 
 class InvariantError(RuntimeError):

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sparselearning.initial import Density, SparseInit
 from sparselearning.patterns import check_name
 from sparselearning.schedules import Constant, CosineDecay, CubicDensity, LinearDecay, SoftDensity, StepDensity
+from sparselearning.start.masks import Density, SparseInit
 
 Schedule = Callable[[int], float]
 

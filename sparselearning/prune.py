@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from sparselearning.dense_copy import dense_weight
 from sparselearning.functions import network_wide, single_weights
+from sparselearning.processes.sharded import add_up, highest, local_part
 from sparselearning.selection import add_highest, add_highest_jointly, apportion, drop_lowest, drop_lowest_jointly
-from sparselearning.sharded import add_up, highest, local_part
+from sparselearning.weights.dense_copy import dense_weight
 
 
 def magnitude_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparselearning.functions import after_pruning
-from sparselearning.zero import zero_inactive
+from sparselearning.native.zero import zero_inactive
 
 
 def momentum_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> Tensor | float:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparselearning import sharded
 from sparselearning.patterns import UNSTRUCTURED, ablate, pattern_of
-from sparselearning.sharded import is_sharded
+from sparselearning.processes import sharded
+from sparselearning.processes.sharded import is_sharded
 
 SAMPLE = 1 << 14  # entries that a bound is judged by
 CHUNK = 1 << 18  # entries that fit in a core's cache

@@ -11,12 +11,12 @@ import time
 import pytest
 import torch
 from helpers import assert_masks_hold, backward, mlp, train
-from processes import run as run_processes
+from launch import run as run_processes
 from script import assert_equal, checkpoint_of, load_main, metrics_of, run_folder
 from torch.nn import functional
 
 from sparselearning import Masking
-from sparselearning.experiments import plots
+from sparselearning.experiments.report import plots
 from sparselearning.functions import is_network_wide
 from sparselearning.grow import GROWTH_FUNCTIONS
 from sparselearning.methods import METHODS, find_method

@@ -6,12 +6,12 @@ from helpers import mlp
 from torch import nn
 
 from sparselearning import Masking, models
-from sparselearning.distributions import active_counts, erdos_renyi_kernel
-from sparselearning.experiments.costs import relative_flops
+from sparselearning.experiments.run.costs import relative_flops
 from sparselearning.flops import Flops, dense_gradients, forward_flops
-from sparselearning.maskable import maskable_parameters
 from sparselearning.methods import METHODS
 from sparselearning.models.resnet import RESNETS
+from sparselearning.start.distributions import active_counts, erdos_renyi_kernel
+from sparselearning.start.maskable import maskable_parameters
 
 # Of the gradient of the weights of a network of density 0.2, relative to the dense network's: 0.2 but for these.
 SHARES = dict.fromkeys(METHODS, 0.2)

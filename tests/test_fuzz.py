@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparselearning import CosineDecay, LinearDecay, Masking
-from sparselearning.before_training import SCORES
-from sparselearning.dense_copy import INACTIVE
-from sparselearning.distributions import DISTRIBUTIONS
 from sparselearning.grow import GROWTH_FUNCTIONS
 from sparselearning.methods import METHODS
 from sparselearning.prune import PRUNE_FUNCTIONS
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
-from sparselearning.regrowth import START_VALUES
 from sparselearning.schedules import CubicDensity, SoftDensity, StepDensity
 from sparselearning.sparse import available
+from sparselearning.start.distributions import DISTRIBUTIONS
+from sparselearning.start.scores import SCORES
+from sparselearning.weights.dense_copy import INACTIVE
+from sparselearning.weights.regrowth import START_VALUES
 
 EXAMPLES = [100, pytest.param(10_000, marks=pytest.mark.slow)]
 STEPS = 5

@@ -6,7 +6,7 @@ from helpers import assert_masks_hold, masked, mlp, train
 from torch import nn
 
 from sparselearning import Masking
-from sparselearning.maskable import maskable_parameters
+from sparselearning.start.maskable import maskable_parameters
 
 
 class FirstOutput(nn.Module):

@@ -8,8 +8,8 @@ from helpers import assert_masks_hold, masked, mlp, train
 from torch import nn
 
 from sparselearning import Masking
-from sparselearning.distributions import active_counts, uniform
 from sparselearning.grow import GROWTH_FUNCTIONS
+from sparselearning.start.distributions import active_counts, uniform
 
 
 def sgd(model):

@@ -9,7 +9,6 @@ from helpers import assert_masks_hold, backward, batch_for, layer_with, masked, 
 from torch import nn
 
 from sparselearning import Masking
-from sparselearning.before_training import grasp, snip, synflow
 from sparselearning.functions import FunctionError
 from sparselearning.grow import (
     cannistraci_hebb_growth,
@@ -31,6 +30,7 @@ from sparselearning.prune import (
 from sparselearning.redistribute import no_redistribution, nonzero_redistribution, remaining_redistribution
 from sparselearning.schedules import Constant, CosineDecay, CubicDensity, SoftDensity, StepDensity
 from sparselearning.selection import add_highest
+from sparselearning.start.scores import grasp, snip, synflow
 
 T, F = True, False
 BATCHES = [(torch.randn(16, 20, generator=torch.Generator().manual_seed(9)), torch.arange(16) % 10)]

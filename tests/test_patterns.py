@@ -10,7 +10,7 @@ import torch
 from helpers import assert_masks_hold, masked, mlp, same, snapshot, train
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import run
+from launch import run
 from script import load_main, metrics_of
 from test_update_matrix import without_aliases
 from torch import nn

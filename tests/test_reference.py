@@ -3,9 +3,9 @@
 import copy
 
 import pytest
-import reference
 import torch
 from helpers import backward, masked, mlp
+from oracles import reference
 from torch import nn
 
 from sparselearning import CosineDecay

@@ -13,7 +13,7 @@ from torch import nn
 import sparselearning.core
 from sparselearning import Masking
 from sparselearning.core import CosineDecay, LinearDecay
-from sparselearning.experiments import data
+from sparselearning.experiments.data import in_memory as data
 from sparselearning.funcs import growth_funcs, prune_funcs, redistribution_funcs
 
 T, F = True, False

@@ -1,10 +1,10 @@
 """drop_lowest, add_highest, apportion: golden examples, and laws against slow loops."""
 
 import pytest
-import reference
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from oracles import reference
 
 from sparselearning import selection
 from sparselearning.selection import (

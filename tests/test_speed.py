@@ -7,15 +7,16 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-import reference
 import torch
 from helpers import assert_masks_hold, backward, batch_for, masked, mlp, train
+from oracles import reference
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparselearning import selection, zero
+from sparselearning import selection
+from sparselearning.native import zero
+from sparselearning.native.zero import zero_inactive
 from sparselearning.selection import add_highest, drop_lowest
-from sparselearning.zero import zero_inactive
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sparselearning.experiments import datafiles
+from sparselearning.experiments.data import files as datafiles
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [path for place in ("sparselearning", "mnist_cifar", "imagenet") for path in (ROOT / place).rglob("*.py")]
@@ -28,7 +28,7 @@ def test_nothing_is_evaluated_or_unpickled():
                 found.append(f"{path.name}: {name}")
             if name == "spec.loader.exec_module":
                 found.append(f"{path.name}: {name}")
-    assert found == ["arguments.py: spec.loader.exec_module"], "the file of a function named on the command line"
+    assert found == ["flags.py: spec.loader.exec_module"], "the file of a function named on the command line"
 
 
 def test_torch_and_numpy_load_data_alone():
@@ -48,7 +48,7 @@ def test_torch_and_numpy_load_data_alone():
 
 def test_the_only_unpickler_knows_arrays_alone():
     pickles = [path.name for path in SOURCES if "pickle.Unpickler)" in path.read_text()]
-    assert pickles == ["datafiles.py"]
+    assert pickles == ["files.py"]
     allowed = datafiles._ArrayUnpickler.allowed
     assert {name for _, name in allowed} == {"_reconstruct", "ndarray", "dtype"}
 

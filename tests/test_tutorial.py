@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from script import load_main, run_folder
 
-from sparselearning.experiments import plots
+from sparselearning.experiments.report import plots
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ["How_to_add_your_own_algorithms.md", "README.md", "docs/patterns.md"]

@@ -10,11 +10,11 @@ import torch
 from helpers import assert_masks_hold, masked, snapshot, train
 from torch import nn
 
-from sparselearning.distributions import DISTRIBUTIONS
 from sparselearning.functions import is_network_wide
 from sparselearning.grow import GROWTH_FUNCTIONS
 from sparselearning.prune import PRUNE_FUNCTIONS
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
+from sparselearning.start.distributions import DISTRIBUTIONS
 
 
 def without_aliases(table):

@@ -16,8 +16,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from sparselearning.sparse import ops
 from sparselearning.sparse.dataflow import Dataflow, Seen
-from sparselearning.sparse.layout import keep_order
 from sparselearning.sparse.library import available
+from sparselearning.sparse.memory_order import keep_order
 from sparselearning.sparse.modules import SparseConv2d, SparseLayer, SparseLinear
 from sparselearning.sparse.training import trained_to_dense
 
@@ -68,7 +68,7 @@ def convert(model: nn.Module, example_input: Any, layout: str = "unstructured") 
     layout: 'unstructured' for the kernels of this package; '2:4' or 'bsr' for masks of that pattern on a GPU.
     """
     if layout != "unstructured":
-        from sparselearning.sparse.patterns import convert_pattern
+        from sparselearning.sparse.gpu import convert_pattern
 
         return convert_pattern(model, layout)
     device = next((p.device.type for p in model.parameters()), "cpu")

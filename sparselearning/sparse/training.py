@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparselearning import distributed
-from sparselearning.layer import SparseLayer
-from sparselearning.momentum import momentum_of
+from sparselearning.layers import SparseLayer
+from sparselearning.processes import distributed
 from sparselearning.sparse import ops
-from sparselearning.sparse.layout import forget_order, keep_order
 from sparselearning.sparse.library import conv_shape, kernels
+from sparselearning.sparse.memory_order import forget_order, keep_order
 from sparselearning.sparse.modules import numeric_padding
+from sparselearning.weights.optimizer import momentum_of
 
 logger = logging.getLogger(__name__)
 

@@ -13,15 +13,15 @@ from pathlib import Path
 import apex_stand_in
 import pytest
 import torch
-from photographs import write_folder
-from processes import run
+from jpegs import write_folder
+from launch import run
 from torch import nn
 from torch._dynamo.utils import counters
 
-from sparselearning import distributed
-from sparselearning.experiments import resuming
-from sparselearning.experiments.training import Progress
+from sparselearning.experiments.run import resuming
+from sparselearning.experiments.run.training import Progress
 from sparselearning.methods import METHODS
+from sparselearning.processes import distributed
 
 SCRIPT = Path(__file__).parents[2] / "imagenet" / "main.py"
 

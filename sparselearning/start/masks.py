@@ -1,0 +1,111 @@
+"""The masks that training starts with."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sparselearning.patterns import UNSTRUCTURED, of_fan_in, pattern_of, with_pattern
+from sparselearning.processes.sharded import add_up, is_sharded, shard_of, uniform_like
+from sparselearning.selection import add_highest, add_highest_jointly
+from sparselearning.start.distributions import DISTRIBUTIONS, Distribution, divide
+from sparselearning.start.names import by_density
+
+Density = float | Mapping[str, float]
+SparseInit = str | Distribution | Mapping[str, Tensor]
+
+
+def initial_masks(empty: Mapping[str, Tensor], density: Density, sparse_init: SparseInit) -> dict[str, Tensor]:
+    """Return name -> mask for masks that are empty yet.
+
+    Drawn at random where `sparse_init` is a distribution; the highest of all scores where it maps names to scores;
+    given where it maps names to masks (bool). No layer is left empty while another has two weights or more. Of a layer
+    with a pattern (patterns.py), which its empty mask carries, the units are chosen, as many as are nearest to its
+    number of weights; a constant fan-in is written into the pattern.
+
+    Raises:
+        ValueError: for densities that do not fit the names (see `names.by_density`), leave no weight or are more than
+            a pattern holds, an unknown distribution, or scores and masks that do not fit the weights.
+    """
+    if isinstance(sparse_init, Mapping):
+        _check_fit(empty, sparse_init)
+        if all(tensor.dtype == torch.bool for tensor in sparse_init.values()):
+            return {name: _given(name, _like(sparse_init[name], mask), mask) for name, mask in empty.items()}
+    elif not callable(sparse_init) and sparse_init not in DISTRIBUTIONS:
+        names = ", ".join(map(repr, (*DISTRIBUTIONS, "resume", "snip", "grasp", "synflow")))
+        raise ValueError(
+            f"Unknown sparse_init {sparse_init!r}. Pass a function, or one of {names}, or a dict from names to scores "
+            "or masks."
+        )
+    masks = {}
+    for part, names in by_density(list(empty), density):
+        group = [empty[name] for name in names]
+        size = sum(mask.numel() for mask in group)
+        total = round(part * size)
+        if not total:
+            raise ValueError(f"A density of {part} leaves none of {size} weights. Pass a larger one.")
+        if isinstance(sparse_init, Mapping):
+            scores = [_like(sparse_init[name], mask) for name, mask in zip(names, group, strict=True)]
+            plain = [torch.zeros_like(mask) for mask in group]
+            shares = [
+                int(count) for count in add_up([mask.sum() for mask in add_highest_jointly(scores, plain, total)])
+            ]
+        else:
+            distribution = DISTRIBUTIONS[sparse_init] if isinstance(sparse_init, str) else sparse_init
+            scores, shares = None, [distribution(mask.shape) for mask in group]
+        counts = _counts(total, shares, group)
+        for i, (name, mask) in enumerate(zip(names, group, strict=True)):
+            pattern = of_fan_in(pattern_of(mask), mask.shape, counts[i])
+            with_pattern(mask, replace(pattern, ablation=0.0))  # a neuron is given up in an update at the earliest
+            masks[name] = add_highest(uniform_like(mask) if scores is None else scores[i], mask, counts[i])
+            with_pattern(mask, pattern)
+    return masks
+
+
+def _counts(total, shares, group):
+    """Return how many weights of each mask are active, in steps of its pattern."""
+    patterns = [pattern_of(mask) for mask in group]
+    capacities = [pattern.capacity(mask.shape) for pattern, mask in zip(patterns, group, strict=True)]
+    if total > sum(capacities):
+        raise ValueError(
+            f"Expected a density of at most {sum(capacities) / sum(mask.numel() for mask in group):g}, which is all "
+            f"that the pattern {patterns[0].name!r} holds, got {total / sum(mask.numel() for mask in group):g}. Pass a "
+            "smaller one, or a smaller start_density where the density falls."
+        )
+    steps = [pattern.step(mask.shape) for pattern, mask in zip(patterns, group, strict=True)]
+    return divide(total, shares, capacities, steps)
+
+
+def _given(name, mask, empty):
+    pattern = of_fan_in(pattern_of(empty), mask.shape, int(mask.sum()))
+    if pattern != UNSTRUCTURED and not pattern.holds(mask):
+        raise ValueError(f"The mask of {name} is not of the pattern {pattern.name!r}. Choose another one.")
+    with_pattern(empty, pattern)
+    return mask
+
+
+def _like(tensor, mask):
+    if is_sharded(mask):
+        return tensor if is_sharded(tensor) else shard_of(tensor, mask)
+    return tensor.to(mask.device)
+
+
+def _check_fit(empty, given):
+    """Raise unless there is a score for every weight, or a mask for every weight and for no other."""
+    kinds = {tensor.dtype == torch.bool for tensor in given.values()}
+    if len(kinds) > 1:
+        raise ValueError("Expected sparse_init to map names to scores, or names to masks (bool); got both kinds.")
+    names = empty.keys() | given.keys() if kinds == {True} else empty.keys()
+    differences = [
+        f"{name} is {_shape(given, name)} in sparse_init and {_shape(empty, name)} here"
+        for name in sorted(names)
+        if _shape(given, name) != _shape(empty, name)
+    ]
+    if differences:
+        kind = "masks" if kinds == {True} else "scores"
+        raise ValueError(f"The {kind} do not fit: {'; '.join(differences)}. Dense weights are named in dense=[...].")
+
+
+def _shape(tensors, name):
+    return str(tuple(tensors[name].shape)) if name in tensors else "absent"

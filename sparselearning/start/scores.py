@@ -1,0 +1,204 @@
+"""Pruning before training: scores of the weights of a network that has not been trained yet, and masks from a file.
+
+    mask.add_module(model, density=0.05, sparse_init="snip", batches=[(images, labels)])
+    mask.add_module(model, density=0.05, sparse_init=snip(model, [(images, labels)], loss_function))
+
+A score is a tensor of its weight's shape, higher for what is to stay; `add_module` keeps the highest of the whole
+network. Every maskable weight gets one, whether it is to be masked or to stay dense; SynFlow, which prunes in rounds,
+is told which ones stay dense. The model is left as it is, its statistics of batch normalisation included.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparselearning import checkpoint
+from sparselearning.processes.sharded import is_sharded
+from sparselearning.selection import drop_lowest_jointly
+from sparselearning.start.maskable import maskable_parameters
+from sparselearning.start.masks import Density
+from sparselearning.start.names import by_density, named
+
+Batches = Sequence[tuple[Tensor, Tensor]]
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+SCORES = ("snip", "grasp", "synflow")
+
+
+def scores_of(
+    kind: str, model: nn.Module, batches: Batches | None, density: Density, dense: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Return the scores called `kind`, one of `SCORES`, with cross-entropy as the loss.
+
+    Args:
+        batches: (inputs, labels) pairs; SynFlow looks at the shape of the first inputs alone.
+        density, dense: as `synflow` takes them.
+
+    Raises:
+        ValueError: if there is no batch.
+    """
+    batches = list(batches or ())
+    if not batches:
+        raise ValueError(
+            f"sparse_init={kind!r} scores the weights before training. Pass batches=[(inputs, labels)], or for another "
+            f"loss the scores themselves: sparse_init={kind}(model, ...) from sparselearning.start.scores."
+        )
+    if kind == "synflow":
+        return synflow(model, batches[0][0], density, dense)
+    return {"snip": snip, "grasp": grasp}[kind](model, batches)
+
+
+def snip(model: nn.Module, batches: Batches, loss_function: LossFunction = F.cross_entropy) -> dict[str, Tensor]:
+    """Return |w * dL/dw| for every maskable weight: how much the loss feels that the weight is there.
+
+    Lee, Ajanthan and Torr 2019, SNIP: single-shot network pruning based on connection sensitivity,
+    https://arxiv.org/abs/1810.02340, section 4: |dL(c * w)/dc| at c = 1 for a switch c on every weight, without the
+    division by the sum of all scores, which changes no order.
+
+    Args:
+        batches: (inputs, targets) pairs, whose gradients are added up.
+        loss_function: of the model's output and the targets.
+    """
+    model, weights = _copy(model)
+    gradients = _gradients(model, weights, batches, loss_function)
+    return {name: (w * g).abs().detach() for (name, w), g in zip(weights.items(), gradients, strict=True)}
+
+
+def grasp(
+    model: nn.Module,
+    batches: Batches,
+    loss_function: LossFunction = F.cross_entropy,
+    temperature: float = 200.0,
+) -> dict[str, Tensor]:
+    """Return w * (H g) for every maskable weight: how much of the gradient's norm would go with it.
+
+    Wang, Zhang and Grosse 2020, Picking winning tickets before training by preserving gradient flow,
+    https://arxiv.org/abs/2002.07376, section 4. The paper's score, -w * (H g), is the negative of this one, and what
+    is highest there is removed. g is the gradient of the loss and H its second derivative, both at outputs divided by
+    `temperature`, over the maskable weights. The paper's code starts linear layers anew for the scores; here they are
+    scored as they are.
+
+    Args:
+        batches: (inputs, targets) pairs, whose gradients are added up.
+        loss_function: of outputs, logits or log-probabilities, and targets.
+    """
+    model, weights = _copy(model)
+
+    def softened(output: Tensor, targets: Tensor) -> Tensor:
+        return loss_function(output / temperature, targets)
+
+    g = _gradients(model, weights, batches, softened)
+    product = [torch.zeros_like(w) for w in weights.values()]
+    for batch in batches:
+        # The derivative of g^T dL/dw, g held fixed, is H g.
+        dL = _gradients(model, weights, [batch], softened, differentiable=True)
+        flow = torch.stack([(a * b).sum() for a, b in zip(g, dL, strict=True)]).sum()
+        Hg = torch.autograd.grad(flow, list(weights.values()), allow_unused=True, materialize_grads=True)
+        product = [a + b for a, b in zip(product, Hg, strict=True)]
+    return {name: (w * h).detach() for (name, w), h in zip(weights.items(), product, strict=True)}
+
+
+def synflow(
+    model: nn.Module,
+    inputs: Tensor,
+    density: Density,
+    dense: Sequence[str] = (),
+    rounds: int = 100,
+) -> dict[str, Tensor]:
+    """Return |w * dR/dw|, R the sum of the outputs of a network of absolute weights for an input of ones.
+
+    Tanaka, Kunin, Yamins and Ganguli 2020, Pruning neural networks without any data by iteratively conserving synaptic
+    flow, https://arxiv.org/abs/2006.05467, algorithm 1. Round t of T leaves density^(t/T) of the weights; the scores
+    are those of round T, and -1 for weights that fell before, so that the highest are the paper's choice. In float64
+    (float32 on MPS, which has none), for the products of many layers are large. As in the paper's code batch
+    normalisation takes its running statistics, absolute like all that the model holds, and a softmax that is a module
+    is left out.
+
+    Args:
+        inputs: an example; its shape but for the first dimension, device and dtype count.
+        density, dense: what is to be given to `add_module`.
+    """
+    model, weights = _copy(model, dense)
+    model.eval().to(torch.float32 if inputs.device.type == "mps" else torch.float64)
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.Softmax | nn.LogSoftmax):
+                setattr(module, name, nn.Identity())
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.abs_()
+    ones = inputs.new_ones((1, *inputs.shape[1:]), dtype=next(iter(weights.values())).dtype)
+    masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
+    groups = by_density(list(weights), density)
+    scores = {}
+    for done in range(1, rounds + 1):
+        gradients = torch.autograd.grad(
+            model(ones).sum(), list(weights.values()), allow_unused=True, materialize_grads=True
+        )
+        scores = {
+            name: (w.detach() * g).abs().masked_fill(~masks[name], -1)
+            for (name, w), g in zip(weights.items(), gradients, strict=True)
+        }
+        if done == rounds:
+            break
+        for part, names in groups:
+            among = [masks[name] for name in names]
+            active = sum(int(mask.sum()) for mask in among)
+            left = round(part ** (done / rounds) * sum(mask.numel() for mask in among))
+            masks |= zip(
+                names, drop_lowest_jointly([scores[name] for name in names], among, active - left), strict=True
+            )
+        with torch.no_grad():
+            for name, w in weights.items():
+                w.mul_(masks[name])
+    return scores
+
+
+def load_masks(path: str | Path) -> dict[str, Tensor]:
+    """Return the masks of a checkpoint, or of a file that holds a dict from names to bool tensors.
+
+    Raises:
+        FileNotFoundError, CheckpointError: if there is no such file, or no masks in it.
+    """
+    state = checkpoint.read(path)
+    masks = state.get("model", {})
+    if "mask" in state:
+        masks = {name: layer["mask"] for name, layer in state["mask"]["layers"].items()}
+    if not masks or not all(isinstance(mask, Tensor) and mask.dtype == torch.bool for mask in masks.values()):
+        raise checkpoint.CheckpointError(
+            f"{path} holds no masks. Expected a checkpoint of a sparse run, or a dict from names to bool tensors that "
+            "torch.save wrote."
+        )
+    return masks
+
+
+def _copy(model: nn.Module, dense: Sequence[str] = ()) -> tuple[nn.Module, Mapping[str, Tensor]]:
+    """Return a copy of the model and its maskable weights by name, without the dense ones.
+
+    Raises:
+        ValueError: for weights that are sharded among processes.
+    """
+    if any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "Scores before training need whole weights, got sharded ones. Save the masks of one process, and start "
+            "from them: sparse_init=load_masks(path), or --sparse-init mask:PATH."
+        )
+    model = copy.deepcopy(model)
+    weights = dict(maskable_parameters(model))
+    kept_dense = named(list(weights), dense)
+    return model, {name: weight for name, weight in weights.items() if name not in kept_dense}
+
+
+def _gradients(model, weights, batches, loss_function, differentiable=False):
+    """Return the sum over batches of the gradient of each weight."""
+    total = [torch.zeros_like(weight) for weight in weights.values()]
+    for inputs, targets in batches:
+        loss = loss_function(model(inputs), targets)
+        gradients = torch.autograd.grad(
+            loss, list(weights.values()), create_graph=differentiable, allow_unused=True, materialize_grads=True
+        )
+        total = [a + b for a, b in zip(total, gradients, strict=True)]
+    return total

@@ -1,0 +1,68 @@
+"""Run a function in several processes that talk through Gloo, for tests."""
+
+import io
+import multiprocessing
+import os
+import tempfile
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# Starts from a server that has imported torch once: a fork of this process would share its threads.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
+    ["torch", "torch.distributed.fsdp", "sklearn.datasets", "sparselearning", "sparselearning.experiments.report.plots"]
+)
+
+
+def run(function, processes, *arguments):
+    """Call `function(*arguments)` in each process, seeded alike; return what they return, by rank.
+
+    Raises:
+        RuntimeError: with the traceback, if it raised in one of them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [context.Pipe() for _ in range(processes)]
+        started = [
+            context.Process(target=_work, args=(function, arguments, rank, processes, folder, pipe))
+            for rank, (_, pipe) in enumerate(pipes)
+        ]
+        for process, (_, theirs) in zip(started, pipes, strict=True):
+            process.start()
+            theirs.close()  # so that its end is seen when the process ends
+        try:
+            answers = [_answer(ours) for ours, _ in pipes]
+        finally:
+            for process in started:
+                process.join(5)
+                process.kill()
+    errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(answers) if error]
+    if errors:
+        raise RuntimeError("\n".join(errors))
+    return [torch.load(io.BytesIO(result), weights_only=False) for _, result in answers]
+
+
+def _answer(pipe):
+    try:
+        return pipe.recv() if pipe.poll(300) else ("silent for 300 s", None)
+    except EOFError:
+        return "ended without an answer", None
+
+
+def _work(function, arguments, rank, processes, folder, pipe):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    try:
+        store = dist.FileStore(os.path.join(folder, "store"), processes)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=300))
+        result = io.BytesIO()  # not as a tensor in shared memory, which ends with this process
+        torch.save(function(*arguments), result)
+        pipe.send((None, result.getvalue()))
+    except BaseException:
+        pipe.send((traceback.format_exc(), None))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

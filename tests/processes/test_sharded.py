@@ -1,0 +1,124 @@
+"""Masks of sharded weights: what one process would select, to the unit and to the tie."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from launch import run
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from sparselearning import Masking
+from sparselearning.processes.sharded import shard_of, uniform_like, unsharded
+from sparselearning.selection import add_highest_jointly, drop_lowest_jointly
+
+SHAPES = [(5, 3), (1, 7), (64, 9, 3, 3), (2, 2)]  # fewer rows than processes, rows that do not divide evenly
+
+
+def cases():
+    """Scores and masks with many ties, NaN, infinities and zeros of both signs, in three precisions."""
+    generator = torch.Generator().manual_seed(1)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        scores = [torch.randint(-4, 5, shape, generator=generator).to(dtype) * 0.25 for shape in SHAPES]
+        for score in scores:
+            special = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 1e-40, -1e-40], dtype=dtype)
+            where = torch.randint(score.numel(), (6,), generator=generator)
+            score.flatten()[where] = special
+        masks = [torch.rand(shape, generator=generator) < 0.5 for shape in SHAPES]
+        yield scores, masks
+        yield [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES], masks
+
+
+def select_in_shards(mesh_shape, dimension_of):
+    """Compare the selection over shards with that over whole tensors; return how many were compared."""
+    mesh = init_device_mesh("cpu", mesh_shape)
+    replicas = [Replicate()] * (len(mesh_shape) - 1)
+    like = [distribute_tensor(torch.zeros(shape), mesh, [*replicas, Shard(dimension_of(shape))]) for shape in SHAPES]
+    compared = 0
+    for scores, masks in cases():
+        score_parts = [shard_of(score, part) for score, part in zip(scores, like, strict=True)]
+        mask_parts = [shard_of(mask, part) for mask, part in zip(masks, like, strict=True)]
+        for k in (1, 100, 700, 10**6):
+            for select, given in ((drop_lowest_jointly, score_parts), (add_highest_jointly, scores)):
+                found = select(given, mask_parts, k)  # random scores come whole
+                for expected, mask, part in zip(select(scores, masks, k), found, like, strict=True):
+                    assert mask.placements == part.placements
+                    assert torch.equal(expected, mask.full_tensor()), (k, select.__name__)
+                    compared += 1
+    return compared
+
+
+def by_rows(shape):
+    return 0
+
+
+def by_the_longest_dimension(shape):
+    return shape.index(max(shape))
+
+
+@pytest.mark.parametrize(
+    ("mesh_shape", "dimension_of"), [((3,), by_rows), ((2,), by_the_longest_dimension), ((2, 2), by_rows)]
+)
+def test_selection_over_shards_is_that_over_the_whole(mesh_shape, dimension_of):
+    processes = math.prod(mesh_shape)
+    assert run(select_in_shards, processes, mesh_shape, dimension_of) == [6 * 4 * 2 * len(SHAPES)] * processes
+
+
+def draw():
+    mesh = init_device_mesh("cpu", (2,))
+    part = distribute_tensor(torch.zeros(7, 3), mesh, [Shard(0)])
+    torch.manual_seed(dist.get_rank())
+    drawn = uniform_like(part).full_tensor()
+    return drawn, torch.rand(2)
+
+
+def test_random_scores_are_those_of_process_0_and_leave_the_others_their_generator():
+    (first, after_first), (second, after_second) = run(draw, 2)
+    torch.manual_seed(0)
+    expected = torch.rand(7, 3)
+    assert torch.equal(first, expected)
+    assert torch.equal(second, expected)
+    assert torch.equal(after_first, torch.rand(2))
+    assert torch.equal(after_second, torch.rand(2, generator=torch.Generator().manual_seed(1)))
+
+
+def resume(state):
+    """Load a whole state into a sharded network."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Linear(6, 5)
+    fully_shard(model)
+    masking = Masking(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), None)
+    masking.add_module(model, density=0.5)
+    masking.load_state_dict(state)
+    return unsharded(masking.state_dict())
+
+
+def test_a_saved_mask_is_sharded_when_it_is_loaded():
+    model = nn.Linear(6, 5)
+    masking = Masking(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), None)
+    masking.add_module(model, density=0.3)
+    for state in run(resume, 2, masking.state_dict()):
+        assert torch.equal(state["layers"]["weight"]["mask"], masking.masks["weight"])
+        assert state["baseline_nonzero"] == 9
+
+
+def rescaled(shard):
+    """Return the weights of a network that begins with the norm it had, sharded or whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(3)
+    model = nn.Linear(9, 7)
+    if shard:
+        fully_shard(model)
+    masking = Masking(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), None, rescale=True)
+    masking.add_module(model, density=0.3)
+    return unsharded(model.state_dict())["weight"].clone()
+
+
+def test_sharded_weights_are_rescaled_as_whole_ones():
+    expected = rescaled(shard=False)
+    for weight in run(rescaled, 2, True):
+        torch.testing.assert_close(weight, expected)
