@@ -7,24 +7,24 @@ from sparselearning.core import Masking
 from sparselearning.flops import Flops, dense_gradients
 
 
-def relative_flops(flops: Flops, mask: Masking | None, steps_per_epoch: int) -> dict[str, float]:
-    """Return the FLOPs of inference and of training at the densities of now, relative to the dense network's."""
-    if mask is None:
+def relative_flops(flops: Flops, masking: Masking | None, steps_per_epoch: int) -> dict[str, float]:
+    """Return the FLOPs of inference and of training at the present densities, relative to the dense network's."""
+    if masking is None:
         return dict(inference_flops=1.0, training_flops=1.0)
-    densities = {layer.name: layer.density for layer in mask.layers}
-    of_growth = dense_gradients(mask.growth_mode, mask.prune_every_k_steps or steps_per_epoch)
+    densities = {layer.name: layer.density for layer in masking.layers}
+    of_growth = dense_gradients(masking.growth_mode, masking.prune_every_k_steps or steps_per_epoch)
     return dict(
         inference_flops=flops.inference(densities),
-        training_flops=flops.training(densities, of_growth, _trained(mask)),
+        training_flops=flops.training(densities, of_growth, _trained(masking)),
     )
 
 
-def _trained(mask: Masking) -> dict[str, float] | None:
-    """Return the densities of the weights that are trained, where they are more than the active ones."""
-    if mask.dense_copy is None:
+def _trained(masking: Masking) -> dict[str, float] | None:
+    """Return the densities of the weights that are trained, or None where these are the active ones."""
+    if masking.dense_copy is None:
         return None
-    backward = mask.dense_copy.backward
-    return {layer.name: min(backward * layer.density, 1.0) if backward else 1.0 for layer in mask.layers}
+    backward = masking.dense_copy.backward
+    return {layer.name: min(backward * layer.density, 1.0) if backward else 1.0 for layer in masking.layers}
 
 
 def flops_of_run(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
