@@ -10,6 +10,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+from sparselearning.defaults import defaults_from
 from sparselearning.functions import FunctionError, resolve
 from sparselearning.grow import GROWTH_FUNCTIONS
 from sparselearning.methods import DECAYS, DENSITY_SCHEDULES, METHODS, PARTS, Method, table
@@ -20,6 +21,23 @@ from sparselearning.start.distributions import DISTRIBUTIONS
 from sparselearning.start.scores import SCORES
 from sparselearning.weights.dense_copy import INACTIVE
 from sparselearning.weights.regrowth import START_VALUES
+
+__all__ = [
+    "add_sparse_args",
+    "chosen_method",
+    "defaults_from",
+    "densities",
+    "find_mode",
+    "fraction",
+    "load_function",
+    "non_negative",
+    "parse_value",
+    "positive_fraction",
+    "positive_int",
+    "proper_fraction",
+    "sparse_init",
+    "whole_number",
+]
 
 TABLES: dict[str, Mapping[str, Callable]] = {
     "prune_mode": PRUNE_FUNCTIONS,
