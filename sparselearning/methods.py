@@ -206,21 +206,3 @@ def _density_schedule(method, density, first, last, decay):
     if method.density_schedule == "soft":
         return SoftDensity(density, decay, last)
     return DENSITY_SCHEDULES[method.density_schedule](method.density_at_start(density), density, first, last)
-
-
-def table() -> str:
-    """Return the methods as lines of text: key, name and paper, then the parts that are not a `Method`'s default."""
-    lines = []
-    for key, method in METHODS.items():
-        parts = [f"{part}={_show(getattr(method, part))}" for part in PARTS if _stands_out(method, part)]
-        lines += [f"{key}: {method.name}. {method.paper}", f"    {' '.join(parts)}"]
-    return "\n".join(lines)
-
-
-def _stands_out(method, part):
-    default = next(field.default for field in dataclasses.fields(Method) if field.name == part)
-    return part in ("prune", "redistribution", "growth") or getattr(method, part) != default
-
-
-def _show(value):
-    return getattr(value, "__name__", value)
