@@ -18,7 +18,6 @@ from sparselearning.prune import PRUNE_FUNCTIONS
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
 from sparselearning.start.distributions import DISTRIBUTIONS
 from sparselearning.start.scores import SCORES
-from sparselearning.weights.dense_copy import INACTIVE
 from sparselearning.weights.regrowth import START_VALUES
 
 TABLES: dict[str, Mapping[str, Callable]] = {
@@ -180,7 +179,7 @@ def add_sparse_args(
     )
     add(
         "--inactive",
-        choices=[*INACTIVE],
+        choices=["zero", "kept", "soft"],
         default="zero",
         help="what becomes of a weight that leaves: zero forgets its value, kept and soft train it beside the network "
         "(default: %(default)s)",
@@ -201,7 +200,7 @@ def _let_method_set_defaults(parser):
     def parse_known_args(args=None, namespace=None):
         method = METHODS.get(first.parse_known_args(args)[0].method)
         if method:
-            parser.set_defaults(**{part: getattr(method, part) for part in PARTS})
+            parser.set_defaults(**{part: getattr(method, part) for part in PARTS}, inactive=method.weights)
         return parse(args, namespace)
 
     parser.parse_known_args = parse_known_args
@@ -222,7 +221,8 @@ def chosen_method(args: argparse.Namespace, extensions: Mapping[str, Mapping[str
     Raises:
         ValueError: if they do not fit together.
     """
-    parts = {part: getattr(args, part) for part in PARTS}
+    parts = {part: getattr(args, part) for part in PARTS if part != "weights"}
+    parts["weights"] = "sparse" if args.sparse_backend else args.inactive
     for argument in TABLES:
         part = argument.removesuffix("_mode")
         parts[part] = find_mode(argument, parts[part], (extensions or {}).get(argument))
