@@ -15,8 +15,8 @@ from functools import partial
 from typing import Any
 
 from sparselearning.defaults import defaults_from
-from sparselearning.methods import DECAYS, DENSITY_SCHEDULES, METHODS, PARTS, Method, find_method
-from sparselearning.own_functions import TABLES, find_mode
+from sparselearning.methods import DECAYS, DENSITY_SCHEDULES, FUNCTIONS, METHODS, PARTS, WEIGHTS, Method, find_method
+from sparselearning.own_functions import find_mode
 from sparselearning.own_functions import load_function as load_function  # it has been a name of this module
 from sparselearning.patterns import check_name
 from sparselearning.start.distributions import DISTRIBUTIONS
@@ -141,7 +141,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         "few percent that do not begin to learn"),
     "pull": dict(type=non_negative,
         help="how strongly active weights are pulled to zero; it is added to their gradients"),
-    "inactive": dict(choices=["zero", "kept", "soft"],
+    "inactive": dict(choices=[name for name in WEIGHTS if name != "sparse"],
         help="what becomes of a weight that is pruned: zero forgets its value, kept and soft train it beside the "
         "network"),
     "sparse_backend": dict(choices=["cpu"], default=None,
@@ -197,10 +197,10 @@ def _spelling(dest):
 def _mode(dest, extensions):
     """Return what a flag of functions takes besides: their names, and how they are found."""
     argument = f"{dest}_mode"
-    if argument not in TABLES:
+    if argument not in FUNCTIONS:
         return {}
     more = extensions.get(argument, {})
-    names = ", ".join([*TABLES[argument], *more])
+    names = ", ".join([*FUNCTIONS[argument], *more])
     return dict(
         type=partial(_checked, lambda text: find_mode(argument, text, more)),
         metavar="MODE",
@@ -228,7 +228,7 @@ def flags_of(method: str) -> str:
     return " ".join(
         _spelling(dest) if value is True else f"{_spelling(dest)} {value}"
         for dest, value in _parts(method).items()
-        if f"{dest}_mode" in TABLES or value != others[dest]
+        if f"{dest}_mode" in FUNCTIONS or value != others[dest]
     )
 
 
@@ -244,7 +244,9 @@ def chosen_method(args: argparse.Namespace, extensions: Mapping[str, Mapping[str
             "hold them: leave out one of them."
         )
     parts = {part: getattr(args, DEST.get(part, part)) for part in PARTS}
-    for argument in TABLES:
+    if args.sparse_backend:
+        parts["weights"] = "sparse"
+    for argument in FUNCTIONS:
         part = argument.removesuffix("_mode")
         parts[part] = find_mode(argument, parts[part], (extensions or {}).get(argument))
     return Method(name=args.method or "own", paper="", **parts)

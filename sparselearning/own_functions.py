@@ -9,15 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselearning.functions import FunctionError, resolve
-from sparselearning.grow import GROWTH_FUNCTIONS
-from sparselearning.prune import PRUNE_FUNCTIONS
-from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
-
-TABLES: dict[str, Mapping[str, Callable]] = {
-    "prune_mode": PRUNE_FUNCTIONS,
-    "redistribution_mode": REDISTRIBUTION_FUNCTIONS,
-    "growth_mode": GROWTH_FUNCTIONS,
-}
+from sparselearning.methods import FUNCTIONS
 
 
 def find_mode(argument: str, text: str, extensions: Mapping[str, Callable] | None = None) -> str | Callable:
@@ -31,7 +23,7 @@ def find_mode(argument: str, text: str, extensions: Mapping[str, Callable] | Non
         FunctionError, FileNotFoundError: if there is no such function, or it is of another kind.
     """
     extensions = extensions or {}
-    table = {**TABLES[argument], **extensions}
+    table = {**FUNCTIONS[argument], **extensions}
     if ":" not in text:
         if text not in table:
             raise ValueError(f"expected one of {', '.join(table)}, or path/to/file.py:function, got {text!r}")

@@ -168,6 +168,19 @@ def test_own_functions_and_extensions_are_of_the_method_chosen(tmp_path):
     assert chosen_method(parse()).name == "own"
 
 
+@pytest.mark.parametrize(
+    ("command", "weights"),
+    [
+        ("", "zero"),
+        ("--inactive kept", "kept"),
+        ("--method soft_threshold", "soft"),
+        ("--sparse-backend cpu", "sparse"),
+    ],
+)
+def test_two_flags_say_how_weights_are_held(command, weights):
+    assert chosen_method(parse(*command.split())).weights == weights
+
+
 def test_sparse_kernels_do_not_hold_what_inactive_asks_for():
     args = parse("--method", "top_kast", "--sparse-backend", "cpu")
     with pytest.raises(ValueError, match=r"--inactive kept trains inactive weights, .*: leave out one"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparselearning.functions import FunctionError, is_network_wide
+from sparselearning.functions import FunctionError, is_marked
 from sparselearning.own_functions import find_mode, load_function
 from sparselearning.prune import magnitude_prune
 
@@ -69,7 +69,7 @@ def test_own_function_is_found(own):
 
 
 def test_own_network_wide_function_keeps_its_mark(own):
-    assert is_network_wide(find_mode("growth_mode", f"{own}:grow_everywhere"))
+    assert is_marked(find_mode("growth_mode", f"{own}:grow_everywhere"), "network_wide")
 
 
 def test_own_file_is_executed_once(tmp_path):

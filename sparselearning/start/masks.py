@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparselearning.patterns import UNSTRUCTURED, of_fan_in, pattern_of, with_pattern
+from sparselearning.patterns import UNSTRUCTURED, of_fan_in, pattern_of, with_pattern, without_pattern
 from sparselearning.processes.sharded import add_up, is_sharded, shard_of, uniform_like
 from sparselearning.selection import add_highest, add_highest_jointly
 from sparselearning.start.distributions import DISTRIBUTIONS, Distribution, divide
@@ -17,12 +17,12 @@ SparseInit = str | Distribution | Mapping[str, Tensor]
 
 
 def initial_masks(empty: Mapping[str, Tensor], density: Density, sparse_init: SparseInit) -> dict[str, Tensor]:
-    """Return name -> mask for masks that are empty yet.
+    """Return name -> first mask, for empty masks that carry the patterns of their layers.
 
-    Drawn at random where `sparse_init` is a distribution; the highest of all scores where it maps names to scores;
-    given where it maps names to masks (bool). No layer is left empty while another has two weights or more. Of a layer
-    with a pattern (patterns.py), which its empty mask carries, the units are chosen, as many as are nearest to its
-    number of weights; a constant fan-in is written into the pattern.
+    The active weights are drawn at random if `sparse_init` is a distribution; they have the highest of all scores if it
+    maps names to scores; they are given if it maps names to masks (bool). No layer is left empty while another has two
+    weights or more. A layer with a pattern (patterns.py) gets the number of whole units nearest to its number of
+    weights; the mask carries the pattern, with the fan-in where that is constant.
 
     Raises:
         ValueError: for densities that do not fit the names (see `names.by_density`), leave no weight or are more than
@@ -57,9 +57,10 @@ def initial_masks(empty: Mapping[str, Tensor], density: Density, sparse_init: Sp
         counts = _counts(total, shares, group)
         for i, (name, mask) in enumerate(zip(names, group, strict=True)):
             pattern = of_fan_in(pattern_of(mask), mask.shape, counts[i])
-            with_pattern(mask, replace(pattern, ablation=0.0))  # a neuron is given up in an update at the earliest
-            masks[name] = add_highest(uniform_like(mask) if scores is None else scores[i], mask, counts[i])
-            with_pattern(mask, pattern)
+            # No neuron is given up before the first update.
+            at_first = with_pattern(without_pattern(mask), replace(pattern, ablation=0.0))
+            score = uniform_like(mask) if scores is None else scores[i]
+            masks[name] = with_pattern(add_highest(score, at_first, counts[i]), pattern)
     return masks
 
 
@@ -81,8 +82,7 @@ def _given(name, mask, empty):
     pattern = of_fan_in(pattern_of(empty), mask.shape, int(mask.sum()))
     if pattern != UNSTRUCTURED and not pattern.holds(mask):
         raise ValueError(f"The mask of {name} is not of the pattern {pattern.name!r}. Choose another one.")
-    with_pattern(empty, pattern)
-    return mask
+    return with_pattern(without_pattern(mask), pattern)
 
 
 def _like(tensor, mask):
