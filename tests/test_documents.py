@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from sparselearning.grow import GROWTH_FUNCTIONS
+from sparselearning.methods import METHODS
+from sparselearning.prune import PRUNE_FUNCTIONS
+from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
@@ -111,6 +116,15 @@ def test_every_folder_is_on_the_map():
     assert folders - {"sparselearning/experiments"} <= on_it.keys()
     files = {path.name for path in (ROOT / "sparselearning").glob("*.py")}
     assert files - {"__init__.py"} <= on_it["sparselearning"]
+
+
+def test_every_method_and_mode_is_on_the_page():
+    named = set(re.findall(r"`(\w+)`", text_of("docs/methods.md")))
+    assert METHODS.keys() <= named
+    for table in (PRUNE_FUNCTIONS, REDISTRIBUTION_FUNCTIONS, GROWTH_FUNCTIONS):
+        assert {*table.values()} == {
+            function for name, function in table.items() if name in named
+        }  # by one of its names
 
 
 def spelled_out(names):
