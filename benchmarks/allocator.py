@@ -90,7 +90,7 @@ def model_step(name, images, sparse):
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
     if sparse:
-        Masking(optimizer, None, sparse_backend="cpu").add_module(model, density=0.05)
+        Masking(optimizer, None, weights="sparse").add_module(model, density=0.05)
 
     def step():
         optimizer.zero_grad()
