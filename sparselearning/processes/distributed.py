@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -130,13 +130,13 @@ def without_sync(model: nn.Module) -> AbstractContextManager:
     return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
 
 
-def broadcast_masks(masks: Sequence[Tensor]) -> None:
+def broadcast_masks(masks: Iterable[Tensor]) -> None:
     """Overwrite the masks of every process with those of rank 0, in place and in one message.
 
-    Masks sharded among the processes are left out: each part is where it belongs.
+    Sharded masks are left out: each process already holds its own part. One process alone does nothing.
     """
     masks = [mask for mask in masks if not is_sharded(mask)]
-    if not masks:
+    if not masks or not in_process_group():
         return
     flat = torch.cat([mask.flatten() for mask in masks]).to(torch.uint8)
     dist.broadcast(flat, src=0)
@@ -145,12 +145,14 @@ def broadcast_masks(masks: Sequence[Tensor]) -> None:
         mask.copy_(part.view_as(mask))
 
 
-def check_agreement(masks: Sequence[Tensor]) -> None:
-    """Check that all processes hold the same masks, by a checksum.
+def check_agreement(masks: Iterable[Tensor]) -> None:
+    """Compare the checksums of the masks of all processes. One process alone does nothing.
 
     Raises:
-        ProcessError: on every process, if they do not.
+        ProcessError: on every process, if the masks differ.
     """
+    if not in_process_group():
+        return
     masks = [mask for mask in masks if not is_sharded(mask)]
     device = masks[0].device if masks else torch.device("cpu")
     mine = torch.tensor(0, device=device)

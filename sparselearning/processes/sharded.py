@@ -55,6 +55,13 @@ def shard_of(whole: Tensor, like: Any) -> Any:
     )
 
 
+def placed_like(mask: Tensor, value: Tensor) -> Tensor:
+    """Return a copy of a saved tensor that lies where the mask lies: on its device, and sharded like it."""
+    if is_sharded(mask) and value.shape == mask.shape:
+        return shard_of(value, mask)
+    return value.to(mask.device, copy=True)
+
+
 def unsharded(state: Any) -> Any:
     """Return a state_dict, or any nest of dicts and lists, with every DTensor gathered; all processes call it."""
     if is_sharded(state):
@@ -106,6 +113,20 @@ def add_up(values: list) -> list:
     here = torch.stack([part.to_local().to(torch.float64) for part in parts])  # float64: exact for counts below 2^53
     sums = iter(DTensor.from_local(here, parts[0].device_mesh, parts[0].placements, run_check=False).full_tensor())
     return [next(sums) if is_sharded(value) else value for value in values]
+
+
+def fetch(values: list) -> list[float]:
+    """Return numbers and 0-d tensors as Python numbers, in one synchronisation.
+
+    Those of sharded weights are added up over processes. Tensors of different dtypes are promoted as torch.stack does.
+    """
+    values = add_up(values)
+    tensors = [value.detach() for value in values if isinstance(value, Tensor)]
+    if not tensors:
+        return [float(value) for value in values]
+    device = tensors[0].device
+    fetched = iter(torch.stack([tensor.reshape(()).to(device) for tensor in tensors]).tolist())
+    return [next(fetched) if isinstance(value, Tensor) else float(value) for value in values]
 
 
 def highest(value: float, weight: Any) -> float:

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from sparselearning import Masking
-from sparselearning.processes.sharded import shard_of, uniform_like, unsharded
+from sparselearning.processes.sharded import fetch, shard_of, uniform_like, unsharded
 from sparselearning.selection import add_highest_jointly, drop_lowest_jointly
 
 SHAPES = [(5, 3), (1, 7), (64, 9, 3, 3), (2, 2)]  # fewer rows than processes, rows that do not divide evenly
@@ -64,6 +64,24 @@ def by_the_longest_dimension(shape):
 def test_selection_over_shards_is_that_over_the_whole(mesh_shape, dimension_of):
     processes = math.prod(mesh_shape)
     assert run(select_in_shards, processes, mesh_shape, dimension_of) == [6 * 4 * 2 * len(SHAPES)] * processes
+
+
+def fetch_sums():
+    """Fetch a number, the sum of a sharded tensor and that of a whole one."""
+    mesh = init_device_mesh("cpu", (2,))
+    part = distribute_tensor(torch.arange(10), mesh, [Shard(0)])
+    return fetch([1.5, part.sum(), torch.arange(10).sum()])
+
+
+def test_fetched_numbers_of_shards_are_added_up():
+    assert run(fetch_sums, 2) == [[1.5, 45, 45]] * 2
+
+
+def test_fetch_takes_numbers_and_0d_tensors():
+    weight = torch.ones(3, requires_grad=True)
+    assert fetch([2, torch.tensor(3), weight.sum(), torch.tensor(True), 0.25]) == [2, 3, 3, 1, 0.25]
+    assert fetch([1, 0.5]) == [1, 0.5]
+    assert fetch([]) == []
 
 
 def draw():
