@@ -70,7 +70,7 @@ def in_process_group() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def add_up(values: Tensor) -> Tensor:
+def sum_over_processes(values: Tensor) -> Tensor:
     """Return the sum of a tensor over all processes; itself where there is one."""
     if in_process_group():
         dist.all_reduce(values)
@@ -107,7 +107,7 @@ def average_buffers(model: nn.Module) -> None:
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     if not in_process_group() or not buffers:
         return
-    mean = add_up(torch.cat([buffer.flatten() for buffer in buffers])) / processes()
+    mean = sum_over_processes(torch.cat([buffer.flatten() for buffer in buffers])) / processes()
     for buffer, part in zip(buffers, mean.split([buffer.numel() for buffer in buffers]), strict=True):
         buffer.copy_(part.view_as(buffer))
 
