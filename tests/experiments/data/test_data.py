@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from sparselearning.experiments.data import in_memory as data_module
 from sparselearning.experiments.data import files as datafiles
-from sparselearning.experiments.data.in_memory import Split, batches, count_batches, crop_and_flip, draw_crops, load
+from sparselearning.experiments.data import in_memory as data_module
 from sparselearning.experiments.data.files import CIFAR_FILES, MNIST_FILES, DataError
+from sparselearning.experiments.data.in_memory import Split, batches, count_batches, crop_and_flip, draw_crops, load
 
 REAL = os.environ.get("SPARSELEARNING_DATA", "/nowhere")
 
