@@ -7,6 +7,7 @@ A mask that carries a pattern (patterns.py) moves in the pattern's units. A unit
 scores. The units dropped hold at least k weights, the units added at most k; a full group gets no unit.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -203,6 +204,15 @@ def _mark_lowest_on_device(scores, candidates, k, negate):
     low |= tied & (tied.cumsum(0) <= k - low.sum())
     parts = low.split([among.numel() for among in candidates])
     return [part.view(among.shape).to(among.device) for part, among in zip(parts, candidates, strict=True)]
+
+
+def count_of(rate: float, number: int) -> int:
+    """Return the fraction `rate` of a number, rounded up.
+
+    >>> count_of(0.07, 100), 0.07 * 100
+    (7, 7.000000000000001)
+    """
+    return math.ceil(rate * number * (1 - 1e-12))
 
 
 def apportion(total: int, shares: Sequence[float], capacity: Sequence[int]) -> list[int]:

@@ -19,7 +19,7 @@ from sparselearning.sparse.dataflow import Dataflow, Seen
 from sparselearning.sparse.library import available
 from sparselearning.sparse.memory_order import keep_order
 from sparselearning.sparse.modules import SparseConv2d, SparseLayer, SparseLinear
-from sparselearning.sparse.training import trained_to_dense
+from sparselearning.sparse.trained import trained_to_dense
 
 logger = logging.getLogger(__name__)
 

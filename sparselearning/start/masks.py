@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparselearning.patterns import UNSTRUCTURED, of_fan_in, pattern_of, with_pattern
-from sparselearning.processes.sharded import add_up, placed_like, uniform_like
+from sparselearning.patterns import UNSTRUCTURED, of_fan_in, pattern_of, with_pattern, without_pattern
+from sparselearning.processes.sharded import count_active, fetch, placed_like, uniform_like
 from sparselearning.selection import add_highest, add_highest_jointly
 from sparselearning.start.distributions import DISTRIBUTIONS, Distribution, divide
 from sparselearning.start.names import by_density
@@ -17,14 +17,12 @@ SparseInit = str | Distribution | Mapping[str, Tensor]
 
 
 def initial_masks(empty: Mapping[str, Tensor], density: Density, sparse_init: SparseInit) -> dict[str, Tensor]:
-    """Return {name: mask} for the layers of `empty`, {name: mask without active weights}.
+    """Return {name: mask} for empty masks that carry the patterns of their layers.
 
     If `sparse_init` is a distribution, active weights are drawn at random. If it maps names to scores, the highest
     scores of the network are active. If it maps names to masks (bool), it gives the masks. No layer stays empty while
-    another has two weights or more.
-
-    An empty mask may carry a pattern (patterns.py): then its units are chosen, in the number nearest to the layer's
-    number of weights, and a constant fan-in is written into the pattern.
+    another has two weights or more. A layer with a pattern (patterns.py) gets the number of whole units nearest to its
+    number of weights; its mask carries the pattern, with the fan-in if that is constant.
 
     Raises:
         ValueError: for densities that do not fit the names (see `names.by_density`), leave no weight or exceed what a
@@ -50,18 +48,17 @@ def initial_masks(empty: Mapping[str, Tensor], density: Density, sparse_init: Sp
         if isinstance(sparse_init, Mapping):
             scores = [placed_like(mask, sparse_init[name]) for name, mask in zip(names, group, strict=True)]
             plain = [torch.zeros_like(mask) for mask in group]
-            shares = [
-                int(count) for count in add_up([mask.sum() for mask in add_highest_jointly(scores, plain, total)])
-            ]
+            shares = fetch([count_active(mask) for mask in add_highest_jointly(scores, plain, total)])
         else:
             distribution = DISTRIBUTIONS[sparse_init] if isinstance(sparse_init, str) else sparse_init
             scores, shares = None, [distribution(mask.shape) for mask in group]
         counts = _counts(total, shares, group)
         for i, (name, mask) in enumerate(zip(names, group, strict=True)):
             pattern = of_fan_in(pattern_of(mask), mask.shape, counts[i])
-            with_pattern(mask, replace(pattern, ablation=0.0))  # updates remove neurons, the start does not
-            masks[name] = add_highest(uniform_like(mask) if scores is None else scores[i], mask, counts[i])
-            with_pattern(mask, pattern)
+            # The first update is the earliest to remove a neuron.
+            at_first = with_pattern(without_pattern(mask), replace(pattern, ablation=0.0))
+            score = uniform_like(mask) if scores is None else scores[i]
+            masks[name] = with_pattern(add_highest(score, at_first, counts[i]), pattern)
     return masks
 
 
@@ -83,8 +80,7 @@ def _given(name, mask, empty):
     pattern = of_fan_in(pattern_of(empty), mask.shape, int(mask.sum()))
     if pattern != UNSTRUCTURED and not pattern.holds(mask):
         raise ValueError(f"The mask of {name} is not of the pattern {pattern.name!r}. Choose another one.")
-    with_pattern(empty, pattern)
-    return mask
+    return with_pattern(without_pattern(mask), pattern)
 
 
 def _check_fit(empty, given):
