@@ -9,7 +9,7 @@ from torch import nn
 
 from sparselearning import Masking
 from sparselearning.grow import GROWTH_FUNCTIONS
-from sparselearning.start.distributions import active_counts, uniform
+from sparselearning.start.distributions import divide
 
 
 def sgd(model):
@@ -50,8 +50,8 @@ def test_one_weight_stays_in_every_layer_where_the_density_leaves_less():
 
 
 def test_the_total_is_exact_where_the_density_leaves_one_weight_per_layer():
-    assert active_counts([(1000, 1000), (2, 2), (2, 2)], density=3 / 1_000_008, distribution=uniform) == [1, 1, 1]
-    assert active_counts([(10, 10), (1, 1)], density=0.05, distribution=uniform) == [4, 1]
+    assert divide(3, shares=[10**6, 4, 4], capacities=[10**6, 4, 4], steps=[1, 1, 1]) == [1, 1, 1]
+    assert divide(5, shares=[100, 1], capacities=[100, 1], steps=[1, 1]) == [4, 1]
 
 
 @pytest.mark.parametrize("redistribution", ["momentum", "magnitude", "nonzeros", "none"])

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from sparselearning import Masking
-from sparselearning.processes.sharded import fetch, shard_of, uniform_like, unsharded
+from sparselearning.processes.sharded import fetch, placed_like, shard_of, uniform_like, unsharded
 from sparselearning.selection import add_highest_jointly, drop_lowest_jointly
 
 SHAPES = [(5, 3), (1, 7), (64, 9, 3, 3), (2, 2)]  # fewer rows than processes, rows that do not divide evenly
@@ -75,6 +75,20 @@ def fetch_sums():
 
 def test_fetched_numbers_of_shards_are_added_up():
     assert run(fetch_sums, 2) == [[1.5, 45, 45]] * 2
+
+
+def place():
+    """Place a whole and a sharded mask like the sharded one; return both gathered, after a change to the original."""
+    whole = torch.arange(10) % 3 == 0
+    mask = distribute_tensor(whole, init_device_mesh("cpu", (2,)), [Shard(0)])
+    copies = [placed_like(mask, value) for value in (whole, mask)]
+    mask.to_local().fill_(False)
+    return [copy.full_tensor() for copy in copies if copy.placements == mask.placements]
+
+
+def test_a_mask_is_copied_to_where_another_lies():
+    for copies in run(place, 2):
+        assert [copy.tolist() for copy in copies] == [[i % 3 == 0 for i in range(10)]] * 2
 
 
 def test_fetch_takes_numbers_and_0d_tensors():
