@@ -18,7 +18,7 @@ from sparselearning.sparse.dataflow import Dataflow, Seen
 from sparselearning.sparse.gpu import convert_pattern
 from sparselearning.sparse.library import available
 from sparselearning.sparse.memory_order import keep_order
-from sparselearning.sparse.modules import SparseConv2d, SparseLayer, SparseLinear
+from sparselearning.sparse.modules import SparseConv2d, SparseLinear, SparseModule
 from sparselearning.sparse.report import LayerReport, Report, layers_of
 from sparselearning.sparse.training import trained_to_dense
 
@@ -94,11 +94,11 @@ def fold_norms(model: nn.Module, flow: Dataflow) -> dict[nn.Module, nn.Module]:
     return relus
 
 
-def sparse_form(layer: nn.Linear | nn.Conv2d) -> SparseLayer:
+def sparse_form(layer: nn.Linear | nn.Conv2d) -> SparseModule:
     return SparseConv2d.from_dense(layer) if isinstance(layer, nn.Conv2d) else SparseLinear.from_dense(layer)
 
 
-def try_sparse(name, layer, seen: Seen, relu) -> tuple[LayerReport, SparseLayer | None]:
+def try_sparse(name, layer, seen: Seen, relu) -> tuple[LayerReport, SparseModule | None]:
     """Return what a measurement says of `layer` on an input like `seen`, and its sparse form."""
     nan = float("nan")
     density = layer.weight.detach().count_nonzero().item() / layer.weight.numel()
