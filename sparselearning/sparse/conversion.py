@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from sparselearning.sparse import ops
 from sparselearning.sparse.dataflow import Dataflow, Seen
 from sparselearning.sparse.gpu import convert_pattern
-from sparselearning.sparse.library import available
+from sparselearning.sparse.interface import available
 from sparselearning.sparse.memory_order import keep_order
 from sparselearning.sparse.modules import SparseConv2d, SparseLinear, SparseModule
 from sparselearning.sparse.report import LayerReport, Report, layers_of
