@@ -7,8 +7,10 @@ joins by being in its table; what cannot go together is refused with one line.
 
 import copy
 
+import by_method
 import pytest
 import torch
+from by_method import batch, go_on
 from helpers import assert_masks_hold, backward, mlp
 from launch import run as run_processes
 from script import assert_equal, checkpoint_of, load_main, metrics_of, run_folder
@@ -24,8 +26,7 @@ from sparselearning.patterns import of_fan_in, pattern_for
 from sparselearning.prune import PRUNE_FUNCTIONS
 
 PATTERNS = ["unstructured", "2:4", "block:2x4", "fan-in", "fan-in:0.3", "neuron"]
-STEPS, EPOCH, DENSITY = 24, 6, 0.2  # short, with an update every other step where a method updates by steps
-WIDTHS, SIZE = (20, 40, 10), 1200
+WIDTHS, SIZE, DENSITY = (20, 40, 10), 1200, 0.2
 
 
 def refusal(method, pattern):
@@ -48,27 +49,9 @@ KEPT = [case for case in EVERY if not refusal(*case)]
 OWN = [(method, METHODS[method].pattern) for method in METHODS]
 
 
-def begin(method, pattern, optimizer=torch.optim.SGD, batch_seed=9, **parts):
+def begin(method, pattern, **parts):
     """A small network, its optimizer and its masks by this method."""
-    model = mlp(*WIDTHS)
-    settings = dict(lr=0.1, momentum=0.9) if optimizer is torch.optim.SGD else dict(lr=0.01)
-    optimizer = optimizer(model.parameters(), **settings)
-    if METHODS[method].prune_every_k_steps:
-        parts = {"prune_every_k_steps": 2} | parts
-    inputs = torch.randn(16, 20, generator=torch.Generator().manual_seed(batch_seed))
-    parts |= dict(pattern=pattern, batches=[(inputs, torch.arange(16) % 10)])
-    return model, optimizer, Masking.from_method(method, model, optimizer, STEPS, DENSITY, **parts)
-
-
-def go_on(model, optimizer, masking, first=0, last=STEPS, data_seed=0):
-    """Train from one step to another on data that depend on the step; yield after each step and epoch."""
-    for step in range(first, last):
-        backward(model, torch.randn(8, 20, generator=torch.Generator().manual_seed(1000 * data_seed + step)))
-        optimizer.step()
-        yield step + 1
-        if (step + 1) % EPOCH == 0 and step + 1 < STEPS:
-            masking.at_end_of_epoch()
-            yield step + 1
+    return by_method.begin(method, widths=WIDTHS, density=DENSITY, pattern=pattern, **parts)
 
 
 def counted(masking):
@@ -114,7 +97,7 @@ def test_what_cannot_go_together_is_refused(method, pattern):
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize(("method", "pattern"), KEPT)
 def test_counts_are_exact_inactive_weights_zero_and_the_pattern_holds(method, pattern, optimizer):
-    model, optimizer, masking = begin(method, pattern, optimizer)
+    model, optimizer, masking = begin(method, pattern, optimizer=optimizer)
     most = {layer.name: layer.pattern.most for layer in masking.layers}
     at_first = counts = counted(masking)
     if pattern in ("unstructured", "2:4", "block:2x4"):
@@ -140,7 +123,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(method, pattern):
         if step == 7:
             saved = copy.deepcopy([part.state_dict() for part in parts]), torch.get_rng_state()
     torch.manual_seed(1)
-    again = begin(method, pattern, batch_seed=8)  # other scores, of which nothing stays
+    again = begin(method, pattern, batches=[batch(8)])  # other scores, of which nothing stays
     for part, state in zip(again, saved[0], strict=True):
         part.load_state_dict(state)
     torch.set_rng_state(saved[1])
@@ -155,7 +138,7 @@ def replicas():
     states = {}
     for method, pattern in KEPT:
         torch.manual_seed(rank)
-        model, optimizer, masking = begin(method, pattern, batch_seed=rank)
+        model, optimizer, masking = begin(method, pattern, batches=[batch(rank)])
         network = torch.nn.parallel.DistributedDataParallel(model)
         for step in range(4):
             backward(network, torch.randn(8, 20))
