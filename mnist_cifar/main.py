@@ -93,7 +93,7 @@ def parse_arguments(argv=None):
     """Return the arguments; end with one line and exit status 2 where they exclude each other."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    check(parser, args, exclusions(args))
+    check(parser, args, exclusions(args), EXTENSIONS)
     try:
         models.check_input(args.model, IMAGE_SHAPES[args.data])
     except ValueError as error:
@@ -103,13 +103,8 @@ def parse_arguments(argv=None):
 
 def exclusions(args):
     """Return (condition, reason) pairs of arguments that exclude each other in this script alone."""
-    reads_variance = {args.prune, args.redistribution} & {"magnitude_variance", "variance"}
     place = Path(args.save_model or "model.pt").parent
     return [
-        (
-            bool(reads_variance) and args.optimizer != "adam" and not args.dense,
-            "variance functions need Adam's second moment: add --optimizer adam --lr 0.001",
-        ),
         (
             args.iters > 1 and goes_on(args) and args.resume != "auto",
             "--resume goes on with one run: leave out --iters",

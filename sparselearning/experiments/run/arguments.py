@@ -3,13 +3,15 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NoReturn
 
 import torch
 
 from sparselearning.experiments.run.precision import find_apex
-from sparselearning.flags import parse_value, positive_int
+from sparselearning.flags import chosen_method, parse_value, positive_int
+from sparselearning.functions import surely_reads
+from sparselearning.methods import Method, find_function
 
 Condition = tuple[bool, str]  # whether the arguments exclude each other, and what to say then
 
@@ -70,13 +72,23 @@ def available_device(text: str) -> str:
     return text
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace, own: Iterable[Condition]) -> None:
+def check(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    own: Iterable[Condition],
+    extensions: Mapping[str, Mapping[str, Callable]] | None = None,
+) -> None:
     """End with one line and status 2 if arguments exclude each other, then let `args.amp` say what --fp16 means.
 
     Args:
         own: the conditions that this script has besides those of both.
+        extensions: as `add_sparse_args` got them.
     """
-    for excluded, reason in (*_of_both(args), *own):
+    try:
+        of_functions = [] if args.dense else _of_functions(args, chosen_method(args, extensions))
+    except ValueError as error:
+        parser.error(str(error))
+    for excluded, reason in (*_of_both(args), *of_functions, *own):
         if excluded:
             parser.error(reason)
     if args.fp16:
@@ -99,18 +111,10 @@ def goes_on(args: argparse.Namespace) -> bool:
 
 def _of_both(args: argparse.Namespace) -> list[Condition]:
     given = vars(args)  # some flags are of one script alone
-    no_momentum = args.momentum == 0 and given.get("optimizer", "sgd") == "sgd"
-    modes = (args.growth, args.redistribution)
-    reads_momentum = not args.dense and any("momentum" in mode for mode in modes if ":" not in mode)
     from_nonzeros = args.sparse_init == "resume" and not given.get("pretrained_weights")
     parts = given.get("accumulate", 1)
     among = f"{processes()} processes" + (f" x {parts} parts (--accumulate)" if parts > 1 else "")
     return [
-        (
-            no_momentum and reads_momentum,
-            "--growth momentum and --redistribution momentum need a momentum: --momentum 0.9, or --growth random "
-            "--redistribution nonzeros",
-        ),
         (
             from_nonzeros and not args.resume,
             "--sparse-init resume takes the nonzeros of a checkpoint: add --resume PATH",
@@ -126,6 +130,30 @@ def _of_both(args: argparse.Namespace) -> list[Condition]:
         ),
         (args.fp16 and args.amp == "bf16", "--fp16 and --amp bf16 are two precisions: leave out one"),
         *_of_sparse_backend(args),
+    ]
+
+
+def _of_functions(args: argparse.Namespace, method: Method) -> list[Condition]:
+    functions = [find_function(f"{part}_mode", getattr(method, part)) for part in ("prune", "growth", "redistribution")]
+    optimizer = vars(args).get("optimizer", "sgd")
+
+    def read(what):
+        return any(surely_reads(function, what) for function in functions)
+
+    return [
+        (
+            read("momentum") and optimizer == "sgd" and args.momentum == 0,
+            "--growth momentum and --redistribution momentum need a momentum: --momentum 0.9, or --growth random "
+            "--redistribution nonzeros",
+        ),
+        (
+            read("second_moment") and optimizer != "adam",
+            "variance functions need Adam's second moment: add --optimizer adam --lr 0.001",
+        ),
+        (
+            read("inactive") and args.inactive == "zero",
+            "dense_magnitude functions compare the values of inactive weights: add --inactive kept, or soft",
+        ),
     ]
 
 

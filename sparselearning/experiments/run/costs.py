@@ -11,20 +11,12 @@ def relative_flops(flops: Flops, masking: Masking | None, steps_per_epoch: int) 
     """Return the FLOPs of inference and of training at the present densities, relative to the dense network's."""
     if masking is None:
         return dict(inference_flops=1.0, training_flops=1.0)
-    densities = {layer.name: layer.density for layer in masking.layers}
-    of_growth = dense_gradients(masking.growth_mode, masking.prune_every_k_steps or steps_per_epoch)
+    of_growth = dense_gradients(masking.grow, masking.prune_every_k_steps or steps_per_epoch)
+    trained = {layer.name: masking.held.trained_density(layer) for layer in masking.layers}
     return dict(
-        inference_flops=flops.inference(densities),
-        training_flops=flops.training(densities, of_growth, _trained(masking)),
+        inference_flops=flops.inference(masking.densities),
+        training_flops=flops.training(masking.densities, of_growth, trained),
     )
-
-
-def _trained(masking: Masking) -> dict[str, float] | None:
-    """Return the densities of the weights that are trained, or None where these are the active ones."""
-    if masking.dense_copy is None:
-        return None
-    backward = masking.dense_copy.backward
-    return {layer.name: min(backward * layer.density, 1.0) if backward else 1.0 for layer in masking.layers}
 
 
 def flops_of_run(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:

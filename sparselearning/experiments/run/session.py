@@ -118,8 +118,8 @@ def record_of(
     record = dict(epoch=epoch, steps=epoch * steps_per_epoch, **results, lr=lr, density=1.0)
     record |= dict(active_weights=dense_weights, **relative_flops(flops, masking, steps_per_epoch))
     if masking is not None:
-        densities = {layer.name: layer.density for layer in masking.layers}
-        record |= dict(density=masking.density, active_weights=masking.total_nonzero, density_per_layer=densities)
+        record |= dict(density=masking.density, active_weights=masking.total_nonzero)
+        record |= dict(density_per_layer=masking.densities)
         record |= dict(prune_rate=masking.prune_rate, exploration_rate=masking.exploration_rate)
     return record
 

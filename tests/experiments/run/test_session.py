@@ -103,6 +103,13 @@ def refusals(call, capsys, tmp_path):
     return refusals
 
 
+OWN_FUNCTIONS = """
+from sparselearning import reads
+@reads("momentum")
+def reads_momentum(masking, name, new_mask, total_regrowth, weight): pass
+@reads("second_moment")
+def reads_second_moment(masking, name, weight, mask): pass
+"""
 MOMENTUM = "--growth momentum and --redistribution momentum need a momentum: --momentum 0.9, or --growth random"
 NONZEROS = "--sparse-init resume takes the nonzeros of a checkpoint: "
 
@@ -115,6 +122,8 @@ NONZEROS = "--sparse-init resume takes the nonzeros of a checkpoint: "
         ("--momentum 0 --growth global_momentum --redistribution none", MOMENTUM),
         ("--momentum 0 --growth momentum_neuron --redistribution none", MOMENTUM),
         ("--method sparse_momentum --momentum 0", MOMENTUM),
+        ("--momentum 0 --growth own.py:reads_momentum --redistribution none", MOMENTUM),
+        ("--redistribution own.py:reads_second_moment", "need Adam's second moment"),
         ("--device foo", "argument --device: no device 'foo' here: "),
         ("--device meta", "argument --device: no device 'meta' here: "),
         ("--resume none", "argument --resume: There is no checkpoint none."),
@@ -127,7 +136,8 @@ NONZEROS = "--sparse-init resume takes the nonzeros of a checkpoint: "
         ("--sparse-backend cpu --fp16", "--sparse-backend cpu computes in fp32: leave out --amp and --fp16"),
         ("--sparse-backend cpu --dense", "--sparse-backend cpu trains active weights only: leave out --dense"),
         ("--sparse-backend cpu --compile", "--sparse-backend cpu chooses its own kernels: leave out --compile"),
-        ("--sparse-backend cpu --inactive kept", "inactive='kept' trains inactive weights; leave out sparse_backend."),
+        ("--sparse-backend cpu --inactive kept", "--inactive kept trains inactive weights, and --sparse-backend cpu"),
+        ("--growth dense_magnitude", "compare the values of inactive weights: add --inactive kept, or soft"),
         ("--fp16 --amp bf16", "--fp16 and --amp bf16 are two precisions: leave out one"),
         ("--dense --sparse", "argument --sparse: not allowed with argument --dense"),
         ("--start-epoch 3", "--start-epoch 3 is after the last of 2 epochs"),
@@ -139,8 +149,10 @@ NONZEROS = "--sparse-init resume takes the nonzeros of a checkpoint: "
 )
 def test_arguments_that_exclude_each_other_get_the_same_line(refusals, tmp_path, argv, words):
     (tmp_path / "damaged.pt").write_bytes(b"PK")
+    (tmp_path / "own.py").write_text(OWN_FUNCTIONS)
+    before = sorted(os.listdir())
     assert words in refusals(argv)
-    assert sorted(os.listdir()) == ["damaged.pt", "photographs"]
+    assert sorted(os.listdir()) == before
 
 
 @pytest.mark.parametrize(
