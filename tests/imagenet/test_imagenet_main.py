@@ -126,10 +126,19 @@ def stop_at(patch, step):
     patch.setattr(Progress, "add", signalling)
 
 
+def small_network(args, classes):
+    """Return a small network in place of a ResNet, which takes a minute in fp16, compiled or in several processes."""
+    layers = dict(conv1=nn.Conv2d(3, 8, 3, 2), bn1=nn.BatchNorm2d(8), relu=nn.ReLU(), conv2=nn.Conv2d(8, 16, 3, 2))
+    return nn.Sequential(
+        OrderedDict(layers, pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(16, classes))
+    )
+
+
 def train_and_stop(step, given):
     """Train on this process's share, the second one gets a signal in a step; return metrics, or where it stopped."""
     os.environ["WORLD_SIZE"] = str(distributed.processes())
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "build_model", small_network)
         if step and distributed.rank() == 1:
             stop_at(patch, step)
         try:
@@ -194,14 +203,6 @@ def test_benchmarks_and_the_profile_end_without_training(folder, tmp_path):
     path, metrics = train(folder, tmp_path, "--prof")
     assert (path / "trace.json").stat().st_size > 1000
     assert metrics == []
-
-
-def small_network(args, classes):
-    """Return a network in place of a ResNet, where fp16 or compiling would take a minute."""
-    layers = dict(conv1=nn.Conv2d(3, 8, 3, 2), bn1=nn.BatchNorm2d(8), relu=nn.ReLU(), conv2=nn.Conv2d(8, 16, 3, 2))
-    return nn.Sequential(
-        OrderedDict(layers, pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(16, classes))
-    )
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
