@@ -145,8 +145,8 @@ def rescaled(shard):
     model = nn.Linear(9, 7)
     if shard:
         fully_shard(model)
-    masking = Masking(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), None, rescale=True)
-    masking.add_module(model, density=0.3)
+    masking = Masking(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), None)
+    masking.add_module(model, density=0.3, rescale=True)
     return unsharded(model.state_dict())["weight"].clone()
 
 
