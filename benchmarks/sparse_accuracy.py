@@ -35,8 +35,8 @@ def main():
     data = load("mnist", args.data or None)
     rows = []
     for seed in range(args.seeds):
-        for backend in ("masked", "sparse"):
-            rows.append(run(args, data, backend, seed))
+        for weights in ("zero", "sparse"):
+            rows.append(run(args, data, weights, seed))
             logging.info("%s", rows[-1])
     common.save(args, "sparse_accuracy", rows)
     for backend in ("masked", "sparse"):
@@ -53,14 +53,13 @@ def main():
         )
 
 
-def run(args, data, backend, seed):
+def run(args, data, weights, seed):
     """Return the test error and the seconds of training of one run."""
     torch.manual_seed(seed)
     model = build("lenet5")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     steps = args.epochs * (len(data.train) // 100)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    weights = "sparse" if backend == "sparse" else "zero"
     masking = Masking(optimizer, CosineDecay(0.5, steps), weights=weights)
     masking.add_module(model, args.density)
     started = time.perf_counter()
@@ -77,7 +76,7 @@ def run(args, data, backend, seed):
     with torch.no_grad():
         test = batches(data.test, 100, mean=data.mean, std=data.std)
         error = sum((model(x).argmax(1) != y).sum().item() for x, y in test) / len(data.test)
-    return dict(backend=backend, seed=seed, test_error=error, seconds=seconds)
+    return dict(backend="sparse" if weights == "sparse" else "masked", seed=seed, test_error=error, seconds=seconds)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Small networks and loops that the tests of the core share."""
+"""Small networks, optimizers and loops that the tests share."""
 
 from itertools import pairwise
 
@@ -18,12 +18,18 @@ def mlp(*widths):
     return model
 
 
-def masked(model, optimizer=None, density=0.2, sparse_init="constant", **modes):
+def sgd(*modules, **settings):
+    """SGD with momentum on the parameters of these modules."""
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    return torch.optim.SGD(parameters, **({"lr": 0.1, "momentum": 0.9} | settings))
+
+
+def masked(model, optimizer=None, density=0.2, sparse_init="constant", pattern=None, **modes):
     """A Masking on the model; its optimizer is SGD with momentum unless given."""
-    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = optimizer or sgd(model)
     modes = {"prune_rate_decay": None, "prune_rate": 0.5} | modes
     masking = Masking(optimizer, **modes)
-    masking.add_module(model, density, sparse_init)
+    masking.add_module(model, density, sparse_init, pattern=pattern)
     return masking
 
 
@@ -80,3 +86,32 @@ def layer_with(weight, mask=None, momentum=None, prune_rate=0.5, **modes):
     masking.baseline_nonzero = masking.total_nonzero
     masking.layers[0].prune_rate = prune_rate
     return masking
+
+
+def two_layers(first, second, prune_rate=0.5):
+    """A Masking on two linear layers with these weights, all active, ready for an update."""
+    model = mlp(len(first), 1, len(second))
+    with torch.no_grad():
+        model.fc1.weight.copy_(torch.tensor([first]))
+        model.fc2.weight.copy_(torch.tensor(second).unsqueeze(1))
+    masking = masked(model, density=1.0, prune_rate=prune_rate)
+    for layer in masking.layers:
+        layer.prune_rate = prune_rate
+    return masking
+
+
+def pruned(function, masking):
+    """The mask that a prune function leaves of the only layer, as a list."""
+    layer = masking.layers[0]
+    return function(masking, layer.mask, layer.weight, layer.name).tolist()
+
+
+def grown(function, masking, count):
+    """The mask of the only layer when a growth function has added `count` weights, as a list."""
+    layer = masking.layers[0]
+    return function(masking, layer.name, layer.mask, count, layer.weight).tolist()
+
+
+def flat(masks):
+    """Masks by name as a list of flat lists."""
+    return [mask.flatten().tolist() for mask in masks.values()]

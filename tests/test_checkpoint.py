@@ -19,13 +19,13 @@ from sparselearning import CosineDecay, checkpoint
 from sparselearning.checkpoint import CheckpointError
 
 
-def parts_of(widths=(8, 16, 4), optimizer="SGD", **modes):
+def parts_of(widths=(8, 16, 4), optimizer="SGD", **settings):
     """Everything a run saves, on a small network."""
     model = nn.Sequential(nn.Dropout(0.2), mlp(*widths))
-    settings = dict(lr=0.1, momentum=0.9) if optimizer == "SGD" else dict(lr=0.01)
-    optimizer = getattr(torch.optim, optimizer)(model.parameters(), **settings)
+    how = dict(lr=0.1, momentum=0.9) if optimizer == "SGD" else dict(lr=0.01)
+    optimizer = getattr(torch.optim, optimizer)(model.parameters(), **how)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, gamma=0.5)
-    mask = masked(model, optimizer, prune_rate_decay=CosineDecay(0.5, 20), **modes)
+    mask = masked(model, optimizer, prune_rate_decay=CosineDecay(0.5, 20), **settings)
     return dict(model=model, optimizer=optimizer, scheduler=scheduler, mask=mask)
 
 
@@ -46,20 +46,30 @@ def draws():
     return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()  # noqa: NPY002
 
 
+RESUMED = [
+    dict(growth_mode="momentum"),
+    dict(growth_mode="random"),
+    dict(prune_mode="threshold", prune_every_k_steps=2),
+    dict(pattern="2:4"),
+    dict(pattern="fan-in:0.3", growth_mode="random"),
+]
+
+
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW"])
-@pytest.mark.parametrize("growth_mode", ["momentum", "random"])
-def test_resuming_is_bitwise_the_uninterrupted_run(tmp_path, optimizer, growth_mode):
-    whole = parts_of(optimizer=optimizer, growth_mode=growth_mode)
+@pytest.mark.parametrize("settings", RESUMED, ids=lambda settings: " ".join(map(str, settings.values())))
+def test_resuming_is_bitwise_the_uninterrupted_run(tmp_path, optimizer, settings):
+    whole = parts_of(optimizer=optimizer, **settings)
     run(whole, 2)
     checkpoint.save(tmp_path / "c.pt", **whole, epoch=2, history=[{"loss": 0.5}])
     run(whole, 2)
     expected = draws()
 
     torch.manual_seed(99)
-    resumed = parts_of(optimizer=optimizer, growth_mode=growth_mode)
+    resumed = parts_of(optimizer=optimizer, **settings)
     rest = checkpoint.load(tmp_path / "c.pt", **resumed)
     assert rest == {"epoch": 2, "history": [{"loss": 0.5}]}
     assert_masks_hold(resumed["mask"])
+    assert resumed["mask"].steps == 10
     run(resumed, 2)
     assert draws() == expected
     assert_equal(frozen(resumed), frozen(whole))
@@ -152,27 +162,8 @@ class Malicious:
         return os.mkdir, (os.environ["PROOF"],)
 
 
-def write_truncated(path):
-    checkpoint.save(path, **parts_of())
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def write_one_bit_off(path):
-    """Flip a bit in the weights: the archive still opens."""
-    checkpoint.save(path, **parts_of())
-    content = bytearray(path.read_bytes())
-    with zipfile.ZipFile(path) as archive:
-        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
-        content[largest.header_offset + 200] ^= 1
-    path.write_bytes(content)
-
-
 DAMAGE = {
-    "empty": lambda path: path.write_bytes(b""),
-    "random": lambda path: path.write_bytes(random.Random(0).randbytes(5000)),
     "text": lambda path: path.write_text("hello"),
-    "truncated": write_truncated,
-    "one bit off": write_one_bit_off,
     "other data": lambda path: torch.save([1, 2], path),
     "no format": lambda path: torch.save({"model": 3}, path),
     "another format": lambda path: torch.save({"format": 99, "kinds": {}}, path),

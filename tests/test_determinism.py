@@ -53,13 +53,3 @@ def test_deterministic_algorithms_do_all_that_masks_need():
             expected = selection._mark_lowest_on_cpu(scores, masks, k, negate)
             found = selection._mark_lowest_on_device(scores, masks, k, negate)
             assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
-
-
-@pytest.mark.parametrize("mark", [selection._mark_lowest_on_cpu, selection._mark_lowest_on_device])
-@pytest.mark.parametrize("layout", ["rows", "channels_last"])
-def test_of_equal_scores_the_first_in_row_major_order_is_taken(mark, layout):
-    score, among = torch.zeros(2, 3, 2, 2), torch.ones(2, 3, 2, 2, dtype=torch.bool)
-    if layout == "channels_last":
-        score, among = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (score, among))
-    (marked,) = mark([score], [among], 7, False)
-    assert marked.flatten().tolist() == [True] * 7 + [False] * 17

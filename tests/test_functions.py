@@ -1,202 +1,174 @@
-"""The prune, redistribute and grow functions on examples small enough to check by eye."""
+"""What a user's prune, redistribute and grow functions may do, and what is said of those that do something else."""
+
+import functools
 
 import pytest
 import torch
-from helpers import assert_masks_hold, layer_with, masked, mlp, train
+from helpers import assert_masks_hold, masked, mlp, same, sgd, snapshot, train
 
-from sparselearning import CosineDecay
-from sparselearning.grow import global_momentum_growth, momentum_growth, momentum_neuron_growth, random_growth
-from sparselearning.prune import (
-    global_magnitude_prune,
-    magnitude_and_negativity_prune,
-    magnitude_prune,
-    threshold_prune,
-)
-from sparselearning.redistribute import (
-    magnitude_redistribution,
-    momentum_redistribution,
-    no_redistribution,
-    nonzero_redistribution,
-)
+from sparselearning import Masking, network_wide
+from sparselearning.functions import FunctionError
+from sparselearning.grow import GROWTH_FUNCTIONS
 
-T, F = True, False
-
-
-def pruned(function, masking):
-    """The mask of the only layer after a prune function."""
-    layer = masking.layers[0]
-    return function(masking, layer.mask, layer.weight, layer.name).tolist()
-
-
-def grown(function, masking, count):
-    """The mask of the only layer after a growth function."""
-    layer = masking.layers[0]
-    return function(masking, layer.name, layer.mask, count, layer.weight).tolist()
-
-
-# Prune
+# At the door
 
 
 @pytest.mark.parametrize(
-    ("rate", "expected"),
+    ("argument", "names"),
     [
-        (0.5, [[T, F, T, F, F, F]]),  # of five active, ceil(2.5) leave
-        (0.2, [[T, F, T, T, T, F]]),
-        (0.0, [[T, T, T, T, T, F]]),
-        (1.0, [[F, F, F, F, F, F]]),
+        ("prune_mode", "'magnitude', 'SET', 'threshold', 'adaptive_threshold', 'global_magnitude'"),
+        ("growth_mode", "'momentum', 'gradient', 'random', 'momentum_neuron', 'global_momentum'"),
+        ("redistribution_mode", "'momentum', 'magnitude', 'nonzeros', 'nonzero', 'remaining', 'none'"),
     ],
 )
-def test_magnitude_prune(rate, expected):
-    masking = layer_with([[0.9, -0.1, -0.8, 0.3, -0.2, 0.0]], [[T, T, T, T, T, F]], prune_rate=rate)
-    assert pruned(magnitude_prune, masking) == expected
+def test_an_unknown_mode_is_refused(argument, names):
+    with pytest.raises(ValueError, match=f"Unknown {argument} 'momentun'. Pass a function, or one of {names}"):
+        masked(mlp(5, 5), **{argument: "momentun"})
 
 
-def test_active_zeros_are_pruned_first():
-    masking = layer_with([[0.9, 0.0, -0.8, 0.0]], [[T, T, T, F]], prune_rate=1 / 3)
-    assert pruned(magnitude_prune, masking) == [[T, F, T, F]]
+@pytest.mark.parametrize("argument", ["prune_mode", "growth_mode", "redistribution_mode"])
+def test_a_function_of_the_wrong_shape_is_refused(argument):
+    def mine(masking, name):
+        """Too few arguments."""
+
+    with pytest.raises(TypeError, match=rf"{argument} function mine\(masking, name\) cannot be called as mine\("):
+        masked(mlp(5, 5), **{argument: mine})
 
 
-@pytest.mark.parametrize(
-    ("weight", "rate", "expected"),
-    [
-        ([0.1, 0.2, 0.9, -0.1, -0.3, -0.8], 2 / 6, [F, T, T, F, T, T]),  # smallest positive, largest negative
-        ([0.1, 0.2, 0.9, -0.1, -0.3, -0.8], 3 / 6, [F, F, T, F, T, T]),  # the odd one is positive
-        ([0.1, 0.2, 0.9, 0.4, 0.5, -0.8], 4 / 6, [F, F, T, F, T, F]),  # one negative only: three positive
-        ([0.1, 0.2, 0.9, 0.4, 0.5, 0.8], 2 / 6, [F, F, T, T, T, T]),
-        ([-0.1, -0.2, 0.0, -0.4, -0.5, -0.8], 2 / 6, [F, T, F, T, T, T]),  # an active zero counts as positive
-    ],
-)
-def test_set_prunes_smallest_positive_and_largest_negative(weight, rate, expected):
-    assert pruned(magnitude_and_negativity_prune, layer_with([weight], prune_rate=rate)) == [expected]
+@pytest.mark.parametrize("mode", ["growth_mode", "redistribution_mode"])
+def test_an_optimizer_without_momentum_is_refused_at_the_door(mode):
+    model = mlp(5, 5)
+    others = {"growth_mode": "random", "redistribution_mode": "none"} | {mode: "momentum"}
+    with pytest.raises(RuntimeError, match=r"SGD holds no momentum .* Use SGD\(momentum=0.9\), Adam or AdamW, or"):
+        masked(model, sgd(model, momentum=0), **others)
 
 
-def two_layers(first, second, prune_rate=0.5):
-    """A network of two linear layers with these weights, all active."""
-    model = mlp(len(first), 1, len(second))
-    with torch.no_grad():
-        model.fc1.weight.copy_(torch.tensor([first]))
-        model.fc2.weight.copy_(torch.tensor(second).unsqueeze(1))
-    masking = masked(model, density=1.0, prune_rate=prune_rate)
-    for layer in masking.layers:
-        layer.prune_rate = prune_rate
-    return masking
+# What it may do
 
 
-def flat(masks):
-    return [mask.flatten().tolist() for mask in masks.values()]
+def test_a_growth_function_may_set_the_value_of_new_weights():
+    def grow_at_a_tenth(masking, name, new_mask, total_regrowth, weight):
+        grown = GROWTH_FUNCTIONS["momentum"](masking, name, new_mask, total_regrowth, weight)
+        weight[grown & ~new_mask] = 0.1
+        return grown
 
-
-def test_global_magnitude_prunes_the_smallest_of_the_network():
-    masking = two_layers([0.1, -0.2, 0.3, 0.4], [0.5, -0.6])
-    assert flat(global_magnitude_prune(masking)) == [[F, F, F, T], [T, T]]
-
-
-def test_threshold_moves_to_the_prune_rate_and_stays_where_it_is_close():
-    masking = two_layers([0.1, -0.2, 0.3, 0.4], [0.5, -0.6])
-    assert flat(threshold_prune(masking)) == [[F, F, F, T], [T, T]]  # 0.001 would have pruned none of three
-    assert masking.prune_threshold == pytest.approx(0.3)
-    masking = two_layers([0.31, -0.2, 0.3, 0.0], [0.5, -0.6])
-    masking.prune_threshold = 0.3  # prunes three of three
-    threshold_prune(masking)
-    assert masking.prune_threshold == 0.3
-
-
-def test_threshold_follows_the_prune_rate_within_two_percent():
-    model = mlp(40, 100, 20)
-    decay = CosineDecay(0.5, T_max=20)
-    masking = masked(model, density=0.5, prune_mode="threshold", redistribution_mode="none", prune_rate_decay=decay)
-    for step in range(1, 20):
-        train(model, masking, steps=1)
-        masking.at_end_of_epoch()
-        assert masking.total_removed == pytest.approx(decay(step) * 3000, rel=0.02, abs=2)
-
-
-# Redistribute
-
-
-@torch.no_grad()
-def test_importance_is_the_mean_over_active_weights():
-    masking = layer_with([[1.0, -3.0], [5.0, 2.0]], [[T, T], [F, T]], momentum=[[1.0, -2.0], [9.0, 6.0]])
-    layer = masking.layers[0]
-    arguments = (masking, layer.name, layer.weight, layer.mask)
-    assert float(momentum_redistribution(*arguments)) == 3  # (1 + 2 + 6) / 3
-    assert float(magnitude_redistribution(*arguments)) == 2  # (1 + 3 + 2) / 3
-    assert nonzero_redistribution(*arguments) == 3
-    assert no_redistribution(*arguments) == 1
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("measure", [momentum_redistribution, magnitude_redistribution])
-def test_a_layer_without_active_weights_has_no_importance(measure):
-    masking = layer_with([[1.0, 2.0]], [[F, F]], momentum=[[1.0, 2.0]])
-    assert float(measure(masking, "weight", masking.layers[0].weight, masking.layers[0].mask)) == 0
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_means_do_not_overflow(dtype):
-    model = mlp(400, 400).to(dtype)
-    torch.nn.init.ones_(model.fc1.weight)
-    masking = masked(model, density=1.0)
-    layer = masking.layers[0]
-    assert float(magnitude_redistribution(masking, layer.name, layer.weight, layer.mask)) == 1
-
-
-# Grow
-
-
-def test_momentum_growth():
-    masking = layer_with([[1.0, 0, 0, 0]], [[T, F, F, F]], momentum=[[9.0, 1.0, -3.0, 2.0]])
-    assert grown(momentum_growth, masking, 2) == [[T, F, T, T]]
-
-
-def test_random_growth_adds_exactly_the_count_and_every_entry_alike():
-    masking = layer_with([[1.0] + 9 * [0.0]], [[T] + 9 * [F]])
-    counts = torch.zeros(10)
-    for _ in range(900):
-        mask = torch.tensor(grown(random_growth, masking, 3))
-        assert mask.sum() == 4
-        counts += mask[0]
-    assert counts[0] == 900
-    assert (counts[1:] - 300).abs().max() < 75  # 5 standard deviations
-
-
-@pytest.mark.parametrize(
-    ("count", "expected"),
-    [
-        (4, [[T, T, T, T, F], [F, T, F, F, F]]),  # means 3 and 1: three for the first neuron, one for the second
-        (6, [[T, T, T, T, T], [F, T, T, F, F]]),  # the first has room for four only
-        (9, [[T, T, T, T, T], [T, T, T, T, T]]),
-        (99, [[T, T, T, T, T], [T, T, T, T, T]]),
-        (0, [[T, F, F, F, F], [F, F, F, F, F]]),
-    ],
-)
-def test_momentum_neuron_growth(count, expected):
-    momentum = [[3.0, 4.0, -3.0, 4.0, 1.0], [0.0, 3.0, -2.0, 0.0, 0.0]]
-    masking = layer_with(torch.eye(2, 5).tolist(), [[T, F, F, F, F], [F, F, F, F, F]], momentum)
-    assert grown(momentum_neuron_growth, masking, count) == expected
-
-
-def test_global_momentum_grows_the_largest_of_the_network():
-    masking = two_layers([0.0, 0.0, 0.0, 0.0], [0.0, 0.0])
-    for mask in masking.masks.values():
-        mask[:] = False
-    for layer, momentum in zip(masking.layers, ([[1.0, -2.0, 3.0, 4.0]], [[-5.0], [0.5]]), strict=True):
-        masking.optimizer.state[layer.weight]["momentum_buffer"] = torch.tensor(momentum)
-    assert flat(global_momentum_growth(masking, 3)) == [[F, F, T, T], [T, F]]
-
-
-# A whole update
-
-
-def test_one_update_by_hand():
-    masking = layer_with(
-        [[0.5, -0.1, 0.0, 0.0, 0.2, 0.9]],
-        [[T, T, F, F, T, T]],
-        momentum=[[0.0, 0.3, 0.1, -0.4, 0.1, 0.0]],
-    )
+    model = mlp(20, 30, 10)
+    masking = masked(model, growth_mode=grow_at_a_tenth)
+    train(model, masking)
+    before = snapshot(masking)
     masking.at_end_of_epoch()
-    # Out go -0.1 and 0.2. In come the momenta -0.4 and 0.3: a weight that returns at once keeps its value.
-    assert masking.masks["weight"].tolist() == [[T, T, F, T, F, T]]
-    assert masking.layers[0].weight.tolist() == [pytest.approx([0.5, -0.1, 0.0, 0.0, 0.0, 0.9])]
+    for layer in masking.layers:
+        grown = layer.weight[layer.mask & ~before[layer.name]]
+        assert grown.numel() > 0
+        assert (grown == 0.1).all()
+
+
+# What it returns
+
+
+def fails(masking, name, new_mask, total_regrowth, weight):
+    new_mask[:] = True
+    raise RuntimeError("mine")
+
+
+def test_masks_are_as_before_when_a_function_fails():
+    model = mlp(20, 30, 10)
+    masking = masked(model, growth_mode=fails)
+    train(model, masking)
+    before = snapshot(masking)
+    with pytest.raises(RuntimeError, match="mine"):
+        masking.at_end_of_epoch()
+    assert same(before, masking.masks)
+    train(model, masking)
     assert_masks_hold(masking)
+
+
+@pytest.mark.parametrize(
+    ("returned", "came"), [(None, "NoneType"), (3, "int"), (torch.ones(2, 2), r"shape \(2, 2\)")], ids=str
+)
+def test_a_function_that_returns_no_mask_is_named(returned, came):
+    masking = masked(mlp(20, 30), growth_mode=lambda *_: returned)
+    with pytest.raises(TypeError, match=rf"Expected a mask of shape \(30, 20\) for fc1.weight, got {came}"):
+        masking.at_end_of_epoch()
+
+
+@pytest.mark.parametrize("returned", [None, 7, {}])
+def test_a_network_wide_function_returns_all_masks(returned):
+    masking = masked(mlp(20, 30), prune_mode=network_wide(lambda masking: returned))
+    with pytest.raises(TypeError, match=r"Expected a dict from the name of every layer to its mask"):
+        masking.at_end_of_epoch()
+
+
+@pytest.mark.parametrize(
+    ("importance", "came"),
+    [("much", "'much'"), (None, "None"), (torch.ones(2), r"a tensor of shape \(2,\)"), (torch.ones(0), r"a tensor of")],
+)
+def test_importance_of_another_kind_is_refused(importance, came):
+    masking = masked(mlp(10, 20, 10), redistribution_mode=lambda *_: importance)
+    with pytest.raises(FunctionError, match=rf"importance of fc1.weight, a number or a 0-d tensor, got {came}"):
+        masking.at_end_of_epoch()
+
+
+# Patterns
+
+
+def half_of_a_block(masking, mask, weight, name):
+    mask = mask.clone()
+    mask[0] = False
+    return mask
+
+
+def one_full_row(masking, name, new_mask, total_regrowth, weight):
+    mask = new_mask.clone()
+    mask[0] = True
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("argument", "function", "named", "pattern", "density"),
+    [
+        ("prune_mode", half_of_a_block, "'half_of_a_block'", "block:2x2", 1.0),
+        ("prune_mode", functools.partial(half_of_a_block), "functools.partial(<function half_of_a", "block:2x2", 1.0),
+        ("growth_mode", one_full_row, "'one_full_row'", "2:4", 0.5),
+    ],
+)
+def test_a_function_that_breaks_a_pattern_is_named_and_changes_nothing(argument, function, named, pattern, density):
+    modes = {"growth_mode": "random", "redistribution_mode": "none", argument: function}
+    masking = masked(mlp(4, 4), density=density, pattern=pattern, **modes)
+    before = snapshot(masking)
+    with pytest.raises(FunctionError) as refused:
+        masking.at_end_of_epoch()
+    assert str(refused.value).startswith(f"{argument}={named}")
+    assert f"does not keep the pattern '{pattern}' of fc1.weight" in str(refused.value)
+    assert same(before, masking.masks)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "modes", "message"),
+    [
+        ("fan-in", dict(density_schedule=lambda step: 0.1), "The pattern 'fan-in' keeps the density of each layer"),
+        ("neuron", dict(density_schedule=lambda step: 0.1), "The pattern 'neuron' keeps the density of each layer"),
+        ("block:1x2", dict(prune_mode="sign_flip"), "prune_mode='sign_flip' moves single weights"),
+        ("2:4", dict(growth_mode="momentum_neuron"), "growth_mode='momentum_neuron' moves single weights"),
+        (
+            "neuron",
+            dict(redistribution_mode="nonzeros"),
+            "The units of pattern 'neuron' have 4, 8 weights in different",
+        ),
+        ("neuron", dict(prune_mode="global_magnitude"), "The units of pattern 'neuron' have 4, 8 weights in different"),
+    ],
+)
+def test_what_a_pattern_cannot_do_is_refused_at_the_door(pattern, modes, message):
+    model = mlp(8, 4, 8)
+    masking = Masking(sgd(model), None, **{"growth_mode": "random", "redistribution_mode": "none"} | modes)
+    with pytest.raises(ValueError, match=message):
+        masking.add_module(model, 0.25, pattern=pattern)
+    assert masking.layers == []
+
+
+def test_a_second_module_of_other_units_is_refused_where_weights_would_move():
+    model = mlp(10, 20, 10)
+    masking = Masking(sgd(model), None, growth_mode="random")
+    masking.add_module(model.fc1, 0.4, pattern="block:2x2")
+    with pytest.raises(ValueError, match=r"The units of pattern 'block:2x2' have 1, 4 weights in different layers"):
+        masking.add_module(model.fc2, 0.05)

@@ -1,14 +1,13 @@
 """What always holds: counts, zeros, who steps and owns a weight; and that NaN never reaches a selection."""
 
-import copy
-import pickle
+import gc
 
 import pytest
 import torch
-from helpers import assert_masks_hold, backward, masked, mlp, same, snapshot, train
+from helpers import masked, mlp, same, sgd, snapshot, train
 from torch import nn
 
-from sparselearning import CosineDecay, Masking
+from sparselearning import Masking, network_wide
 from sparselearning.invariants import InvariantError, NonFiniteError
 from sparselearning.sparse import available
 
@@ -32,11 +31,19 @@ def test_check_names_inactive_weights_that_were_written():
     masking.check()
 
 
-def test_check_notices_an_edited_mask():
-    masking = masked(mlp(20, 30))
-    masking.layers[0].mask.fill_(False)
+@pytest.mark.parametrize(
+    ("pattern", "change", "message"),
+    [
+        (None, lambda masking: masking.masks["fc1.weight"].fill_(False), "0 weights are active, 120 should be"),
+        (None, lambda masking: setattr(masking, "baseline_nonzero", 121), "120 weights are active, 121 should be"),
+        ("fan-in:0.3", lambda masking: setattr(masking, "baseline_nonzero", 121), "120 weights are active, 121 should"),
+    ],
+)
+def test_check_notices_a_count_that_is_off(pattern, change, message):
+    masking = masked(mlp(20, 30), pattern=pattern, redistribution_mode="none")
+    change(masking)
     masking.apply_mask()
-    with pytest.raises(InvariantError, match=r"0 weights are active, 120 should be"):
+    with pytest.raises(InvariantError, match=message):
         masking.check()
 
 
@@ -52,32 +59,6 @@ def test_check_notices_another_optimizer():
     masking.optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(1))]
     with pytest.raises(InvariantError, match="the optimizer does not step it"):
         masking.check()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
-def test_masks_follow_a_moved_model():
-    masking = masked(mlp(20, 30))
-    masking.modules[0].cuda()
-    masking.apply_mask()
-    masking.check()
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))])
-def test_a_copied_masking_masks_the_copy(copied):
-    model = mlp(20, 30, 10)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    masking = Masking(optimizer, CosineDecay(0.5, 100))
-    masking.add_module(model, density=0.3)
-    train(masking.modules[0], masking, steps=2)
-    before = snapshot(masking)
-    model, optimizer, other = copied((model, optimizer, masking))
-    backward(model)
-    optimizer.step()
-    other.at_end_of_epoch()
-    assert (other.steps, masking.steps) == (3, 2)
-    assert_masks_hold(other)
-    other.check()
-    assert same(masking.masks, before)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -136,52 +117,7 @@ def test_large_finite_weights_are_no_infinite_ones():
     masking.at_end_of_epoch()
 
 
-# A model that is moved, copied or changed after add_module
-
-
-def assert_trains_masked(model, masking):
-    for _ in range(2):
-        train(model, masking, 2)
-        assert_masks_hold(masking)
-        masking.at_end_of_epoch()
-        masking.check()
-
-
-@pytest.mark.parametrize(
-    "move",
-    [
-        lambda model: model.to(torch.float64),
-        lambda model: model.to(torch.bfloat16),
-        lambda model: model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()}),
-        lambda model: model.requires_grad_(True).train().cpu(),
-    ],
-)
-def test_a_model_that_moved_trains_masked(move):
-    model = mlp(20, 30, 10)
-    masking = masked(model)
-    move(model)
-    assert_trains_masked(model, masking)
-
-
-@pytest.mark.parametrize("layout", ["channels_last", "transposed", "with gaps"])
-def test_a_weight_of_another_layout_trains_masked(layout):
-    model = nn.Conv2d(4, 6, 3)
-    masking = masked(model)
-    weight = model.weight
-    with torch.no_grad():
-        if layout == "channels_last":
-            model.to(memory_format=torch.channels_last)
-        elif layout == "transposed":
-            weight.set_(weight.transpose(0, 1).contiguous().transpose(0, 1))
-        else:
-            weight.set_(torch.cat([weight, weight], dim=3)[..., :3])
-    for _ in range(2):
-        masking.zero_grad()
-        model(torch.randn(2, 4, 5, 5)).square().mean().backward()
-        masking.step()
-        masking.at_end_of_epoch()
-        assert_masks_hold(masking)
-        masking.check()
+# Other parameters and optimizers than there were
 
 
 def test_an_update_notices_parameters_that_a_conversion_replaced():
@@ -210,3 +146,53 @@ def test_check_notices_a_mask_on_another_device():
     masking.layers[0].mask = masking.layers[0].mask.to("meta")
     with pytest.raises(InvariantError, match=r"the weight is on cpu, its mask on meta\. Call apply_mask\(\)"):
         masking.check()
+
+
+def test_every_gradient_that_is_read_is_looked_at():
+    @network_wide
+    def grow(masking, total):
+        for layer in masking.layers:
+            masking.get_gradient_for_weight(layer.weight)
+        return masking.masks
+
+    model = mlp(10, 20, 10)
+    masking = masked(model, growth_mode=grow)
+    train(model, masking, 1)
+    masking.layers[0].weight.grad[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError) as refused:
+        masking.at_end_of_epoch()
+    assert "gradient of fc1.weight" in str(refused.value)
+    assert "fc2" not in str(refused.value)
+
+
+# Two Maskings
+
+
+def test_a_second_masking_on_a_weight_is_refused():
+    model = mlp(6, 5, 4)
+    first = masked(model)
+    with pytest.raises(RuntimeError, match=r"Another Masking masks fc1\.weight, fc2\.weight"):
+        masked(model, sgd(model))
+    first.remove_weight_partial_name("")
+    masked(model, sgd(model)).check()
+
+
+def test_a_second_masking_takes_what_the_first_left_dense():
+    model = mlp(6, 5, 4)
+    first = Masking(sgd(model), None)
+    first.add_module(model, 0.5, remove_param_names="fc2")
+    second = Masking(first.optimizer, None)
+    second.add_module(model.fc2, 0.5)
+    train(model, first, 2)
+    first.check()
+    second.check()
+
+
+def test_a_masking_that_nobody_holds_is_no_second_one():
+    model = mlp(6, 5, 4)
+    gc.disable()
+    try:
+        masked(model)
+        masked(model, sgd(model)).check()
+    finally:
+        gc.enable()

@@ -1,9 +1,10 @@
-"""Prune-rate schedules."""
+"""Schedules of prune rates and densities, and the steps at which the masks move."""
 
 import math
 import pickle
 
 import pytest
+from helpers import assert_masks_hold, masked, mlp, same, snapshot, train
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,6 +73,7 @@ def test_soft_density_is_above_by_what_the_next_update_prunes():
 def test_limits_of_settings_are_allowed():
     assert CosineDecay(1.0, 1, eta_min=1.0)(5) == Constant(1.0)(5) == 1.0
     assert CubicDensity(1.0, 1.0, 3, 3)(3) == 1.0
+    assert [CubicDensity(1.0, 0.1, 5, 5)(step) for step in (0, 4, 5, 9)] == [1.0, 1.0, 0.1, 0.1]
 
 
 def test_a_rate_of_zero_stays_zero():
@@ -91,6 +93,7 @@ def test_equal_settings_make_equal_schedules():
         (lambda: CosineDecay(1.0, 100, eta_min=1.5), r"Expected eta_min in \[0, 1\], got 1.5"),
         (lambda: CubicDensity(1.5, 0.1, 0, 5), r"Expected the density start in \(0, 1\], got 1.5"),
         (lambda: CubicDensity(1.0, 0.0, 0, 5), r"Expected the density end in \(0, 1\], got 0.0"),
+        (lambda: CubicDensity(1.0, 0.1, 5, 4), "Expected steps 0 <= begin <= finish, got begin=5 and finish=4"),
         (
             lambda: SoftDensity(0.1, LinearDecay(1.0, 10), 5),
             "Expected a prune rate below 1, which leaves weights; got 1.0",
@@ -106,3 +109,100 @@ def test_equal_settings_make_equal_schedules():
 def test_impossible_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# What a Masking takes
+
+
+@pytest.mark.parametrize("decay", [0.3, "cosine"])
+def test_a_schedule_that_cannot_be_called_is_refused(decay):
+    with pytest.raises(TypeError, match=f"Expected prune_rate_decay to be a function .* got {decay!r}"):
+        masked(mlp(5, 5), prune_rate_decay=decay)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan")])
+def test_a_schedule_that_leaves_its_range_is_refused(rate):
+    masking = masked(mlp(5, 5), prune_rate_decay=lambda step: rate)
+    with pytest.raises(ValueError, match=rf"Expected a prune rate in \[0, 1\] at step 0, got {rate}"):
+        masking.at_end_of_epoch()
+
+
+@pytest.mark.parametrize("density", [0, -0.1, 1.5, math.nan])
+def test_a_density_that_is_none_is_refused(density):
+    model = mlp(20, 30, 10)
+    masking = masked(model, density_schedule=lambda step: density)
+    train(model, masking, 1)
+    before = snapshot(masking)
+    with pytest.raises(
+        ValueError, match=rf"Expected a density in \(0, 1\] at step 1, got {density} of density_schedule"
+    ):
+        masking.at_end_of_epoch()
+    assert same(before, masking.masks)
+
+
+# When the masks move
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_prune_every_k_steps_moves_the_masks_by_itself(k):
+    model = mlp(20, 30, 10)
+    masking = masked(model, prune_every_k_steps=k)
+    for step in range(1, 25):
+        before = snapshot(masking)
+        train(model, masking, 1)
+        assert same(before, masking.masks) is bool(step % k)
+        assert_masks_hold(masking)
+        assert masking.total_nonzero == 180
+    before = snapshot(masking)
+    masking.at_end_of_epoch()
+    assert same(before, masking.masks)
+
+
+def test_masks_stay_before_the_first_update():
+    model = mlp(20, 30, 10)
+    masking = masked(model, prune_every_k_steps=1, first_update=3)
+    first = snapshot(masking)
+    train(model, masking, 2)
+    assert same(masking.masks, first)
+    train(model, masking, 1)
+    assert not same(masking.masks, first)
+
+
+def test_the_last_update_comes_once():
+    model = mlp(10, 20, 10)
+    masking = masked(model, growth_mode="random", last_update=2)
+    train(model, masking, 2)  # arrives
+    before = snapshot(masking)
+    masking.at_end_of_epoch()
+    assert same(before, masking.masks)
+
+
+def test_the_schedule_arrives_at_the_last_update():
+    model = mlp(20, 30, 10)
+    schedule = CubicDensity(1.0, 0.1, 0, 7)
+    masking = masked(model, None, 1.0, prune_every_k_steps=5, density_schedule=schedule, last_update=7)
+    counts = []
+    for _ in range(12):
+        train(model, masking, 1)
+        counts.append(masking.total_nonzero)
+    assert counts == 4 * [900] + 2 * [round(900 * schedule(5))] + 6 * [90]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (dict(prune_every_k_steps=3), [(3, True), (2, True), (1, True), (3, True)]),
+        (dict(prune_every_k_steps=1), [(1, True)] * 4),
+        (dict(last_update=2), [(2, False), (1, False), (math.inf, False), (math.inf, False)]),
+        (dict(prune_every_k_steps=3, last_update=2), [(2, True), (1, True), (1, True), (3, True)]),
+        ({}, [(math.inf, False)] * 4),
+    ],
+)
+def test_the_next_update_is_foreseen(settings, expected):
+    model = mlp(4, 4)
+    masking = masked(model, growth_mode="random", **settings)
+    foreseen = [masking._update_ahead()]
+    for _ in range(3):
+        train(model, masking, 1)
+        foreseen.append(masking._update_ahead())
+    assert foreseen == expected

@@ -1,8 +1,8 @@
-"""drop_lowest, add_highest, apportion: golden examples, and laws against slow loops."""
+"""drop_lowest and add_highest, alone and jointly: golden examples, and laws against slow loops."""
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracles import reference
 
@@ -10,7 +10,6 @@ from sparselearning import selection
 from sparselearning.selection import (
     add_highest,
     add_highest_jointly,
-    apportion,
     drop_lowest,
     drop_lowest_jointly,
 )
@@ -170,83 +169,8 @@ def test_selection_among_many_equals_a_stable_sort(scores, density):
         assert torch.equal(added, by_descending_score[:k].sort().values), f"add {k}"
 
 
-APPORTIONED = [
-    # total, shares, capacity, expected
-    (10, [1, 1, 2], [9, 9, 9], [3, 2, 5]),  # quotas 2.5, 2.5, 5: of equal remainders the earlier
-    (10, [1, 1, 2], [9, 9, 3], [4, 3, 3]),  # what the full part cannot take goes to the others
-    (3, [1, 1, 1, 1], [9, 9, 9, 9], [1, 1, 1, 0]),
-    (7, [5, 1, 1], [0, 9, 9], [0, 4, 3]),
-    (6, [1, 0], [3, 3], [3, 3]),  # a part without share takes what nobody else can
-    (5, [0, 0], [9, 9], [3, 2]),  # no shares at all count as equal shares
-    (0, [1, 2], [3, 3], [0, 0]),
-    (0, [], [], []),
-    (6, [0.1, 0.2], [3, 3], [3, 3]),
-    (3, [1e-300, 3e-300], [9, 9], [1, 2]),
-    (3, [1e308, 1e308, 1e308], [9, 9, 9], [1, 1, 1]),  # their sum is beyond float64
-    (8, [1, 4, 1], [9, 9, 9], [2, 5, 1]),  # quotas 4/3, 16/3, 4/3: three equal remainders
-]
-
-
-@pytest.mark.parametrize(("total", "shares", "capacity", "expected"), APPORTIONED)
-def test_apportion(total, shares, capacity, expected):
-    assert apportion(total, shares, capacity) == expected == reference.apportion(total, shares, capacity)
-
-
-parts = st.lists(
-    st.tuples(st.integers(0, 30) | st.floats(0, 1e300, allow_subnormal=False), st.integers(0, 50)),
-    min_size=1,
-    max_size=12,
-)
-
-
-@one_path_per_test
-@given(parts, st.floats(0, 1))
-@example([(0.1, 9), (0.3, 9)], 0.5)
-def test_apportioned_units_sum_to_the_total_within_capacities(parts, fraction):
-    shares, capacity = map(list, zip(*parts, strict=True))
-    total = round(fraction * sum(capacity))
-    counts = apportion(total, shares, capacity)
-    assert sum(counts) == total
-    assert all(type(count) is int and 0 <= count <= room for count, room in zip(counts, capacity, strict=True))
-
-
-@one_path_per_test
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 50)), min_size=1, max_size=12), st.floats(0, 1))
-def test_apportion_equals_exact_fractions(parts, fraction):
-    shares, capacity = map(list, zip(*parts, strict=True))
-    total = round(fraction * sum(capacity))
-    assert apportion(total, shares, capacity) == reference.apportion(total, shares, capacity)
-
-
-@one_path_per_test
-@given(st.lists(st.floats(1, 1e6), min_size=1, max_size=12), st.integers(0, 10**12))
-def test_apportion_keeps_to_its_quotas_where_there_is_room(shares, total):
-    counts = apportion(total, shares, [10**13] * len(shares))
-    assert sum(counts) == total
-    for count, share in zip(counts, shares, strict=True):
-        assert abs(count - total * share / sum(shares)) < 1 + 1e-9 * total
-
-
-@pytest.mark.parametrize(
-    ("total", "shares", "capacity", "message"),
-    [
-        (7, [1, 1], [3, 3], "Cannot place 7 units in parts that hold 6"),
-        (-1, [1, 1], [3, 3], "Cannot place -1 units"),
-        (1, [1, -1], [3, 3], "Shares must be finite and not negative"),
-        (1, [1, nan], [3, 3], "Shares must be finite and not negative"),
-        (1, [1, inf], [3, 3], "Shares must be finite and not negative"),
-    ],
-)
-def test_apportion_refuses(total, shares, capacity, message):
-    with pytest.raises(ValueError, match=message):
-        apportion(total, shares, capacity)
-
-
-@pytest.mark.parametrize("device", [False, True], ids=["cpu", "device"])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_infinity_ranks_beyond_the_largest_number_beside_nan(sign, device, monkeypatch):
-    if device:
-        monkeypatch.setattr(selection, "_mark_lowest_on_cpu", selection._mark_lowest_on_device)
+def test_infinity_ranks_beyond_the_largest_number_beside_nan(sign):
     largest = torch.finfo(torch.float32).max
     score = sign * torch.tensor([largest, torch.inf, torch.nan, 0.0])
     mask = torch.tensor([False] * 4)
@@ -254,8 +178,3 @@ def test_infinity_ranks_beyond_the_largest_number_beside_nan(sign, device, monke
         assert add_highest(score, mask, 1).tolist() == [False, True, False, False]
     else:
         assert drop_lowest(score, ~mask, 2).tolist() == [True, False, False, True]  # NaN first, then -inf
-
-
-def test_the_largest_remainder_comes_first_and_of_equals_the_earlier():
-    assert apportion(1, [0.30, 0.36, 0.34], [1, 1, 1]) == [0, 1, 0]
-    assert apportion(50, [1] * 100, [9] * 100) == [1] * 50 + [0] * 50

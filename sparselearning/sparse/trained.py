@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparselearning.layers import SparseLayer
 from sparselearning.sparse import ops
-from sparselearning.sparse.library import conv_shape
+from sparselearning.sparse.interface import conv_shape
 from sparselearning.sparse.memory_order import forget_order
 from sparselearning.sparse.modules import numeric_padding
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparselearning.layers import SparseLayer
 from sparselearning.processes import distributed
-from sparselearning.sparse.library import kernels
+from sparselearning.sparse.interface import kernels
 from sparselearning.sparse.memory_order import forget_order, keep_order
 from sparselearning.sparse.trained import KINDS, Trained, why_not
 from sparselearning.weights.optimizer import momentum_of

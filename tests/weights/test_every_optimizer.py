@@ -1,10 +1,8 @@
-"""Sparse momentum with every optimizer that keeps a momentum, and clear words for those that keep none."""
+"""Sparse momentum with every optimizer that keeps a momentum; the others are refused with what to do."""
 
 import pytest
 import torch
 from helpers import assert_masks_hold, masked, mlp, snapshot, train
-
-from sparselearning import Masking
 
 MOMENTUM_KEEPERS = {
     "SGD": {"momentum": 0.9},
@@ -90,8 +88,9 @@ def test_sparse_momentum_with(name, growth):
         assert not torch.equal(layer.mask, before[layer.name])
 
 
+@pytest.mark.parametrize("redistribution", ["nonzeros", "magnitude", "none"])
 @pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adagrad", "Adadelta", "Adafactor", "ASGD", "Rprop", "LBFGS"])
-def test_without_momentum_the_error_names_choices_and_they_work(name):
+def test_without_momentum_the_error_names_choices_and_they_work(name, redistribution):
     model = mlp(20, 30, 10)
     optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.01)
     with pytest.raises(RuntimeError, match=f"{name} holds no momentum") as error:
@@ -100,7 +99,7 @@ def test_without_momentum_the_error_names_choices_and_they_work(name):
 
     model = mlp(20, 30, 10)
     optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.01)
-    masking = masked(model, optimizer, growth_mode="random", redistribution_mode="nonzeros")
+    masking = masked(model, optimizer, growth_mode="random", redistribution_mode=redistribution)
     inputs = torch.randn(8, 20)
 
     def closure():
@@ -122,17 +121,3 @@ def test_a_momentum_in_every_group_is_asked_for():
     groups = [{"params": model.fc1.parameters()}, {"params": model.fc2.parameters(), "momentum": 0}]
     with pytest.raises(RuntimeError, match="SGD holds no momentum"):
         masked(model, torch.optim.SGD(groups, lr=0.1, momentum=0.9))
-
-
-def test_parameters_added_to_the_optimizer_can_be_masked_then():
-    model = mlp(20, 30, 10)
-    optimizer = torch.optim.SGD(model.fc1.parameters(), lr=0.1, momentum=0.9)
-    masking = Masking(optimizer, None)
-    masking.add_module(model, 0.2)
-    optimizer.add_param_group({"params": model.fc2.parameters()})
-    masking.add_module(model, 0.5)
-    assert masking.name2nonzeros == {"fc1.weight": 120, "fc2.weight": 150}
-    train(model, masking)
-    masking.at_end_of_epoch()
-    assert masking.total_nonzero == 270
-    assert_masks_hold(masking)

@@ -1,0 +1,36 @@
+"""Small networks that train by a method of the table, for tests."""
+
+import torch
+from helpers import backward, mlp
+
+from sparselearning import Masking
+from sparselearning.methods import METHODS
+
+STEPS, EPOCH = 24, 6  # short; a method that updates after so many steps does so after every other one
+
+
+def batch(seed=9):
+    """Inputs and labels for a network of 20 inputs and 10 outputs."""
+    return torch.randn(16, 20, generator=torch.Generator().manual_seed(seed)), torch.arange(16) % 10
+
+
+def begin(method, optimizer=torch.optim.SGD, widths=(20, 30, 10), density=0.2, **parts):
+    """Return a network, its optimizer and its Masking by this method, with `parts` taken otherwise."""
+    model = mlp(*widths)
+    settings = dict(lr=0.1, momentum=0.9) if optimizer is torch.optim.SGD else dict(lr=0.01)
+    optimizer = optimizer(model.parameters(), **settings)
+    if METHODS[method].prune_every_k_steps:
+        parts = {"prune_every_k_steps": 2} | parts
+    parts = {"batches": [batch()]} | parts
+    return model, optimizer, Masking.from_method(method, model, optimizer, STEPS, density, **parts)
+
+
+def go_on(model, optimizer, masking, first=0, last=STEPS):
+    """Train from one step to another on data that depend on the step; yield after each step and epoch."""
+    for step in range(first, last):
+        backward(model, torch.randn(8, 20, generator=torch.Generator().manual_seed(step)))
+        optimizer.step()
+        yield step + 1
+        if (step + 1) % EPOCH == 0 and step + 1 < STEPS:
+            masking.at_end_of_epoch()
+            yield step + 1

@@ -1,0 +1,163 @@
+"""Training keeps patterns: with every function that can keep them, and what becomes of the weights afterwards."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import masked, same, snapshot, train
+from patterned import PATTERNS, assert_pattern_holds, move, sparse
+from test_update_matrix import without_aliases
+from torch import nn
+
+from sparselearning import network_wide
+from sparselearning.functions import is_network_wide
+from sparselearning.grow import GROWTH_FUNCTIONS
+from sparselearning.prune import PRUNE_FUNCTIONS
+from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
+from sparselearning.selection import add_highest, drop_lowest
+from sparselearning.sparse import convert
+
+TABLES = dict(prune_mode=PRUNE_FUNCTIONS, growth_mode=GROWTH_FUNCTIONS, redistribution_mode=REDISTRIBUTION_FUNCTIONS)
+MODES = [dict(zip(TABLES, modes, strict=True)) for modes in itertools.product(*map(without_aliases, TABLES.values()))]
+# Those of single methods, which find for themselves how many weights move, or need more than a mask.
+APART = {"sign_flip", "magnitude_gradient", "gradual_magnitude", "rewiring", "cannistraci_hebb"}
+APART |= {"dense_magnitude", "global_dense_magnitude"}
+MODES = [modes for modes in MODES if not APART & set(modes.values())]
+
+
+def refusal(pattern, prune_mode, growth_mode, redistribution_mode):
+    """What is said of a combination that makes no sense; nothing of the others."""
+    single = ("SET", "threshold", "adaptive_threshold")
+    if growth_mode == "momentum_neuron":
+        return f"growth_mode='momentum_neuron' moves single weights, and the pattern '{pattern}' does not let it"
+    if prune_mode in single and pattern in ("block:4x2", "neuron"):
+        return f"prune_mode='{prune_mode}' moves single weights, and the pattern '{pattern}' does not let it"
+    across = is_network_wide(PRUNE_FUNCTIONS[prune_mode]) or is_network_wide(GROWTH_FUNCTIONS[growth_mode])
+    if pattern == "neuron" and (across or redistribution_mode != "none"):
+        return "The units of pattern 'neuron' have 8, 24, 32 weights in different layers, so none can move from one"
+
+
+@pytest.mark.parametrize("modes", MODES, ids=lambda modes: "-".join(modes.values()))
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_an_update_keeps_pattern_and_counts_or_says_what_cannot_be(pattern, modes):
+    if message := refusal(pattern, **modes):
+        with pytest.raises(ValueError, match=message):
+            sparse(pattern, **modes)
+        return
+    model, masking = sparse(pattern, **modes)
+    total = masking.total_nonzero
+    for _ in range(3):
+        before = snapshot(masking)
+        masking.prune_threshold = 0.05  # among these weights: a threshold that adapts would take long to come here
+        move(model, masking)
+        assert_pattern_holds(masking)
+        assert not same(before, masking.masks)
+        lacking = sum(layer.room for layer in masking.layers) if pattern == "fan-in:0.3" else 0
+        assert masking.total_nonzero + lacking == masking.baseline_nonzero == total
+
+
+def test_own_functions_know_nothing_of_patterns():
+    def grow(masking, name, new_mask, total_regrowth, weight):
+        return add_highest(masking.get_momentum_for_weight(weight).abs(), new_mask, total_regrowth)
+
+    @network_wide
+    def prune(masking):
+        return {
+            layer.name: drop_lowest(layer.master.abs(), layer.mask, math.ceil(0.3 * layer.nonzeros))
+            for layer in masking.layers
+        }
+
+    for pattern in ("2:4", "block:4x2", "fan-in"):
+        model, masking = sparse(pattern, growth_mode=grow, prune_mode=prune)
+        move(model, masking, updates=2)
+        assert_pattern_holds(masking)
+        assert masking.total_nonzero == masking.baseline_nonzero
+
+
+@pytest.mark.parametrize(("pattern", "start"), [("2:4", 0.5), ("1:4", 0.25), ("block:4x2", 1.0)])
+@pytest.mark.parametrize("prune_mode", ["magnitude", "global_magnitude"])
+def test_the_density_follows_a_schedule_in_units(pattern, start, prune_mode):
+    def density(step):
+        return max(start - step / 50, 0.05)
+
+    model, masking = sparse(pattern, density=start, prune_mode=prune_mode, density_schedule=density)
+    unit, size = masking.layers[0].pattern.size, masking.total_nonzero + masking.total_zero
+    for update in range(1, 12):
+        move(model, masking)
+        assert_pattern_holds(masking)
+        assert masking.total_nonzero == round(density(2 * update) * size / unit) * unit
+
+
+def test_a_density_above_the_pattern_s_is_refused():
+    model, masking = sparse("2:4", density_schedule=lambda step: 0.6)
+    with pytest.raises(ValueError, match=r"asks for a density of 0\.6, which is more than the pattern holds"):
+        move(model, masking)
+
+
+def test_a_constant_fan_in_is_that_of_the_checkpoint():
+    """The scores of another batch divide the weights among layers otherwise; a resumed run has no scores at all."""
+    _, masking = sparse("fan-in")
+    state = copy.deepcopy(masking.state_dict())
+    again, other = sparse("fan-in", density=0.1)
+    assert other.layers[1].pattern.most != masking.layers[1].pattern.most
+    other.load_state_dict(state)
+    assert [layer.pattern for layer in other.layers] == [layer.pattern for layer in masking.layers]
+    move(again, other, updates=2)
+    assert other.total_nonzero == masking.total_nonzero
+    assert_pattern_holds(other)
+
+
+def test_a_removed_layer_takes_what_its_neurons_left_over():
+    model, masking = sparse("fan-in:0.9", growth_mode="random")
+    move(model, masking, updates=6)
+    assert masking.total_nonzero < masking.baseline_nonzero, "neurons were given up"
+    masking.check()
+    for name in list(masking.masks):
+        masking.remove_weight(name)
+        masking.check()
+    assert masking.baseline_nonzero == 0
+
+
+def test_compiled_steps_keep_the_pattern():
+    model, masking = sparse("2:4")
+    train(model, masking, steps=1, inputs=torch.randn(8, 4, 1, 5))
+    step = torch.compile(masking.optimizer.step, backend="eager")
+    step()
+    masking.at_end_of_epoch()
+    assert_pattern_holds(masking)
+
+
+# After training
+
+
+def trained(pattern, **on):
+    """A linear layer of 64 inputs and 32 outputs after three updates."""
+    model = nn.Linear(64, 32, **on)
+    masking = masked(model, density=0.5, pattern=pattern)
+    for _ in range(3):
+        train(model, masking, inputs=torch.randn(8, 64, **on))
+        masking.at_end_of_epoch()
+    train(model, masking, steps=1, inputs=torch.randn(8, 64, **on))
+    assert_pattern_holds(masking)
+    assert masking.total_nonzero == 1024
+    return model
+
+
+def test_torch_packs_and_unpacks_two_of_four():
+    from torch.sparse import _semi_structured_conversions as conversions  # what to_sparse_semi_structured calls
+
+    weight = trained("2:4").weight.detach().half()
+    packed = conversions.sparse_semi_structured_from_dense_cutlass(weight)
+    assert torch.equal(conversions.sparse_semi_structured_to_dense_cutlass(*packed), weight)
+    assert ((weight.reshape(-1, 4) != 0).sum(1) <= 2).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("pattern", "layout"), [("2:4", "2:4"), ("block:16x16", "bsr")])
+def test_trained_patterns_are_converted_on_a_gpu(pattern, layout):
+    model, x = trained(pattern, device="cuda", dtype=torch.float16), torch.randn(64, 64, device="cuda").half()
+    converted, report = convert(model, x, layout=layout)
+    assert report.layers[0].replaced
+    torch.testing.assert_close(converted(x), model(x), atol=1e-2, rtol=1e-2)

@@ -1,0 +1,103 @@
+"""Weights that keep their values while they are inactive."""
+
+import pytest
+import torch
+from helpers import masked, mlp
+
+from sparselearning import Masking
+from sparselearning.functions import FunctionError
+from sparselearning.grow import dense_magnitude_growth, global_dense_magnitude_growth
+from sparselearning.prune import dense_magnitude_prune, global_dense_magnitude_prune
+
+T, F = True, False
+
+
+def kept(weight, mask, inactive):
+    """A masking on one linear layer with these weights, of which those outside the mask are kept."""
+    layer = torch.nn.Linear(len(weight[0]), len(weight), bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(weight))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, weight_decay=0.1)
+    modes = dict(prune_mode="dense_magnitude", growth_mode="dense_magnitude", redistribution_mode="none")
+    masking = Masking(optimizer, None, **modes, inactive=inactive)
+    masking.add_module(layer, 1.0, {"weight": torch.tensor(mask)})
+    return layer, masking
+
+
+def test_inactive_weights_keep_their_values_and_train():
+    layer, masking = kept([[4.0, 0.5, 2.0, 1.0]], [[T, F, F, F]], "kept")
+    assert layer.weight.tolist() == [[4, 0, 0, 0]]
+    layer.weight.grad = torch.tensor([[1.0, 9.0, -4.0, 9.0]])
+    masking.step()
+    # Trained are the active weight and the largest other one, whose decay of 0.1 is divided by the density 0.25.
+    assert masking.memory["weight"]["dense"][0].tolist() == pytest.approx([4 - 1 - 0.4, 0.5, 2 + 4 - 0.8, 1.0])
+    assert layer.weight[0].tolist() == pytest.approx([2.6, 0, 0, 0])
+    masking.at_end_of_epoch()
+    assert layer.weight[0].tolist() == pytest.approx([0, 0, 5.2, 0])
+    assert masking.memory["weight"]["trained"].tolist() == [[T, F, T, F]]
+    masking.check()
+
+
+def test_soft_weights_are_smaller_by_the_largest_inactive_one():
+    layer, masking = kept([[4.0, -3.0, 2.0, 1.0]], [[T, T, F, F]], "soft")
+    assert layer.weight.tolist() == [[2, -1, 0, 0]]
+    masking.optimizer.param_groups[0]["weight_decay"] = 0
+    layer.weight.grad = torch.tensor([[0.0, 0.0, -3.0, 0.0]])  # passes straight through
+    masking.step()
+    assert masking.memory["weight"]["dense"].tolist() == [[4, -3, 5, 1]]
+    assert layer.weight.tolist() == [[2, -1, 0, 0]]
+    masking.at_end_of_epoch()
+    assert layer.weight.tolist() == [[1, 0, 2, 0]]
+
+
+def test_the_largest_of_a_layer_and_of_the_network():
+    model = mlp(3, 1, 3)
+    with torch.no_grad():
+        model.fc1.weight.copy_(torch.tensor([[0.1, -0.9, 0.3]]))
+        model.fc2.weight.copy_(torch.tensor([[0.8], [-0.7], [0.2]]))
+    given = {"fc1.weight": torch.tensor([[T, F, T]]), "fc2.weight": torch.tensor([[F], [T], [F]])}
+    masking = masked(model, sparse_init=given, prune_rate=0.0, inactive="kept")
+    layers = [(name, layer.mask, layer.master) for name, layer in zip(masking.masks, masking.layers, strict=True)]
+    # Two of the first layer's and one of the second's: 0.9 and 0.3, and 0.8.
+    pruned = [dense_magnitude_prune(masking, mask, weight, name) for name, mask, weight in layers]
+    assert [mask.flatten().tolist() for mask in pruned] == [[F, F, T], [F, F, F]]
+    grown = [
+        dense_magnitude_growth(masking, name, mask, 1, None) for (name, *_), mask in zip(layers, pruned, strict=True)
+    ]
+    assert [mask.flatten().tolist() for mask in grown] == [[F, T, T], [T, F, F]]
+    # Three of the network: 0.9, 0.8 and 0.7.
+    everywhere = global_dense_magnitude_prune(masking)
+    assert [mask.flatten().tolist() for mask in everywhere.values()] == [[F, F, F], [F, T, F]]
+    for layer in masking.layers:
+        layer.mask.copy_(everywhere[layer.name])
+    everywhere = global_dense_magnitude_growth(masking, 2)
+    assert [mask.flatten().tolist() for mask in everywhere.values()] == [[F, T, F], [T, T, F]]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda masking, closure: masking.step(closure),
+        lambda masking, closure: masking.optimizer.step(closure),
+        lambda masking, closure: masking.optimizer.step(closure=closure),
+    ],
+    ids=["masking", "optimizer", "by name"],
+)
+def test_a_closure_would_see_the_dense_copy_and_is_refused(step):
+    _, masking = kept([[4.0, 0.5, 2.0, 1.0]], [[T, F, F, F]], "kept")
+    with pytest.raises(RuntimeError, match="and a closure would see the dense ones"):
+        step(masking, lambda: 0.0)
+
+
+def test_modes_that_compare_inactive_weights_need_them_kept():
+    model = mlp(20, 30, 10)
+    masking = masked(model, prune_mode="dense_magnitude")
+    with pytest.raises(FunctionError, match="inactive='kept'"):
+        masking.at_end_of_epoch()
+
+
+def test_what_cannot_be_kept_is_refused():
+    with pytest.raises(ValueError, match=r"Unknown inactive 'gone'. Choose one of 'zero', 'kept', 'soft'."):
+        masked(mlp(5, 5), inactive="gone")
+    with pytest.raises(ValueError, match="leave out sparse_backend"):
+        masked(mlp(5, 5), inactive="kept", sparse_backend="cpu")
