@@ -9,8 +9,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from data_files import write_cifar_records, write_mnist
 from script import draw_nothing, load_main, metrics_of, run_folder, type_command
-from test_data import write_cifar_records, write_mnist
 
 from sparselearning.experiments.data import files as datafiles
 from sparselearning.experiments.run import session
