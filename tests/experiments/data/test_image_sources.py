@@ -17,7 +17,7 @@ def test_shards_hold_the_images_of_the_folder(folder, tmp_path):
             expected.read(i) for i in range(len(expected.labels))
         ]
     assert len(list(shards.glob("*.index.json"))) == len(list(shards.glob("*.tar")))
-    again, _ = sources(f"webdataset:{shards}")  # from the kept index
+    again, _ = sources(f"webdataset:{shards}")  # from the saved index
     assert again.read(3) == sources(str(folder))[0].read(3)
 
 

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def all_batches(count, processes, **settings):
-    """The batches of every process, as [process][batch]."""
+    """Return the batches of every process, as [process][batch]."""
     kind = images.TrainingBatches if "accumulate" in settings else images.EvaluationBatches
     return [list(kind(count, rank=rank, processes=processes, **settings)) for rank in range(processes)]
 
@@ -32,7 +32,7 @@ def test_a_step_takes_the_same_images_on_any_number_of_processes(processes, accu
     assert all(epoch == 3 for batch in alone for epoch, _ in batch)
 
 
-def test_every_epoch_has_an_order_of_its_own_and_leaves_out_others():
+def test_every_epoch_has_its_own_order_and_leaves_out_different_images():
     orders = [sum(images.TrainingBatches(23, 8, epoch=epoch), []) for epoch in (1, 2)]  # noqa: RUF017
     first, second = ([index for _, index in order] for order in orders)
     assert len(set(first)) == len(set(second)) == 16
@@ -51,7 +51,7 @@ def test_evaluation_shows_every_image_once_and_pads_the_rest(count, processes):
     assert len(shown) < count + processes
 
 
-def test_an_image_is_cut_by_seed_epoch_and_index_alone(folder):
+def test_the_crop_depends_on_seed_epoch_and_index_alone(folder):
     train, _ = images.sources(str(folder))
     first, again = (images.Photographs(train, 24, train=True, seed=5) for _ in range(2))
     image, label = first[2, 9]

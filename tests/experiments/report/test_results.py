@@ -52,7 +52,7 @@ def call(capsys, tmp_path, monkeypatch):
 
 
 def leave_run(folder, accuracy=None, loss=0.1, costs=None, **changes):
-    """Leave what main.py leaves; without an accuracy, as if interrupted."""
+    """Write the folder of a run as main.py does; without an accuracy, that of an interrupted run."""
     args = ARGS | changes
     path = Path(folder) / f"run{len(list(Path(folder).glob('run*'))) if Path(folder).exists() else 0}"
     path.mkdir(parents=True)
