@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from sparselearning import CosineDecay, Masking
 from sparselearning.experiments.data import in_memory as datasets
-from sparselearning.experiments.run.training import Precision, train_epoch
+from sparselearning.experiments.run.precision import Precision
+from sparselearning.experiments.run.training import train_epoch
 
 DENSITY = 0.05
 BATCH = 100
