@@ -9,6 +9,7 @@ import apex_stand_in
 import numpy as np
 import pytest
 import torch
+from data_files import write_cifar_records, write_mnist
 from script import (
     assert_equal,
     assert_same_run,
@@ -20,7 +21,6 @@ from script import (
     type_command,
     without_times,
 )
-from test_data import write_cifar_records, write_mnist
 
 from sparselearning.grow import GROWTH_FUNCTIONS
 from sparselearning.prune import PRUNE_FUNCTIONS
