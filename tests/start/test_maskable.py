@@ -1,4 +1,4 @@
-"""Which parameters are made sparse: of every kind of layer the weights, and none of its biases and norms."""
+"""The parameters that are masked: weights of every kind of layer, but no biases and no normalisation."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which weights of a module become sparse layers, and how they are called."""
+"""The weights of a module that become sparse layers, and their names."""
 
 import pytest
 import torch
