@@ -13,15 +13,7 @@
 #include <cstdint>
 #include <vector>
 
-struct Conv {
-    int64_t images, in_channels, height, width;
-    int64_t out_channels, out_height, out_width;
-    int64_t kernel_y, kernel_x, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x, groups;
-    int64_t batch_last;  // memory order of activations: NCHW, or CHWN, where a vector holds one pixel of many images
-    int64_t x_first, y_first;  // of those on either side, read as NCHW all the same
-
-    int64_t taps() const { return kernel_y * kernel_x; }
-};
+#include "interface.h"
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
@@ -157,4 +149,29 @@ inline Grid input_gradient_grid(const Conv& c) {
             grid.write.push_back(input.phase(y, x, c.stride_y, c.stride_x));
     place(grid, shift_y, shift_x);
     return grid;
+}
+
+// Part of a grid row: `count` positions from `flat` on, counted from the start of a strip. In the tensor the first one
+// lies at `offset`, and the next ones are `step` apart.
+struct Run {
+    int64_t flat, count, offset, step;
+};
+
+// The runs of `view` among the grid's positions `begin` to `end`.
+inline std::vector<Run> runs_of(const Grid& grid, const View& view, int64_t begin, int64_t end) {
+    std::vector<Run> runs;
+    if (!view.rows || !view.columns || begin >= end) return runs;
+    for (int64_t image = std::max<int64_t>(0, floor_div(begin, grid.image_pitch)); image < grid.images; ++image) {
+        const int64_t base = image * grid.image_pitch;
+        if (base >= end) break;
+        const int64_t first = std::max<int64_t>(0, floor_div(begin - base, grid.pitch));
+        for (int64_t row = first; row < view.rows && base + row * grid.pitch < end; ++row) {
+            const int64_t start = base + row * grid.pitch;
+            const int64_t from = std::max(start, begin), to = std::min(start + view.columns, end);
+            if (from >= to) continue;
+            const int64_t offset = image * view.image_stride + row * view.row_stride + view.start;
+            runs.push_back({from - begin, to - from, offset + (from - start) * view.step, view.step});
+        }
+    }
+    return runs;
 }
