@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from sparselearning.sparse import ops
+from sparselearning.sparse.batch_last import keep_order
 from sparselearning.sparse.dataflow import Dataflow, Seen
 from sparselearning.sparse.gpu import convert_pattern
-from sparselearning.sparse.interface import available
-from sparselearning.sparse.memory_order import keep_order
+from sparselearning.sparse.interface import DTYPES, available
+from sparselearning.sparse.memory_order import in_order, is_batch_last
 from sparselearning.sparse.modules import SparseConv2d, SparseLinear, SparseModule
 from sparselearning.sparse.report import LayerReport, Report, layers_of
 from sparselearning.sparse.training import trained_to_dense
@@ -106,12 +107,12 @@ def try_sparse(name, layer, seen: Seen, relu) -> tuple[LayerReport, SparseModule
         sparse = sparse_form(layer)
     except ValueError as error:
         return LayerReport(name, density, nan, nan, False, str(error)), None
-    if density == 1 or seen.dtype not in ops.DTYPES:
+    if density == 1 or seen.dtype not in DTYPES:
         note = "no zeros" if density == 1 else f"no kernels for {seen.dtype}"
         return LayerReport(name, density, nan, nan, False, note), None
     sparse.relu = relu is not None
     x = torch.ones(seen.shape, dtype=seen.dtype)
-    ready = x if x.dim() == 3 else ops.in_order(x, ops.is_batch_last(len(x)))
+    ready = x if x.dim() == 3 else in_order(x, is_batch_last(len(x)))
     after = relu or nn.Identity()
     choices = [lambda: after(layer(x)), lambda: sparse(ready)]
     if x.dim() == 4:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from sparselearning.layers import SparseLayer
 from sparselearning.processes import distributed
 from sparselearning.sparse import ops
+from sparselearning.sparse.batch_last import forget_order, keep_order
 from sparselearning.sparse.interface import conv_shape, kernels
-from sparselearning.sparse.memory_order import forget_order, keep_order
 from sparselearning.sparse.modules import numeric_padding
 from sparselearning.weights.optimizer import momentum_of
 
