@@ -1,7 +1,7 @@
 """torch's own layers on activations whose batch is last in memory.
 
-For torch, CHWN memory is the channels_last order of a tensor with channels and batch exchanged. Pooling, which treats
-channels and images alike, is exact and fast on that exchanged view; a batch norm sees (1, C, H * W * N).
+torch sees CHWN memory as the channels_last order of a tensor whose channels and batch are exchanged. Pooling treats
+channels and images alike, so it is exact and fast on that exchanged view. A batch norm is given (1, C, H * W * N).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ KEEPING = {
 
 
 def keep_order(model: nn.Module) -> None:
-    """Let pooling and batch norms of `model` keep the memory order of their inputs; their parameters stay."""
+    """Make pooling and batch norms of `model` keep the memory order of their inputs; their parameters stay."""
     for module in model.modules():
         module.__class__ = KEEPING.get(type(module), type(module))
 

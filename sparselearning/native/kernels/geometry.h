@@ -64,24 +64,23 @@ inline Plane output_plane(const Conv& c) {
 
 // One direction of a convolution on its flat grid: the planes read and written, and the shift of every tap.
 struct Grid {
-    int64_t images, pitch, image_pitch;  // batch last: one grid per vector of images, so images = 1
+    int64_t images, pitch, image_pitch;  // with the batch last, a grid is of one vector of images, and `images` is 1
     int64_t height, width;               // rows and columns written
-    int64_t before = 0, after = 0;  // how far shifts reach to the left and to the right of a position
-    int64_t reach_y = 0, reach_x = 0;  // and from the first to the last along each axis
+    int64_t before = 0, after = 0;       // how far shifts reach to the left and to the right of a position
+    int64_t reach_y = 0, reach_x = 0;    // how far the first shift is from the last one, along each axis
     std::vector<View> read, write;
     std::vector<int64_t> tap_plane;  // which of `read` a tap uses
     std::vector<int64_t> tap_shift;  // in flat positions
-
-    int64_t positions() const { return images * image_pitch; }
 };
 
-// One axis of a grid whose rows hold `read` valid positions, whose outputs are [0, write), with these shifts.
+// The pitch of an axis: rows hold `read` valid positions, outputs are [0, write), and taps read at these shifts.
 inline int64_t shared_pitch(int64_t read, int64_t write, const std::vector<int64_t>& shifts) {
     const int64_t low = std::min<int64_t>(0, *std::min_element(shifts.begin(), shifts.end()));
     const int64_t high = std::max<int64_t>(0, *std::max_element(shifts.begin(), shifts.end()));
     return std::max(write + high, read - low);
 }
 
+// Sets the sizes of a grid whose views are known, and the shifts of its taps.
 inline void place(Grid& grid, const std::vector<int64_t>& shift_y, const std::vector<int64_t>& shift_x) {
     int64_t rows_read = 0, columns_read = 0;
     grid.height = grid.width = 0;

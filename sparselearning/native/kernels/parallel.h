@@ -1,4 +1,4 @@
-// Work shared among the threads that the caller allows, and the memory each keeps.
+// Work that the threads of the caller share, and the memory that each thread keeps.
 #pragma once
 
 #include <algorithm>
