@@ -1,4 +1,4 @@
-"""How many weights each layer loses and gets: small enough to count on fingers."""
+"""How many weights each layer loses and gets, on examples small enough to count by hand."""
 
 import math
 
@@ -12,7 +12,7 @@ from sparselearning.schedules import CubicDensity, StepDensity
 
 
 def network(active, *widths, **modes):
-    """A network whose first layer has so many active weights, its second so many, ..."""
+    """Return a Masking on linear layers of which layer i has active[i] active weights, after one step."""
     model = mlp(*widths)
     weights = {name: weight for name, weight in model.named_parameters() if weight.dim() > 1}
     masks = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in weights.items()}
@@ -133,7 +133,7 @@ def test_a_nearly_dense_layer_that_is_as_important_as_the_others_is_pruned_in_fu
 
 
 @pytest.mark.parametrize("none", [math.nan, -1.0, torch.tensor(math.nan)])
-def test_importance_that_is_no_number_or_negative_counts_as_none(none):
+def test_nan_or_negative_importance_counts_as_zero(none):
     masking = network([10, 30], 10, 20, 10, redistribution_mode=lambda m, name, w, mask: none if "fc1" in name else 2.0)
     masking.at_end_of_epoch()
     assert masking.name2variance == {"fc1.weight": 0.0, "fc2.weight": 1.0}
@@ -218,7 +218,7 @@ def test_layers_whose_units_differ_grow_as_many_as_they_lost():
     assert counts(masking) == [80, 10]
 
 
-def test_growth_that_grows_too_much_is_made_up_for_by_the_next_update():
+def test_the_next_update_makes_up_for_growth_that_added_too_much():
     def generous(masking, name, new_mask, total_regrowth, weight):
         return new_mask | (torch.rand_like(weight) < 2 * total_regrowth / new_mask.numel())
 

@@ -1,4 +1,4 @@
-"""Masking in training: steps, updates, what is on and off, and extremes of size and density."""
+"""Masking in training: steps, whole updates, defaults, and extremes of size and density."""
 
 import copy
 import logging
@@ -18,7 +18,7 @@ T, F = True, False
 
 
 def test_a_training_loop_keeps_the_number_of_weights_and_moves_them():
-    """The usage of the README."""
+    """Train as the README does."""
     model = mlp(20, 30, 10)
     masking = Masking(sgd(model), CosineDecay(0.5, T_max=20))
     masking.add_module(model, density=0.1)
@@ -77,10 +77,12 @@ def test_a_prune_rate_of_one_moves_everything():
 
 
 @pytest.mark.parametrize("growth_mode", GROWTH_FUNCTIONS)
-@pytest.mark.parametrize("widths", [(20, 30, 10), (1, 1, 1)])
-def test_a_full_network_stays_full(growth_mode, widths):
+@pytest.mark.parametrize(("widths", "inactive"), [((20, 30, 10), "kept"), ((1, 1, 1), "zero")])
+def test_a_full_network_stays_full(growth_mode, widths, inactive):
     model = mlp(*widths)
-    masking = masked(model, density=1.0, growth_mode=growth_mode, inactive="kept")
+    if "dense" in growth_mode:
+        inactive = "kept"
+    masking = masked(model, density=1.0, growth_mode=growth_mode, inactive=inactive)
     for _ in range(3):
         train(model, masking, 1)
         masking.at_end_of_epoch()
@@ -88,7 +90,7 @@ def test_a_full_network_stays_full(growth_mode, widths):
     assert masking.density == masking.exploration_rate == 1
 
 
-def test_all_weights_active_is_dense_training():
+def test_training_with_all_weights_active_is_dense_training():
     dense, model = mlp(6, 5, 4), mlp(6, 5, 4)
     model.load_state_dict(dense.state_dict())
     masking = masked(model, density=1.0)
@@ -192,7 +194,7 @@ def test_operations_in_any_order_keep_counts_and_zeros(operations, density):
 
 
 class Narrow:
-    """An optimizer wrapper as old ones are: methods without arguments."""
+    """An old optimizer wrapper, whose methods take no arguments."""
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
@@ -206,7 +208,7 @@ class Narrow:
         self.optimizer.zero_grad()
 
 
-def test_a_wrapper_whose_methods_take_nothing():
+def test_an_optimizer_wrapper_without_optional_arguments_works():
     model = mlp(6, 5)
     wrapper = Narrow(sgd(model))
     masking = masked(model, wrapper)

@@ -1,4 +1,4 @@
-"""Same seed, same masks: on any number of threads, with torch's deterministic algorithms, and where scores tie."""
+"""The same seed gives the same masks, on any number of threads and with torch's deterministic algorithms."""
 
 import pytest
 import torch

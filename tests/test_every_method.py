@@ -1,8 +1,8 @@
-"""The one list that every method passes, with its own pattern and with every pattern that it can keep.
+"""What holds for every method, with its own pattern and with every pattern that it can keep.
 
-Exact counts after each update, inactive weights zero, the pattern valid, a resumed run bitwise the uninterrupted one,
-two processes that agree, a step that does little more than a dense one, and a run of main.py --method NAME. A method
-joins by being in its table; what cannot go together is refused with one line.
+Counts are exact after each update, inactive weights are zero, the pattern holds, a resumed run is bitwise the
+uninterrupted one, two processes agree, a step does little more than a dense one, and main.py --method NAME runs. A
+method is tested because it is in the table; combinations that make no sense are refused with one line.
 """
 
 import copy
@@ -30,7 +30,7 @@ WIDTHS, SIZE, DENSITY = (20, 40, 10), 1200, 0.2
 
 
 def refusal(method, pattern):
-    """What is said of a combination that makes no sense; nothing of the others."""
+    """Return the error for a combination that makes no sense; None for the others."""
     parts, units_differ = METHODS[method], pattern == "neuron"
     prune, grow = PRUNE_FUNCTIONS[parts.prune], GROWTH_FUNCTIONS[parts.growth]
     if getattr(prune, "single_weights", False) and pattern in ("block:2x4", "neuron"):
@@ -50,19 +50,19 @@ OWN = [(method, METHODS[method].pattern) for method in METHODS]
 
 
 def begin(method, pattern, **parts):
-    """A small network, its optimizer and its masks by this method."""
+    """Return a small network, its optimizer and its Masking by this method."""
     return by_method.begin(method, widths=WIDTHS, density=DENSITY, pattern=pattern, **parts)
 
 
 def counted(masking):
-    """The number of active weights, with those that neurons given up left over: less than one a neuron."""
+    """Return the number of active weights, and of those that could not be placed after neurons were removed."""
     left_over = [layer.left_over for layer in masking.layers]
     assert all(count < len(layer.mask) for count, layer in zip(left_over, masking.layers, strict=True))
     return masking.total_nonzero + sum(left_over)
 
 
 def due(masking, step, at_first):
-    """The number of weights that are to be active after an update at `step`, the nearest in units."""
+    """Return how many weights an update at `step` is to leave active, in whole units."""
     if masking.density_schedule is None:
         return at_first
     unit = masking.layers[0].pattern.size
@@ -70,7 +70,7 @@ def due(masking, step, at_first):
 
 
 def assert_pattern_holds(mask, pattern, most):
-    """By the definition of the pattern, for `mask` as outputs x inputs; `most` inputs at the start of a neuron."""
+    """Assert the definition of a pattern on a mask [outputs, inputs]; a neuron started with `most` inputs."""
     rows = mask.flatten(1).int()
     inputs = rows.sum(1)
     if pattern == "2:4":
@@ -133,7 +133,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(method, pattern):
 
 
 def replicas():
-    """Train by every method in one of several processes, with data and generator of its own."""
+    """Train by every method in one of several processes, each with its own data and random numbers."""
     rank = torch.distributed.get_rank()
     states = {}
     for method, pattern in KEPT:
@@ -165,7 +165,7 @@ MORE_WORK = {  # operations, entries per weight and Python calls that masks may 
 
 
 def training_step(method=None, pattern=None):
-    """Return a function that makes a step of training, whose masks move in none of them."""
+    """Return a function that makes one step of training, in which no masks move."""
     model = mlp(784, 300, 100)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     inputs, labels = torch.randn(100, 784), torch.arange(100)

@@ -1,4 +1,4 @@
-"""FLOPs: hand counts of small networks, published ones of ResNet-50, and the formulas of training."""
+"""FLOPs: small networks counted by hand, ResNet-50 as published, and the formulas for training."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_training_as_in_the_appendix_of_rigl():
 
 @pytest.mark.parametrize(("method", "share"), SHARES.items())
 def test_a_method_costs_what_its_steps_need(method, share):
-    """At a density of 0.2, of f_D / 3: two f_S, and the gradient of the weights."""
+    """At a density of 0.2 a step costs two f_S and the gradient of the weights, relative to 3 f_D."""
     model = mlp(20, 30, 10)
     settings = dict(batches=[(torch.randn(8, 20), torch.arange(8))], sparse_init="constant", start_density=None)
     if METHODS[method].density_schedule != "constant":

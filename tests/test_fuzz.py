@@ -1,4 +1,4 @@
-"""Hypothesis looks for a network, a setting or a moment at which an invariant does not hold."""
+"""Hypothesis searches for a network, a setting or a moment at which an invariant fails."""
 
 import copy
 
@@ -42,7 +42,7 @@ DECAYS = {
 
 @st.composite
 def weights(draw, shapes):
-    """A module of weights of any shapes, dtype and layout, some of them all equal, and parameters that stay dense."""
+    """Return a module with weights of any shape, dtype and layout, some all equal, and parameters that stay dense."""
     dtype = draw(st.sampled_from(DTYPES))
     module = nn.Module()
     for i, shape in enumerate(draw(st.lists(shapes, min_size=1, max_size=5))):
@@ -58,7 +58,7 @@ def weights(draw, shapes):
 
 @st.composite
 def layers(draw):
-    """Linear and convolution layers, which can train on sparse kernels."""
+    """Return linear and convolution layers, which can train on sparse kernels."""
     sizes = st.integers(1, 6)
     drawn = draw(st.lists(st.tuples(sizes, sizes, st.integers(0, 3)), min_size=1, max_size=4))
     made = [nn.Conv2d(inputs, outputs, kernel) if kernel else nn.Linear(inputs, outputs)
@@ -80,7 +80,7 @@ def fill_gradients(module):
 
 
 class Settings:
-    """Draws what a Masking can be given, and makes one; `density(step)` is what an update leaves."""
+    """Draws the arguments of a Masking and makes one."""
 
     def __init__(self, data, sparsely, pattern, most):
         self.data, self.most = data, most
@@ -171,7 +171,7 @@ def check_any(data):
 
 
 def follow(data, module, masking, density, size):
-    """Train, and hold the masks to their invariants after every step."""
+    """Train, and check the invariants after every step."""
     constant = masking.density_schedule is None
     exact = all(layer.pattern.most is None and layer.pattern.size == 1 for layer in masking.layers)
     if constant and exact:

@@ -1,4 +1,4 @@
-"""The table of methods; test_every_method.py has what all of them hold."""
+"""The table of methods; test_every_method.py shows what holds for all of them."""
 
 import pytest
 import torch

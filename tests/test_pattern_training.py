@@ -1,4 +1,4 @@
-"""Training keeps patterns: with every function that can keep them, and what becomes of the weights afterwards."""
+"""Training keeps patterns with every function that can keep them, and the trained weights can be packed."""
 
 import copy
 import itertools
@@ -28,7 +28,7 @@ MODES = [modes for modes in MODES if not APART & set(modes.values())]
 
 
 def refusal(pattern, prune_mode, growth_mode, redistribution_mode):
-    """What is said of a combination that makes no sense; nothing of the others."""
+    """Return the error for a combination that makes no sense; None for the others."""
     single = ("SET", "threshold", "adaptive_threshold")
     if growth_mode == "momentum_neuron":
         return f"growth_mode='momentum_neuron' moves single weights, and the pattern '{pattern}' does not let it"
@@ -58,7 +58,7 @@ def test_an_update_keeps_pattern_and_counts_or_says_what_cannot_be(pattern, mode
         assert masking.total_nonzero + lacking == masking.baseline_nonzero == total
 
 
-def test_own_functions_know_nothing_of_patterns():
+def test_own_functions_keep_patterns_without_knowing_them():
     def grow(masking, name, new_mask, total_regrowth, weight):
         return add_highest(masking.get_momentum_for_weight(weight).abs(), new_mask, total_regrowth)
 
@@ -90,14 +90,14 @@ def test_the_density_follows_a_schedule_in_units(pattern, start, prune_mode):
         assert masking.total_nonzero == round(density(2 * update) * size / unit) * unit
 
 
-def test_a_density_above_the_pattern_s_is_refused():
+def test_a_density_above_what_the_pattern_holds_is_refused():
     model, masking = sparse("2:4", density_schedule=lambda step: 0.6)
     with pytest.raises(ValueError, match=r"asks for a density of 0\.6, which is more than the pattern holds"):
         move(model, masking)
 
 
 def test_a_constant_fan_in_is_that_of_the_checkpoint():
-    """The scores of another batch divide the weights among layers otherwise; a resumed run has no scores at all."""
+    """The scores of another batch divide the weights differently among layers; a resumed run has no scores at all."""
     _, masking = sparse("fan-in")
     state = copy.deepcopy(masking.state_dict())
     again, other = sparse("fan-in", density=0.1)
@@ -133,7 +133,7 @@ def test_compiled_steps_keep_the_pattern():
 
 
 def trained(pattern, **on):
-    """A linear layer of 64 inputs and 32 outputs after three updates."""
+    """Return a linear layer of 64 inputs and 32 outputs after three updates."""
     model = nn.Linear(64, 32, **on)
     masking = masked(model, density=0.5, pattern=pattern)
     for _ in range(3):

@@ -128,7 +128,7 @@ def test_a_schedule_that_leaves_its_range_is_refused(rate):
 
 
 @pytest.mark.parametrize("density", [0, -0.1, 1.5, math.nan])
-def test_a_density_that_is_none_is_refused(density):
+def test_a_scheduled_density_outside_its_range_is_refused(density):
     model = mlp(20, 30, 10)
     masking = masked(model, density_schedule=lambda step: density)
     train(model, masking, 1)
@@ -198,7 +198,7 @@ def test_the_schedule_arrives_at_the_last_update():
         ({}, [(math.inf, False)] * 4),
     ],
 )
-def test_the_next_update_is_foreseen(settings, expected):
+def test_the_steps_until_the_next_update_are_known(settings, expected):
     model = mlp(4, 4)
     masking = masked(model, growth_mode="random", **settings)
     foreseen = [masking._update_ahead()]

@@ -1,6 +1,6 @@
-"""Every prune x growth x redistribution x init keeps the number of active weights and the inactive ones at zero.
+"""Every prune x growth x redistribution x init keeps the number of active weights, and inactive weights at zero.
 
-The functions come from their tables, so a new one is tested by being there.
+The functions come from their tables, so a new one is tested as soon as it is there.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from sparselearning.start.distributions import DISTRIBUTIONS
 
 
 def without_aliases(table):
-    """The keys of a table, the first of several for the same function."""
+    """Return the keys of a table, and of several keys for one function the first."""
     return list({function: name for name, function in reversed(table.items())}.values())[::-1]
 
 
@@ -33,7 +33,7 @@ FREE_COUNT = {"adaptive_threshold", "sign_flip", "dense_magnitude", "global_dens
 
 
 def network(density):
-    """A convolution and two linear layers; a part of its weights is zero, for `resume`."""
+    """Return a convolution and two linear layers; some of the weights are zero, for `resume`."""
     model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 5))
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Methods that train on sparse kernels."""
+"""The methods train on sparse kernels, too."""
 
 import pytest
 from by_method import begin, go_on
@@ -23,7 +23,7 @@ def test_methods_train_on_sparse_kernels(method):
 @pytest.mark.parametrize("method", ["rigl", "srigl", "granet"])
 @pytest.mark.parametrize("last", [13, 31, 40])
 def test_sparse_kernels_see_gradients_before_the_last_update(method, last):
-    """It comes at a step of its own: 13, or 31 right after that at 30."""
+    """The last update need not be a multiple of 30: it comes at step 13, or at 31, right after the one at 30."""
     model = mlp(20, 30, 10)
     optimizer = sgd(model)
     parts = dict(stop_fraction=last / 50, prune_every_k_steps=30, sparse_backend="cpu")

@@ -1,4 +1,4 @@
-"""Weights that keep their values while they are inactive."""
+"""Inactive weights that keep their values and are trained, in a dense copy."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ T, F = True, False
 
 
 def kept(weight, mask, inactive):
-    """A masking on one linear layer with these weights, of which those outside the mask are kept."""
+    """Return a linear layer and its Masking, which keeps the weights outside the mask."""
     layer = torch.nn.Linear(len(weight[0]), len(weight), bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(weight))
@@ -96,7 +96,7 @@ def test_modes_that_compare_inactive_weights_need_them_kept():
         masking.at_end_of_epoch()
 
 
-def test_what_cannot_be_kept_is_refused():
+def test_an_unknown_way_to_hold_inactive_weights_is_refused():
     with pytest.raises(ValueError, match=r"Unknown inactive 'gone'. Choose one of 'zero', 'kept', 'soft'."):
         masked(mlp(5, 5), inactive="gone")
     with pytest.raises(ValueError, match="leave out sparse_backend"):

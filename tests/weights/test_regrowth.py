@@ -1,4 +1,4 @@
-"""What weights start from: when they become active, and at the start; and what pulls them to zero."""
+"""The values that weights start from, at the beginning and when they become active; and the pull to zero."""
 
 import copy
 import math
