@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := setup.py $(wildcard sparselearning/native/*.cpp sparselearning/sparse/kernels/*)
+SOURCES := setup.py $(wildcard sparselearning/native/kernels/*)
 
 .PHONY: demo demo-imagenet test soak coverage mutants lint bench results-mnist clean
 

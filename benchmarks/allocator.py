@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from sparselearning import Masking, models
 from sparselearning.native.allocator import keep_freed_memory
-from sparselearning.sparse import SparseConv2d, library, ops
+from sparselearning.sparse import SparseConv2d, interface, ops
 
 LAYER = "conv 64@32"
 CASES = [
@@ -65,7 +65,7 @@ def measure(name, images, sparse, keep, threads):
     if keep:
         keep_freed_memory()
     else:
-        library.keep_memory = lambda: None
+        interface.keep_memory = lambda: None
     torch.manual_seed(0)
     step = layer_step(images) if name == LAYER else model_step(name, images, sparse)
     for _ in range(3):
@@ -90,7 +90,7 @@ def model_step(name, images, sparse):
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
     if sparse:
-        Masking(optimizer, None, sparse_backend="cpu").add_module(model, density=0.05)
+        Masking(optimizer, None, weights="sparse").add_module(model, density=0.05)
 
     def step():
         optimizer.zero_grad()

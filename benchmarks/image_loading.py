@@ -19,7 +19,9 @@ import torch
 from common import parse, ratio, save, summary
 from PIL import Image
 
-from sparselearning.experiments.data import photographs as images
+from sparselearning.experiments.data.cropping import cut, random_part
+from sparselearning.experiments.data.image_sources import FolderSource, ShardSource
+from sparselearning.experiments.data.photographs import Photographs
 
 SIZES = (224, 128, 64)
 COUNT = 200
@@ -32,8 +34,8 @@ def main():
     count = 20 if args.quick else COUNT
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(args.data) / "train" if args.data else generate(Path(scratch) / "train", count)
-        files = images.FolderSource(folder)
-        shards = images.ShardSource(pack(files, Path(scratch), count), "train")
+        files = FolderSource(folder)
+        shards = ShardSource(pack(files, Path(scratch), count), "train")
         rows = [measure(args, size, files, shards, count) for size in SIZES]
     save(args, "image_loading", rows)
 
@@ -41,8 +43,8 @@ def main():
 def measure(args, size, files, shards, count):
     """Return a row: images per second of each way to load, for one size of crop."""
     loaders = {
-        "files": images.Photographs(files, size, train=True),
-        "shards": images.Photographs(shards, size, train=True),
+        "files": Photographs(files, size, train=True),
+        "shards": Photographs(shards, size, train=True),
         "files, full": FullDecode(files, size, train=True),
     }
     seconds = {kind: [] for kind in loaders}
@@ -66,12 +68,12 @@ def measure(args, size, files, shards, count):
     }
 
 
-class FullDecode(images.Photographs):
+class FullDecode(Photographs):
     """The same images, decoded at their full size."""
 
     def _decode(self, encoded, random):
         image = Image.open(io.BytesIO(encoded)).convert("RGB")  # draft() has no effect any more
-        part = images.cut(image, images.random_part(*image.size, random), self.size)
+        part = cut(image, random_part(*image.size, random), self.size)
         return part.flip(2) if random.random() < 0.5 else part
 
 

@@ -3,7 +3,7 @@
     python benchmarks/sparse_accuracy.py --data DIR
     python benchmarks/sparse_accuracy.py --data DIR --quick
 
-Exact sparse momentum (dense kernels, dense momentum) and sparse_backend="cpu", the same seeds and settings: SGD with
+Exact sparse momentum (dense kernels, dense momentum) and weights="sparse", the same seeds and settings: SGD with
 momentum 0.9 and cosine learning rate from 0.1, weight decay 5e-4, batch 100, density 0.05. The test set is read once
 per run, at the end. Printed last: mean test error +- standard error, and seconds of training.
 """
@@ -35,8 +35,8 @@ def main():
     data = load("mnist", args.data or None)
     rows = []
     for seed in range(args.seeds):
-        for backend in (None, "cpu"):
-            rows.append(run(args, data, backend, seed))
+        for weights in ("zero", "sparse"):
+            rows.append(run(args, data, weights, seed))
             logging.info("%s", rows[-1])
     common.save(args, "sparse_accuracy", rows)
     for backend in ("masked", "sparse"):
@@ -53,30 +53,30 @@ def main():
         )
 
 
-def run(args, data, backend, seed):
+def run(args, data, weights, seed):
     """Return the test error and the seconds of training of one run."""
     torch.manual_seed(seed)
     model = build("lenet5")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     steps = args.epochs * (len(data.train) // 100)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    mask = Masking(optimizer, CosineDecay(0.5, steps), sparse_backend=backend)
-    mask.add_module(model, args.density)
+    masking = Masking(optimizer, CosineDecay(0.5, steps), weights=weights)
+    masking.add_module(model, args.density)
     started = time.perf_counter()
     for epoch in range(args.epochs):
         for images, labels in batches(data.train, 100, mean=data.mean, std=data.std, shuffle=True):
             optimizer.zero_grad()
             F.nll_loss(model(images), labels).backward()
-            mask.step()
+            masking.step()
             scheduler.step()
         if epoch < args.epochs - 1:
-            mask.at_end_of_epoch()
+            masking.at_end_of_epoch()
     seconds = time.perf_counter() - started
     model.eval()
     with torch.no_grad():
         test = batches(data.test, 100, mean=data.mean, std=data.std)
         error = sum((model(x).argmax(1) != y).sum().item() for x, y in test) / len(data.test)
-    return dict(backend="sparse" if backend else "masked", seed=seed, test_error=error, seconds=seconds)
+    return dict(backend="sparse" if weights == "sparse" else "masked", seed=seed, test_error=error, seconds=seconds)
 
 
 if __name__ == "__main__":

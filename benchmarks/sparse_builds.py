@@ -1,7 +1,6 @@
 """Builds of the sparse kernels against each other, for whoever changes them.
 
-    cd sparselearning/sparse/kernels
-    g++ -std=c++17 -O3 -fPIC -shared -fvisibility=hidden -Wno-psabi kernels.cpp -o /tmp/new.so
+    g++ -std=c++17 -O3 -fPIC -shared -fvisibility=hidden -Wno-psabi sparselearning/native/kernels/*.cpp -o /tmp/new.so
     python benchmarks/sparse_builds.py --builds /tmp/old.so,/tmp/new.so
 
 The builds take turns on the same layers, and a dense one is called before each turn, so that they find in the caches
@@ -16,7 +15,8 @@ import torch
 from sparse_layers import CONVOLUTIONS, LINEARS, both, forward, prune
 from torch import nn
 
-from sparselearning.sparse import SparseConv2d, SparseLinear, library, ops
+from sparselearning.native import library
+from sparselearning.sparse import SparseConv2d, SparseLinear, ops
 
 
 def main():

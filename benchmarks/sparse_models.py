@@ -4,7 +4,7 @@
     python benchmarks/sparse_models.py --quick
 
 Inference: images per second of the dense model (the faster of contiguous and channels_last, float32) and of the
-converted one. Training: steps of masked training (dense kernels) and of sparse_backend="cpu". Weights are random, at
+converted one. Training: steps of masked training (dense kernels) and of weights="sparse". Weights are random, at
 the density given; the kinds take turns, and a ratio is the median over rounds, printed last.
 """
 
@@ -41,14 +41,14 @@ def main():
         logging.info("%-32s %d threads: %.2fx", label, row["threads"], row["ratio"])
 
 
-def masked(name, density, backend=None):
-    """Return a model with masks on it, and its optimizer."""
+def masked(name, density, weights="zero"):
+    """Return a model with masks on it, its optimizer and the Masking."""
     torch.manual_seed(0)
     model = build(name)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    mask = Masking(optimizer, CosineDecay(0.5, 10_000), sparse_backend=backend, rescale=True)
-    mask.add_module(model, density)
-    return model, optimizer, mask
+    masking = Masking(optimizer, CosineDecay(0.5, 10_000), weights=weights)
+    masking.add_module(model, density, rescale=True)
+    return model, optimizer, masking
 
 
 def measure_inference(args, name, batch):
@@ -84,17 +84,17 @@ def measure_training(args, name):
     """Return times of one step of masked and of sparse training, and their ratio."""
     images, labels = torch.randn(args.images, 3, 32, 32), torch.randint(10, (args.images,))
 
-    def step_of(backend):
-        model, optimizer, mask = masked(name, args.density, backend)
+    def step_of(weights):
+        model, optimizer, masking = masked(name, args.density, weights)
 
         def step():
             optimizer.zero_grad()
             F.nll_loss(model(images), labels).backward()
-            mask.step()
+            masking.step()
 
         return step
 
-    seconds = common.alternate({"masked": step_of(None), "sparse": step_of("cpu")}, args.rounds)
+    seconds = common.alternate({"masked": step_of("zero"), "sparse": step_of("sparse")}, args.rounds)
     common.show(f"{name} training batch {args.images}", seconds)
     row = {f"{kind}_ms": 1e3 * common.summary(values)["median"] for kind, values in seconds.items()}
     row |= dict(model=name, what="training", batch=args.images)

@@ -5,8 +5,7 @@ Both look at the variance of a weight's gradient, for which Adam's second moment
     python main.py --model lenet5 --optimizer adam --lr 0.001 --prune magnitude_variance --redistribution variance
 """
 
-import math
-
+from sparselearning.prune import count_to_remove
 from sparselearning.selection import drop_lowest
 
 
@@ -21,8 +20,7 @@ def magnitude_variance_pruning(masking, mask, weight, name):
     A large weight matters, and a weight that is pulled the same way by every batch can be relied on.
     """
     reliability = 1 / (second_moment(masking, weight).sqrt() + 1e-8)
-    k = math.ceil(masking.name2prune_rate[name] * masking.name2nonzeros[name])
-    return drop_lowest(weight.abs() * reliability, mask, k)
+    return drop_lowest(weight.abs() * reliability, mask, count_to_remove(masking, name))
 
 
 def second_moment(masking, weight):

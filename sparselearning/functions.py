@@ -1,19 +1,37 @@
-"""What a prune, redistribute or grow function is: how it is named, checked and marked.
+"""What a prune, redistribute or grow function is: its arguments, its marks, and how an update calls it.
 
     prune(masking, mask, weight, name) -> mask
     redistribute(masking, name, weight, mask) -> importance >= 0
     grow(masking, name, new_mask, total_regrowth, weight) -> mask
 
-and for the whole network at once, marked `@network_wide` (`@single_weights` marks those that know no patterns):
+Functions marked `@network_wide` treat all layers at once:
 
     prune(masking) -> {name: mask}
     grow(masking, total_regrowth) -> {name: mask}
 
-A redistribute function marked `@after_pruning` measures what pruning left.
+Marks say what a function does. The checks before training, the FLOPs and the sparse kernels read them.
+
+    @network_wide               it treats all layers at once
+    @reads("momentum")          it reads the momentum; also "gradient", "second_moment", "inactive" and "nothing"
+    @single_weights             it moves single weights, and does not obey the pattern of a layer
+    @after_pruning              (redistribute) it measures what pruning left
+    @gives_back                 (redistribute) no weights move between layers: each layer grows what it lost
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, SupportsFloat
+
+import torch
+from torch import Tensor
+
+from sparselearning.budget import shares
+from sparselearning.layers import count
+from sparselearning.patterns import UNSTRUCTURED
+from sparselearning.processes.sharded import fetch, is_sharded
+from sparselearning.selection import drop_lowest_jointly
+from sparselearning.weights.optimizer import keeps_momentum, keeps_second_moment
 
 SIGNATURES = {
     "prune_mode": ("masking", "mask", "weight", "name"),
@@ -21,38 +39,82 @@ SIGNATURES = {
     "growth_mode": ("masking", "name", "new_mask", "total_regrowth", "weight"),
 }
 NETWORK_WIDE_SIGNATURES = {"prune_mode": ("masking",), "growth_mode": ("masking", "total_regrowth")}
+READABLE = ("momentum", "gradient", "second_moment", "inactive", "nothing")
 
 
 class FunctionError(TypeError):
     """A prune, redistribute or grow function that does not do what its kind does."""
 
 
+# Marks
+
+
 def network_wide(function: Callable) -> Callable:
     """Mark a prune or grow function that treats all layers at once."""
-    function.network_wide = True  # pyright: ignore[reportFunctionMemberAccess]
-    return function
-
-
-def is_network_wide(function: Callable) -> bool:
-    """Tell whether a function was marked with `network_wide`."""
-    return getattr(function, "network_wide", False)
+    return _mark(function, "network_wide", True)
 
 
 def after_pruning(function: Callable) -> Callable:
-    """Mark a redistribute function that measures the layers when pruning is over."""
-    function.after_pruning = True  # pyright: ignore[reportFunctionMemberAccess]
-    return function
+    """Mark a redistribute function that measures the layers after pruning."""
+    return _mark(function, "after_pruning", True)
 
 
-def measures_after_pruning(function: Callable) -> bool:
-    """Tell whether a function was marked with `after_pruning`."""
-    return getattr(function, "after_pruning", False)
+def gives_back(function: Callable) -> Callable:
+    """Mark a redistribute function that moves no weights between layers: each layer grows what it lost."""
+    return _mark(function, "gives_back", True)
 
 
 def single_weights(function: Callable) -> Callable:
-    """Mark a prune or grow function that chooses single weights whatever the pattern of a layer (patterns.py)."""
-    function.single_weights = True  # pyright: ignore[reportFunctionMemberAccess]
+    """Mark a prune or grow function that chooses single weights, whatever the pattern of a layer (patterns.py)."""
+    return _mark(function, "single_weights", True)
+
+
+def reads(*what: str) -> Callable[[Callable], Callable]:
+    """Mark a function with what it reads besides masks and active weights.
+
+    'momentum' and 'second_moment' are the optimizer's; 'gradient' is that of the last step; 'inactive' are the values
+    of inactive weights, which weights='kept' and 'soft' keep; 'nothing' is none of these. A function without this mark
+    is taken to read momentum and gradient of all weights, active or not.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if not what or not set(what) <= set(READABLE) or ("nothing" in what and len(what) > 1):
+        raise ValueError(
+            f"Expected what a function reads, some of {', '.join(map(repr, READABLE[:-1]))}, or 'nothing' alone; "
+            f"got {', '.join(map(repr, what)) or 'nothing at all'}."
+        )
+    return lambda function: _mark(function, "reads", frozenset(what))
+
+
+def is_marked(function: Callable, mark: str) -> bool:
+    """Tell whether a function has a mark, such as 'network_wide'."""
+    return bool(_mark_of(function, mark))
+
+
+def surely_reads(function: Callable, what: str) -> bool:
+    """Tell whether a function is marked to read this."""
+    return what in (_mark_of(function, "reads") or ())
+
+
+def may_read(function: Callable, what: str) -> bool:
+    """Tell whether a function reads this, or has no mark that says what it reads."""
+    marked = _mark_of(function, "reads")
+    return marked is None or what in marked
+
+
+def _mark(function, name, value):
+    setattr(function, name, value)
     return function
+
+
+def _mark_of(function, name):
+    while isinstance(function, partial) and not hasattr(function, name):
+        function = function.func
+    return getattr(function, name, None)
+
+
+# Checks before training
 
 
 def resolve(argument: str, mode: str | Callable, table: Mapping[str, Callable]) -> Callable:
@@ -67,7 +129,7 @@ def resolve(argument: str, mode: str | Callable, table: Mapping[str, Callable]) 
             return table[mode]
         names = ", ".join(map(repr, table))
         raise ValueError(f"Unknown {argument} {mode!r}. Pass a function, or one of {names}.")
-    signatures = NETWORK_WIDE_SIGNATURES if is_network_wide(mode) else SIGNATURES
+    signatures = NETWORK_WIDE_SIGNATURES if is_marked(mode, "network_wide") else SIGNATURES
     if argument not in signatures:
         raise FunctionError(f"A {argument} function measures one layer; it cannot be network_wide.")
     expected = signatures[argument]
@@ -80,3 +142,141 @@ def resolve(argument: str, mode: str | Callable, table: Mapping[str, Callable]) 
             f"{name}({', '.join(expected)}): {error}."
         ) from None
     return mode
+
+
+def check_readable(functions: Sequence[Callable], optimizer: torch.optim.Optimizer, keeps_inactive: bool) -> None:
+    """Check that there is what the functions are marked to read.
+
+    Raises:
+        RuntimeError: if the optimizer keeps no momentum, or no second moment, and a function reads it.
+        FunctionError: if a function reads the values of inactive weights and they are not kept.
+    """
+    if any(surely_reads(function, "momentum") for function in functions):
+        keeps_momentum(optimizer, required=True)
+    if any(surely_reads(function, "second_moment") for function in functions):
+        keeps_second_moment(optimizer, required=True)
+    if not keeps_inactive and any(surely_reads(function, "inactive") for function in functions):
+        raise FunctionError(
+            "A 'dense_magnitude' mode compares the values of inactive weights: Masking(..., weights='kept'), or 'soft'."
+        )
+
+
+def check_patterns_fit(masking: Any, layers: Sequence[Any]) -> None:
+    """Check that the functions and the density schedule can keep the patterns of these layers.
+
+    Raises:
+        ValueError: if they cannot.
+    """
+    patterned = [layer for layer in layers if layer.pattern != UNSTRUCTURED]
+    if not patterned:
+        return
+    name = patterned[0].pattern.name
+    if any(is_sharded(layer.mask) for layer in layers):
+        raise ValueError(f"The pattern {name!r} needs whole weights, got sharded ones. Use DistributedDataParallel.")
+    sizes = sorted({layer.pattern.size for layer in layers})
+    in_prune, in_grow = (is_marked(function, "single_weights") for function in (masking.prune, masking.grow))
+    if in_grow or (in_prune and sizes[-1] > 1):
+        mode = f"growth_mode={masking.growth_mode!r}" if in_grow else f"prune_mode={masking.prune_mode!r}"
+        raise ValueError(f"{mode} moves single weights, and the pattern {name!r} does not let it. Choose another.")
+    if masking.updates.density is not None and (len(sizes) > 1 or patterned[0].pattern.even):
+        raise ValueError(f"The pattern {name!r} keeps the density of each layer; leave out the density schedule.")
+    across = not is_marked(masking.measure, "gives_back")
+    across |= is_marked(masking.prune, "network_wide") or is_marked(masking.grow, "network_wide")
+    if len(sizes) > 1 and across:
+        raise ValueError(
+            f"The units of pattern {name!r} have {', '.join(map(str, sizes))} weights in different layers, so none "
+            "can move from one layer to another. Use redistribution_mode='none', and prune and grow layer by layer."
+        )
+
+
+# Calls during an update
+
+
+def measure(masking: Any) -> None:
+    """Let the redistribute function say how important each layer is, as shares of the network's importance.
+
+    Raises:
+        FunctionError: if it does not return a number.
+    """
+    importance = fetch([_measure(masking, layer) for layer in masking.layers])
+    for layer, share in zip(masking.layers, shares(importance, masking.layers), strict=True):
+        layer.importance = share
+
+
+def _measure(masking, layer):
+    value = masking.measure(masking, layer.name, layer.master, layer.mask)
+    if isinstance(value, SupportsFloat) and (not isinstance(value, Tensor) or value.numel() == 1):
+        return value
+    came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    raise FunctionError(f"Expected the importance of {layer.name}, a number or a 0-d tensor, got {came}.")
+
+
+def prune(masking: Any) -> None:
+    """Let the prune function choose the masks, and count what it removed.
+
+    Raises:
+        FunctionError: if it does not return masks, or masks that break the pattern of a layer; also `grow`.
+    """
+    before = masking.name2nonzeros
+    if is_marked(masking.prune, "network_wide"):
+        _take_all(masking, masking.prune(masking))
+    else:
+        for layer in masking.layers:
+            _take(layer, masking.prune(masking, layer.mask, layer.master, layer.name))
+    _check_patterns_hold(masking, "prune_mode", lambda layer: layer.pattern.whole(layer.mask))
+    count(masking.layers)
+    if masking.updates.density is not None:
+        _drop_excess(masking)
+    for layer in masking.layers:
+        layer.removed = before[layer.name] - layer.nonzeros
+
+
+def _drop_excess(masking):
+    """Drop the smallest weights that are active beyond the schedule's density: a function may prune too few."""
+    if (excess := masking.total_nonzero - masking.baseline_nonzero) > 0:
+        scores, masks = [layer.master.abs() for layer in masking.layers], [layer.mask for layer in masking.layers]
+        for layer, mask in zip(masking.layers, drop_lowest_jointly(scores, masks, excess), strict=True):
+            layer.mask.copy_(mask)
+        count(masking.layers)
+
+
+def grow(masking: Any, counts: list[int]) -> None:
+    """Let the grow function add this many weights to each layer."""
+    if is_marked(masking.grow, "network_wide"):
+        _take_all(masking, masking.grow(masking, sum(counts)))
+    else:
+        for layer, number in zip(masking.layers, counts, strict=True):
+            _take(layer, masking.grow(masking, layer.name, layer.mask, number, layer.master))
+    _check_patterns_hold(masking, "growth_mode", lambda layer: layer.pattern.holds(layer.mask))
+
+
+def _take_all(masking, masks):
+    if not isinstance(masks, Mapping) or not masks.keys() >= masking.masks.keys():
+        raise FunctionError(
+            f"Expected a dict from the name of every layer to its mask, got {masks!r}. "
+            "A network_wide function returns {layer.name: mask for layer in masking.layers}."
+        )
+    for layer in masking.layers:
+        _take(layer, masks[layer.name])
+
+
+def _take(layer, mask):
+    if not isinstance(mask, Tensor) or mask.shape != layer.mask.shape:
+        came = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise FunctionError(
+            f"Expected a mask of shape {tuple(layer.mask.shape)} for {layer.name}, got {came}. "
+            "Prune and grow functions return the mask they were given, or a new one of its shape."
+        )
+    layer.mask.copy_(mask)
+
+
+def _check_patterns_hold(masking, argument, holds):
+    layers = [layer for layer in masking.layers if layer.pattern != UNSTRUCTURED]
+    kept = fetch([holds(layer) for layer in layers])
+    if broken := [layer for layer, holding in zip(layers, kept, strict=True) if not holding]:
+        mode = getattr(masking, argument)
+        raise FunctionError(
+            f"{argument}={getattr(mode, '__name__', mode)!r} does not keep the pattern {broken[0].pattern.name!r} of "
+            f"{broken[0].name}. Hand the mask that the function is given to drop_lowest and add_highest, or use no "
+            "pattern."
+        )

@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
-from sparselearning.functions import FunctionError, network_wide, single_weights
+from sparselearning.functions import FunctionError, network_wide, reads, single_weights
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import is_sharded, uniform_like
 from sparselearning.selection import add_highest, add_highest_jointly, apportion
 from sparselearning.weights.dense_copy import dense_weight
 
 
+@reads("momentum")
 def momentum_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
     """Add the weights whose momentum |M| is largest.
 
@@ -20,6 +21,7 @@ def momentum_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, w
     return add_highest(masking.get_momentum_for_weight(weight).abs(), new_mask, total_regrowth)
 
 
+@reads("gradient")
 def gradient_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
     """Add the weights whose gradient in the last step is largest.
 
@@ -31,6 +33,7 @@ def gradient_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, w
     return add_highest(masking.get_gradient_for_weight(weight).abs(), new_mask, total_regrowth)
 
 
+@reads("nothing")
 def random_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
     """Add inactive weights at random, each with the same chance.
 
@@ -41,6 +44,7 @@ def random_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, wei
 
 
 @single_weights
+@reads("momentum")
 def momentum_neuron_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
     """Give each neuron a number of new weights in proportion to its mean |momentum|, largest first.
 
@@ -66,6 +70,7 @@ def momentum_neuron_growth(masking, name: str, new_mask: Tensor, total_regrowth:
     return new_mask | torch.zeros_like(mask).scatter(1, order, chosen).view_as(new_mask)
 
 
+@reads("nothing")
 def rewiring_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
     """Add inactive weights at random, and give each a random sign that it has to keep.
 
@@ -80,6 +85,7 @@ def rewiring_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, w
     return random_growth(masking, name, new_mask, total_regrowth, weight)
 
 
+@reads("inactive")
 def dense_magnitude_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
     """Add the weights whose value is largest, which they keep while they are inactive.
 
@@ -89,6 +95,7 @@ def dense_magnitude_growth(masking, name: str, new_mask: Tensor, total_regrowth:
 
 
 @network_wide
+@reads("inactive")
 def global_dense_magnitude_growth(masking, total_regrowth: int) -> dict[str, Tensor]:
     """Add the weights of the network whose value is largest, which they keep while they are inactive.
 
@@ -99,6 +106,7 @@ def global_dense_magnitude_growth(masking, total_regrowth: int) -> dict[str, Ten
     return dict(zip(masking.masks, masks, strict=True))
 
 
+@reads("nothing")
 def cannistraci_hebb_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
     """Add the links of a linear layer that its paths of length three speak for most; random ones elsewhere.
 
@@ -139,6 +147,7 @@ def path_scores(mask: Tensor) -> Tensor:
 
 
 @network_wide
+@reads("momentum")
 def global_momentum_growth(masking, total_regrowth: int) -> dict[str, Tensor]:
     """Add the weights whose momentum |M| is largest in the whole network, whatever their layer.
 

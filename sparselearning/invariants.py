@@ -1,12 +1,20 @@
 """What always holds between masks, weights and optimizer, and what to do where it does not."""
 
+import gc
 import math
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparselearning.layers import SparseLayer, count
 from sparselearning.processes import distributed
-from sparselearning.processes.sharded import add_up, count_active, is_sharded
+from sparselearning.processes.sharded import count_active, fetch, is_sharded
+
+MASKINGS: weakref.WeakSet[Any] = weakref.WeakSet()  # all there are, so that no two mask one weight
 
 
 class InvariantError(RuntimeError):
@@ -17,7 +25,7 @@ class NonFiniteError(ValueError):
     """A weight, gradient or momentum is NaN or infinite, so that no choice among weights would mean anything."""
 
 
-def check(masking) -> None:
+def check(masking: Any) -> None:
     """Verify everything that `Masking` relies on.
 
     The number of active weights is what it was at the start; inactive weights are exactly zero; every mask lies
@@ -28,8 +36,7 @@ def check(masking) -> None:
         InvariantError: with one line per violation.
         ProcessError: if masks of processes differ.
     """
-    if distributed.in_process_group():
-        distributed.check_agreement([layer.mask for layer in masking.layers])
+    distributed.check_agreement(masking.masks.values())
     problems = [*_strangers(masking), *(problem for layer in masking.layers for problem in _problems(layer))]
     expected = masking.baseline_nonzero - sum(layer.left_over for layer in masking.layers)
     in_place = all(layer.mask.device == layer.weight.device for layer in masking.layers)
@@ -43,17 +50,62 @@ def check(masking) -> None:
         raise InvariantError("\n".join(problems))
 
 
-def refuse_strangers(masking) -> None:
-    """Check that the modules still hold the masked weights, and the masking's optimizer steps them.
+def refuse_second_masks(masking: Any, new: Iterable[SparseLayer]) -> None:
+    """Check that no other Masking masks one of these weights.
 
     Raises:
-        InvariantError: if a weight was replaced, or the optimizer was.
+        RuntimeError: if another one does.
+    """
+    weights = {id(layer.weight) for layer in new}
+
+    def masked_elsewhere():
+        layers = (layer for other in MASKINGS if other is not masking for layer in other.layers)
+        return [layer.name for layer in layers if id(layer.weight) in weights]
+
+    if masked_elsewhere():
+        gc.collect()  # an optimizer and a Masking that nobody holds any more hold each other
+    if names := masked_elsewhere():
+        raise RuntimeError(
+            f"Another Masking masks {', '.join(names)}; two would undo each other's masks. Use that one, or call "
+            "its remove_weight_partial_name('') first."
+        )
+
+
+def refuse_update(masking: Any) -> None:
+    """Check what an update relies on.
+
+    Raises:
+        InvariantError, NonFiniteError, ProcessError: if something does not hold.
     """
     if problems := _strangers(masking):
         raise InvariantError("\n".join(problems))
+    refuse_bad_values(masking)
+    distributed.check_agreement(masking.masks.values())
 
 
-def refuse_bad_values(masking) -> None:
+@contextmanager
+def all_or_nothing(masking: Any) -> Iterator[list[Tensor]]:
+    """Yield copies of the masks, and restore them if the update fails or reads a gradient that is not finite.
+
+    Raises:
+        NonFiniteError: for such a gradient.
+    """
+    before, baseline = [layer.mask.clone() for layer in masking.layers], masking.baseline_nonzero
+    masking._gradients_read = []
+    try:
+        yield before
+        refuse_bad_gradients(masking)
+    except BaseException:
+        for layer, mask in zip(masking.layers, before, strict=True):
+            layer.mask.copy_(mask)
+        count(masking.layers)
+        masking.baseline_nonzero = baseline
+        raise
+    finally:
+        masking._gradients_read = None
+
+
+def refuse_bad_values(masking: Any) -> None:
     """Check that weights and momenta are finite and no weight was trained unmasked, in one synchronisation if so.
 
     Raises:
@@ -62,7 +114,7 @@ def refuse_bad_values(masking) -> None:
     """
     tensors = {}
     for layer in masking.layers:
-        state = masking.optimizer.state.get(masking.sparse_training.stepped_for(layer), {})
+        state = masking.optimizer.state.get(masking.held.stepped_for(layer), {})
         momenta = {key: state[key] for key in ("momentum_buffer", "exp_avg", "exp_avg_sq") if key in state}
         for kind, tensor in {"weight": layer.master, **momenta}.items():
             if isinstance(tensor, Tensor):
@@ -71,7 +123,7 @@ def refuse_bad_values(masking) -> None:
     sums = [tensor.sum(dtype=torch.float32) for tensor in tensors.values()]
     whole = [layer for layer in masking.layers if not is_sharded(layer.master)]
     excess = [(layer.master.count_nonzero() - layer.nonzeros).to(torch.float32) for layer in whole]
-    fetched = _fetch(sums + excess)
+    fetched = fetch(sums + excess)
     unmasked = [layer.name for layer, count in zip(whole, fetched[len(sums) :], strict=True) if count > 0]
     if unmasked:
         raise InvariantError(
@@ -83,19 +135,21 @@ def refuse_bad_values(masking) -> None:
         _refuse_what_is_not_finite(tensors)
 
 
-def refuse_bad_gradients(gradients: list[tuple[str, Tensor]]) -> None:
-    """Check that gradients, by the layer's name, are finite, in one synchronisation if so.
+def refuse_bad_gradients(masking: Any) -> None:
+    """Check that the gradients that the functions read are finite, in one synchronisation if so.
 
     Raises:
         NonFiniteError: naming the layers.
     """
-    sums = [gradient.sum(dtype=torch.float32) for _, gradient in gradients]
-    if sums and not all(map(math.isfinite, _fetch(sums))):
-        _refuse_what_is_not_finite({(name, "gradient"): gradient for name, gradient in gradients})
+    read = masking._gradients_read
+    sums = [gradient.sum(dtype=torch.float32) for _, gradient in read]
+    if not all(map(math.isfinite, fetch(sums))):
+        names = {id(tensor): layer.name for layer in masking.layers for tensor in (layer.weight, layer.master)}
+        _refuse_what_is_not_finite({(names.get(id(w), "a weight"), "gradient"): g for w, g in read})
 
 
 def _refuse_what_is_not_finite(tensors):
-    counts = _fetch([(~tensor.isfinite()).sum() for tensor in tensors.values()])
+    counts = fetch([(~tensor.isfinite()).sum() for tensor in tensors.values()])
     bad = [f"{kind} of {name}" for (name, kind), count in zip(tensors, counts, strict=True) if count]
     if bad:
         raise NonFiniteError(
@@ -104,17 +158,11 @@ def _refuse_what_is_not_finite(tensors):
         )
 
 
-def _fetch(numbers):
-    """Return 0-d tensors as numbers, in one synchronisation; those of sharded weights added up over processes."""
-    numbers = add_up(numbers)
-    return torch.stack([number.to(numbers[0].device) for number in numbers]).tolist()
-
-
 def _strangers(masking):
     """Return what is wrong with who owns and who steps the weights."""
     owned = {id(parameter) for module in masking.modules for parameter in module.parameters()}
     stepped = {id(parameter) for group in masking.optimizer.param_groups for parameter in group["params"]}
-    stepped |= masking.sparse_training.stepped_weights()
+    stepped |= masking.held.stepped_weights()
     replaced = "the module holds another parameter now, which is not masked. Replace parameters before add_module, or "
     problems = [
         f"{layer.name}: {replaced}make a new Masking." for layer in masking.layers if id(layer.weight) not in owned

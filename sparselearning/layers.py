@@ -1,10 +1,21 @@
-"""One sparse weight: the parameter, its mask and what is known about them."""
+"""The sparse layers of a network: each weight with its mask and counts, and views, removal and saving of them all."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from sparselearning.patterns import Pattern, pattern_of
+from sparselearning.patterns import UNSTRUCTURED, Pattern, pattern_of, with_most, with_pattern, without_pattern
+from sparselearning.processes import distributed
+from sparselearning.processes.sharded import count_active, fetch, placed_like
+from sparselearning.start.maskable import canonical_name
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -27,8 +38,12 @@ class SparseLayer:
 
     @property
     def pattern(self) -> Pattern:
-        """Which of the weights may be active together."""
+        """Which of the weights may be active together; the mask carries it, so that functions see it too."""
         return pattern_of(self.mask)
+
+    @pattern.setter
+    def pattern(self, pattern: Pattern) -> None:
+        with_pattern(self.mask, pattern)
 
     @property
     def room(self) -> int:
@@ -37,7 +52,7 @@ class SparseLayer:
 
     @property
     def left_over(self) -> int:
-        """Weights that found no place when neurons were given up, fewer than the neurons that are left."""
+        """Weights that could not be placed after neurons were removed; fewer than the remaining neurons."""
         return self.room if self.pattern.ablation else 0
 
     @property
@@ -49,3 +64,183 @@ class SparseLayer:
     def density(self) -> float:
         """Fraction of weights that are active."""
         return self.nonzeros / self.mask.numel()
+
+    @torch.no_grad()
+    def set_weight(self, values: Tensor) -> None:
+        """Write the weight that the optimizer steps, and its half-precision copy if there is one."""
+        self.master.copy_(values)
+        if self.weight is not self.master:
+            self.weight.copy_(self.master)
+
+    def follow_weight(self) -> None:
+        """Move the mask, and all else that belongs to the weight, to the weight's device."""
+        device = self.weight.device
+        if self.mask.device != device:
+            self.mask = with_pattern(self.mask.to(device), self.pattern)
+            self.ever_active = self.ever_active.to(device)
+            self.memory = {key: value.to(device) for key, value in self.memory.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain numbers and tensors."""
+        return {
+            "mask": without_pattern(self.mask),
+            "removed": self.removed,
+            "importance": self.importance,
+            "prune_rate": self.prune_rate,
+            "ever_active": self.ever_active,
+            "memory": self.memory,
+            "most": self.pattern.most,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` returned."""
+        self.pattern = with_most(self.pattern, state.get("most"))
+        self.mask.copy_(placed_like(self.mask, state["mask"]))
+        self.ever_active.copy_(placed_like(self.mask, state.get("ever_active", state["mask"])))
+        self.removed, self.importance = state["removed"], state["importance"]
+        self.prune_rate = state["prune_rate"]
+        self.memory = {key: placed_like(self.mask, value) for key, value in state.get("memory", {}).items()}
+
+
+def count(layers: Sequence[SparseLayer]) -> None:
+    """Count the active weights of every layer."""
+    for layer, number in zip(layers, fetch([count_active(layer.mask) for layer in layers]), strict=True):
+        layer.nonzeros = int(number)
+
+
+def check_loadable(layers: Sequence[SparseLayer], saved: dict[str, Any]) -> None:
+    """Check that a saved state is of these layers: names, shapes and patterns.
+
+    Raises:
+        RuntimeError: if it is not; the message names the differences.
+    """
+    here = {layer.name: tuple(layer.mask.shape) for layer in layers}
+    there = {name: tuple(entry["mask"].shape) for name, entry in saved.items()}
+    if differing := [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]:
+        lines = (
+            f"{name}: {there.get(name, 'absent')} in the state, {here.get(name, 'absent')} here" for name in differing
+        )
+        raise RuntimeError(
+            f"The masks are of another model. {'; '.join(lines)}. Call add_module with the model that was saved."
+        )
+    for layer in layers:
+        entry = saved[layer.name]
+        if layer.pattern != UNSTRUCTURED and not with_most(layer.pattern, entry.get("most")).holds(entry["mask"]):
+            raise RuntimeError(
+                f"The mask of {layer.name} in the state is not of the pattern {layer.pattern.name!r}. Call "
+                "add_module with the pattern and the density that were saved."
+            )
+
+
+class ByName(Generic[T]):
+    """A view of all layers: layer name -> one of the layer's fields."""
+
+    def __init__(self, field: str):
+        self.field = field
+
+    def __get__(self, layers: Any, owner: type | None = None) -> dict[str, T]:
+        return {layer.name: getattr(layer, self.field) for layer in layers.layers}
+
+
+class InTotal:
+    """A view of all layers: the sum of a count."""
+
+    def __init__(self, field: str):
+        self.field = field
+
+    def __get__(self, layers: Any, owner: type | None = None) -> int:
+        return sum(getattr(layer, self.field) for layer in layers.layers)
+
+
+class Layers:
+    """The layers that hold masks, and the names under which functions, users and release 1.0 read them."""
+
+    masks = ByName[Tensor]("mask")
+    densities = ByName[float]("density")
+    memory = ByName[dict[str, Tensor]]("memory")  # what functions keep from update to update; saved with the masks
+    ever_active = ByName[Tensor]("ever_active")  # bool: active now, or before
+    name2nonzeros = ByName[int]("nonzeros")
+    name2zeros = ByName[int]("zeros")
+    name2removed = ByName[int]("removed")  # in the last update, as the next two
+    name2variance = ByName[float]("importance")  # share in the importance of the network
+    name2prune_rate = ByName[float]("prune_rate")
+    total_nonzero, total_zero, total_removed = InTotal("nonzeros"), InTotal("zeros"), InTotal("removed")
+
+    def __init__(self):
+        self.modules: list[nn.Module] = []
+        self.layers: list[SparseLayer] = []
+        self.kept_dense: dict[str, tuple[Tensor, str]] = {}  # name -> parameter without a mask, and why it has none
+        self.baseline_nonzero = 0  # active weights that the network keeps
+
+    @property
+    def density(self) -> float:
+        """Fraction of the masked weights that are active."""
+        return self.total_nonzero / max(self.total_nonzero + self.total_zero, 1)
+
+    @property
+    def exploration_rate(self) -> float:
+        """Fraction of the masked weights that have been active at any time.
+
+        R_s of Liu et al. 2021, Do We Actually Need Dense Over-Parameterization?, https://arxiv.org/abs/2102.02887.
+        """
+        explored = sum(fetch([count_active(layer.ever_active) for layer in self.layers]))
+        return explored / max(self.total_nonzero + self.total_zero, 1)
+
+    def remove_weight(self, name: str) -> None:
+        """Train the weight (or the layer) of this exact name densely from now on; its pruned entries start at zero.
+
+        To keep a layer's initial values, name it in `add_module(dense=[...])` instead.
+
+        Raises:
+            KeyError: if no masked weight has this name.
+        """
+        names = {canonical_name(name), f"{canonical_name(name)}.weight"}
+        if names.isdisjoint(self.masks):
+            raise KeyError(f"No masked weight is called {name!r}. There are {', '.join(self.masks)}.")
+        self._remove([layer for layer in self.layers if layer.name in names])
+
+    def remove_weight_partial_name(self, partial_name: str) -> None:
+        """Train the weights whose name contains `partial_name` densely from now on."""
+        self._remove([layer for layer in self.layers if partial_name in layer.name])
+
+    def remove_type(self, nn_type: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
+        """Train the weights held directly by modules of this type densely from now on."""
+        modules = [module for root in self.modules for module in root.modules() if isinstance(module, nn_type)]
+        owned = {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
+        self._remove([layer for layer in self.layers if id(layer.weight) in owned])
+
+    def _remove(self, removed):
+        self.layers = [layer for layer in self.layers if layer not in removed]
+        self.baseline_nonzero -= sum(layer.nonzeros + layer.left_over for layer in removed)
+        for layer in removed:
+            self.kept_dense[layer.name] = (layer.weight, "its mask was removed")
+            logger.info("%s stays dense: %d weights.", layer.name, layer.mask.numel())
+
+    def _agree_and_count(self):
+        """Give all processes the masks of the first, and count."""
+        distributed.broadcast_masks(self.masks.values())
+        count(self.layers)
+        for layer in self.layers:
+            layer.ever_active.logical_or_(layer.mask)
+
+    def _follow_weights(self):
+        for layer in self.layers:
+            layer.follow_weight()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return masks and counts; plain numbers and tensors."""
+        layers = {layer.name: layer.state_dict() for layer in self.layers}
+        return {"baseline_nonzero": self.baseline_nonzero, "layers": layers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` returned.
+
+        Raises:
+            RuntimeError: if the masked weights differ in name or shape; nothing is changed then.
+        """
+        check_loadable(self.layers, state["layers"])
+        for layer in self.layers:
+            layer.load_state_dict(state["layers"][layer.name])
+        self.baseline_nonzero = state["baseline_nonzero"]
+        count(self.layers)
+        distributed.check_agreement(self.masks.values())

@@ -14,11 +14,33 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sparselearning.patterns import check_name
-from sparselearning.schedules import Constant, CosineDecay, CubicDensity, LinearDecay, SoftDensity, StepDensity
-from sparselearning.start.masks import Density, SparseInit
+import torch
 
-Schedule = Callable[[int], float]
+from sparselearning.functions import check_readable, may_read, resolve
+from sparselearning.grow import GROWTH_FUNCTIONS
+from sparselearning.patterns import check_name
+from sparselearning.prune import PRUNE_FUNCTIONS
+from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
+from sparselearning.schedules import (
+    Constant,
+    CosineDecay,
+    CubicDensity,
+    LinearDecay,
+    Schedule,
+    SoftDensity,
+    StepDensity,
+    Updates,
+)
+from sparselearning.sparse.training import WINDOW, SparseTraining
+from sparselearning.start.masks import Density, SparseInit
+from sparselearning.weights.dense_copy import DenseCopy
+from sparselearning.weights.zeros import Zeros
+
+FUNCTIONS: Mapping[str, Mapping[str, Callable]] = {
+    "prune_mode": PRUNE_FUNCTIONS,
+    "redistribution_mode": REDISTRIBUTION_FUNCTIONS,
+    "growth_mode": GROWTH_FUNCTIONS,
+}
 
 # (prune rate at first, steps) -> prune rate at a step
 DECAYS: Mapping[str, Callable[[float, int], Schedule]] = {
@@ -33,6 +55,13 @@ DENSITY_SCHEDULES: Mapping[str, Any] = {
     "cubic": CubicDensity,
     "step": lambda start, end, begin, finish: StepDensity(start, end, finish),
     "soft": None,  # above the final density by what the next update prunes; see SoftDensity
+}
+# settings (regrown, reset_state, pull) -> what holds the weights
+WEIGHTS: Mapping[str, Callable[..., Zeros]] = {
+    "zero": Zeros,
+    "kept": partial(DenseCopy, backward=2.0),
+    "soft": partial(DenseCopy, soft=True),
+    "sparse": SparseTraining,
 }
 
 
@@ -63,14 +92,15 @@ class Method:
     regrown: str = "zero"  # what a weight is when it becomes active
     rescale: bool = False  # at the start, until layers have the norm they had without masks
     pull: float = 0.0  # of active weights towards zero, added to their gradients
-    inactive: str = "zero"  # what becomes of a weight that leaves
+    weights: str = "zero"  # how weights are held; a key of WEIGHTS
     pattern: str | None = "unstructured"  # which weights may be active together; see patterns.py
 
     def __post_init__(self):
-        for part, table in [("decay_schedule", DECAYS), ("density_schedule", DENSITY_SCHEDULES)]:
-            if getattr(self, part) not in table:
-                known = ", ".join(map(repr, table))
-                raise ValueError(f"Unknown {part} {getattr(self, part)!r}. Choose one of {known}.")
+        tables = [("decay_schedule", DECAYS), ("density_schedule", DENSITY_SCHEDULES), ("weights", WEIGHTS)]
+        for part, known in tables:
+            if getattr(self, part) not in known:
+                names = ", ".join(map(repr, known))
+                raise ValueError(f"Unknown {part} {getattr(self, part)!r}. Choose one of {names}.")
         check_name(self.pattern or "unstructured")
         if not 0 <= self.start_fraction <= self.stop_fraction <= 1:
             raise ValueError(
@@ -125,7 +155,7 @@ METHODS: dict[str, Method] = {
     "deep_rewiring": Method("Deep Rewiring", DEEPR, "sign_flip", "none", "rewiring", "linear",
                             prune_rate=0.0, decay_schedule="constant", prune_every_k_steps=10, pull=1e-4),
     "top_kast": Method("Top-KAST", TOP_KAST, "dense_magnitude", "none", "dense_magnitude", ERK,
-                       prune_rate=0.0, decay_schedule="constant", prune_every_k_steps=100, inactive="kept"),
+                       prune_rate=0.0, decay_schedule="constant", prune_every_k_steps=100, weights="kept"),
     "mest": Method("MEST", MEST, "magnitude_gradient", "none", "random", ERK,
                    prune_rate=0.3, decay_schedule="cosine_to_zero", prune_every_k_steps=1000, stop_fraction=0.75,
                    density_schedule="soft"),
@@ -142,7 +172,7 @@ METHODS: dict[str, Method] = {
                   density_schedule="cubic", start_density=1.0),
     "soft_threshold": Method("Soft threshold (ST-3)", ST3, "global_dense_magnitude", "none", "global_dense_magnitude",
                              prune_rate=0.0, decay_schedule="constant", prune_every_k_steps=100, stop_fraction=0.75,
-                             density_schedule="cubic", start_density=1.0, inactive="soft"),
+                             density_schedule="cubic", start_density=1.0, weights="soft"),
     "one_shot": Method("One-shot magnitude pruning", ONE_SHOT, "global_magnitude",
                        prune_rate=0.0, decay_schedule="constant", start_fraction=0.5, stop_fraction=0.5,
                        density_schedule="step", start_density=1.0),
@@ -169,31 +199,97 @@ def find_method(method: str | Method, **parts: Any) -> Method:
 PARTS = [field.name for field in dataclasses.fields(Method) if field.name not in ("name", "paper")]
 
 
-def masking_arguments(method: Method, density: Density, total_steps: int) -> dict[str, Any]:
-    """Return the arguments of `Masking` for a method that is to end with `density`, after `total_steps` steps.
+def find_function(argument: str, mode: str | Callable) -> Callable:
+    """Return the function that `prune_mode`, `growth_mode` or `redistribution_mode` means.
 
     Raises:
-        ValueError: if `total_steps` is less than 1, or the density changes and single layers have one of their own.
+        ValueError, FunctionError: as `functions.resolve`.
     """
+    return resolve(argument, mode, FUNCTIONS[argument])
+
+
+def hold(
+    weights: str | Zeros, optimizer: torch.optim.Optimizer, prune: Callable, grow: Callable, measure: Callable
+) -> Zeros:
+    """Return what holds the weights of one Masking, told which dense gradients the functions read.
+
+    Sparse training observes as many dense gradients as a momentum averages if a function may read the momentum, that of
+    the last step if one may read the gradient, and none otherwise.
+
+    Raises:
+        ValueError: for an unknown name, or an object that holds the weights of another Masking.
+        TypeError: for anything else.
+        RuntimeError, FunctionError: if a function reads what is not there; see `functions.check_readable`.
+    """
+    if isinstance(weights, str):
+        if weights not in WEIGHTS:
+            raise ValueError(f"Unknown weights {weights!r}. Choose one of {', '.join(map(repr, WEIGHTS))}.")
+        held = WEIGHTS[weights]()
+    elif isinstance(weights, Zeros):
+        held = weights
+    else:
+        raise TypeError(
+            f"Expected weights to be one of {', '.join(map(repr, WEIGHTS))}, or an object such as Zeros(reset_state="
+            f"True), got {weights!r}."
+        )
+    if hasattr(held, "optimizer"):
+        raise ValueError(f"This {type(held).__name__} holds the weights of another Masking. Make one for each.")
+    functions = (prune, grow, measure)
+    check_readable(functions, optimizer, held.keeps_inactive)
+    held.optimizer = optimizer
+    held.window = int(any(may_read(function, "gradient") for function in functions))
+    if any(may_read(function, "momentum") for function in functions):
+        held.window = WINDOW
+    return held
+
+
+OF_MASKING = ("verbose", "fp16")
+OF_MODULE = ("remove_param_names", "sparse_embeddings", "dense", "batches")
+
+
+def arguments_of(
+    method: str | Method, density: Density, total_steps: int, parts: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments of `Masking` and of `add_module` for a method that ends with `density`.
+
+    Args:
+        method: a key of METHODS, or a `Method`.
+        total_steps: optimizer steps of the training.
+        parts: parts of the method to replace; `verbose` and `fp16` of Masking; `remove_param_names`,
+            `sparse_embeddings`, `dense` and `batches` of `add_module`.
+
+    Raises:
+        ValueError: for an unknown method, `total_steps` below 1, or densities of single layers where the method changes
+            the density.
+        TypeError: for an unknown part.
+    """
+    of_masking = {name: parts[name] for name in OF_MASKING if name in parts}
+    of_module = {name: parts[name] for name in OF_MODULE if name in parts}
+    chosen = find_method(method, **{name: parts[name] for name in parts if name not in (*OF_MASKING, *OF_MODULE)})
     if total_steps < 1:
         raise ValueError(f"Expected total_steps of at least 1, got {total_steps}.")
-    first, last = round(method.start_fraction * total_steps), round(method.stop_fraction * total_steps)
-    decay = DECAYS[method.decay_schedule](method.prune_rate, max(last, 1))
-    return dict(
+    first, last = round(chosen.start_fraction * total_steps), round(chosen.stop_fraction * total_steps)
+    decay = DECAYS[chosen.decay_schedule](chosen.prune_rate, max(last, 1))
+    of_masking |= dict(
         prune_rate_decay=decay,
-        prune_mode=method.prune,
-        growth_mode=method.growth,
-        redistribution_mode=method.redistribution,
-        prune_every_k_steps=method.prune_every_k_steps,
-        density_schedule=_density_schedule(method, density, first, last, decay),
-        first_update=first,
-        last_update=last if method.stop_fraction < 1 else None,
-        reset_state=method.reset_state,
-        regrown=method.regrown,
-        rescale=method.rescale,
-        pull=method.pull,
-        inactive=method.inactive,
+        prune_mode=chosen.prune,
+        growth_mode=chosen.growth,
+        redistribution_mode=chosen.redistribution,
+        updates=Updates(
+            every=chosen.prune_every_k_steps,
+            first=first,
+            last=last if chosen.stop_fraction < 1 else None,
+            density=_density_schedule(chosen, density, first, last, decay),
+        ),
+        weights=WEIGHTS[chosen.weights](regrown=chosen.regrown, reset_state=chosen.reset_state, pull=chosen.pull),
     )
+    of_module |= dict(
+        density=chosen.density_at_start(density),
+        sparse_init=chosen.sparse_init,
+        pattern=chosen.pattern,
+        rescale=chosen.rescale,
+    )
+    return of_masking, of_module
 
 
 def _density_schedule(method, density, first, last, decay):
@@ -206,21 +302,3 @@ def _density_schedule(method, density, first, last, decay):
     if method.density_schedule == "soft":
         return SoftDensity(density, decay, last)
     return DENSITY_SCHEDULES[method.density_schedule](method.density_at_start(density), density, first, last)
-
-
-def table() -> str:
-    """Return the methods as lines of text: key, name and paper, then the parts that are not a `Method`'s default."""
-    lines = []
-    for key, method in METHODS.items():
-        parts = [f"{part}={_show(getattr(method, part))}" for part in PARTS if _stands_out(method, part)]
-        lines += [f"{key}: {method.name}. {method.paper}", f"    {' '.join(parts)}"]
-    return "\n".join(lines)
-
-
-def _stands_out(method, part):
-    default = next(field.default for field in dataclasses.fields(Method) if field.name == part)
-    return part in ("prune", "redistribution", "growth") or getattr(method, part) != default
-
-
-def _show(value):
-    return getattr(value, "__name__", value)

@@ -1,16 +1,22 @@
 """Pruning: which active weights leave."""
 
-import math
-
 import torch
 from torch import Tensor
 
-from sparselearning.functions import network_wide, single_weights
+from sparselearning.functions import network_wide, reads, single_weights
 from sparselearning.processes.sharded import add_up, highest, local_part
-from sparselearning.selection import add_highest, add_highest_jointly, apportion, drop_lowest, drop_lowest_jointly
+from sparselearning.selection import (
+    add_highest,
+    add_highest_jointly,
+    apportion,
+    count_of,
+    drop_lowest,
+    drop_lowest_jointly,
+)
 from sparselearning.weights.dense_copy import dense_weight
 
 
+@reads("nothing")
 def magnitude_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
     """Drop the ceil(prune rate * active weights) weights of smallest magnitude |W|.
 
@@ -21,6 +27,7 @@ def magnitude_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
 
 
 @single_weights
+@reads("nothing")
 def magnitude_and_negativity_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
     """Drop the smallest positive and the largest negative weights, half of the count each.
 
@@ -37,6 +44,7 @@ def magnitude_and_negativity_prune(masking, mask: Tensor, weight: Tensor, name: 
 
 
 @network_wide
+@reads("nothing")
 def global_magnitude_prune(masking) -> dict[str, Tensor]:
     """Drop the weights of smallest magnitude |W| in the whole network, as many as layer by layer.
 
@@ -51,6 +59,7 @@ def global_magnitude_prune(masking) -> dict[str, Tensor]:
 
 @network_wide
 @single_weights
+@reads("nothing")
 def threshold_prune(masking) -> dict[str, Tensor]:
     """Drop the weights whose magnitude is at most `masking.prune_threshold`, one for the network.
 
@@ -69,6 +78,7 @@ def threshold_prune(masking) -> dict[str, Tensor]:
     return exact
 
 
+@reads("gradient")
 def magnitude_gradient_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
     """Drop the weights whose |weight| + 0.01 |gradient| is lowest.
 
@@ -81,6 +91,7 @@ def magnitude_gradient_prune(masking, mask: Tensor, weight: Tensor, name: str) -
 
 
 @single_weights
+@reads("nothing")
 def sign_flip_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
     """Drop the weights whose sign is not the one they began with; how many is theirs to say.
 
@@ -94,6 +105,7 @@ def sign_flip_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
 
 
 @single_weights
+@reads("inactive")
 def dense_magnitude_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
     """Drop the active weights that are not among the largest of all the layer's, inactive ones included.
 
@@ -107,6 +119,7 @@ def dense_magnitude_prune(masking, mask: Tensor, weight: Tensor, name: str) -> T
 
 @network_wide
 @single_weights
+@reads("inactive")
 def global_dense_magnitude_prune(masking) -> dict[str, Tensor]:
     """Drop the active weights that are not among the largest of the network, inactive ones included.
 
@@ -121,6 +134,7 @@ def global_dense_magnitude_prune(masking) -> dict[str, Tensor]:
 
 @network_wide
 @single_weights
+@reads("nothing")
 def gradual_magnitude_prune(masking) -> dict[str, Tensor]:
     """Drop what the density falls by where weights are smallest in the network, then the prune rate in each layer.
 
@@ -140,6 +154,7 @@ def gradual_magnitude_prune(masking) -> dict[str, Tensor]:
 
 @network_wide
 @single_weights
+@reads("nothing")
 def adaptive_threshold_prune(masking) -> dict[str, Tensor]:
     """Drop the weights whose magnitude is below `masking.prune_threshold`, then double or halve the threshold.
 
@@ -163,15 +178,6 @@ def adaptive_threshold_prune(masking) -> dict[str, Tensor]:
 def count_to_remove(masking, name: str) -> int:
     """Return how many weights a layer is to remove: ceil(prune rate * active weights)."""
     return count_of(masking.name2prune_rate[name], masking.name2nonzeros[name])
-
-
-def count_of(rate: float, number: int) -> int:
-    """Return the fraction `rate` of a number, rounded up.
-
-    >>> count_of(0.07, 100), 0.07 * 100
-    (7, 7.000000000000001)
-    """
-    return math.ceil(rate * number * (1 - 1e-12))
 
 
 PRUNE_FUNCTIONS = {

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparselearning.functions import after_pruning
+from sparselearning.functions import after_pruning, gives_back, reads
 from sparselearning.native.zero import zero_inactive
 
 
+@reads("momentum")
 def momentum_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> Tensor | float:
     """Return the mean |momentum| over active weights.
 
@@ -19,17 +20,20 @@ def momentum_redistribution(masking, name: str, weight: Tensor, mask: Tensor) ->
     return _mean_over_active(masking.get_momentum_for_weight(weight).abs(), mask, masking.name2nonzeros[name])
 
 
+@reads("nothing")
 def magnitude_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> Tensor | float:
     """Return the mean magnitude over active weights."""
     return _mean_over_active(weight.abs(), mask, masking.name2nonzeros[name])
 
 
+@reads("nothing")
 def nonzero_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> int:
     """Return the number of active weights: layers keep their proportions."""
     return masking.name2nonzeros[name]
 
 
 @after_pruning
+@reads("nothing")
 def remaining_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> int:
     """Return the number of weights R_i that pruning left: layer i grows R_i / sum_j R_j of what was pruned.
 
@@ -38,8 +42,10 @@ def remaining_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -
     return masking.name2nonzeros[name]
 
 
+@gives_back
+@reads("nothing")
 def no_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> float:
-    """Return 1: all layers alike. `Masking` gives each layer back what was pruned from it."""
+    """Return 1 for every layer; the mark makes each layer grow what it lost."""
     return 1.0
 
 

@@ -1,8 +1,102 @@
-"""Schedules: functions from the optimizer step to a prune rate in [0, 1], or to a density in (0, 1]."""
+"""When masks move, and schedules: functions from the step to a prune rate in [0, 1] or a density in (0, 1]."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import SupportsIndex
+
+Schedule = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Updates:
+    """When the masks move, and to which density.
+
+    every: optimizer steps between two updates; 0 for one at the end of every epoch.
+    first, last: steps before and after which the masks stay. At step `last` itself there is always an update, so that
+        a density schedule arrives.
+    density: function from the step to the density that an update leaves, in (0, 1]; None keeps it.
+
+    >>> updates = Updates(every=100, last=250)
+    >>> [step for step in range(1, 1000) if updates.after_step(step)]
+    [100, 200, 250]
+
+    Raises:
+        ValueError: for steps that are negative or not whole numbers.
+        TypeError: for a density that is no function of the step.
+    """
+
+    every: int = 0
+    first: int = 0
+    last: int | None = None
+    density: Schedule | None = None
+
+    def __post_init__(self):
+        for name, steps in [("every", self.every), ("first", self.first), ("last", self.last or 0)]:
+            if not isinstance(steps, SupportsIndex) or steps.__index__() < 0:
+                raise ValueError(f"Expected {name} to be a number of steps, 0 or more, got {steps!r}.")
+        if self.density is not None and not callable(self.density):
+            raise TypeError(
+                "Expected density to be a function of the step, such as CubicDensity(1.0, 0.1, begin=0, finish=1000), "
+                f"got {self.density!r}. A density that stays is the one given to add_module."
+            )
+
+    def after_step(self, step: int) -> bool:
+        """Tell whether the masks move after this step."""
+        return step == self.last or (self.every > 0 and step % self.every == 0 and self._is_open(step))
+
+    def after_epoch(self, step: int) -> bool:
+        """Tell whether the masks move at the end of an epoch that ends with this step."""
+        return not self.every and self._is_open(step)
+
+    def _is_open(self, step: int) -> bool:
+        return self.first <= step and (self.last is None or step < self.last)
+
+    def ahead(self, step: int) -> tuple[float, bool]:
+        """Return the steps until the next update that a step triggers (inf if none), and whether steps trigger all."""
+        left = [math.inf]
+        if self.every:
+            left.append(self.every - step % self.every)
+        if self.last is not None and step < self.last:
+            left.append(self.last - step)
+        return min(left), self.every > 0
+
+    def density_at(self, step: int) -> float | None:
+        """Return the density that an update after this step leaves; None if it stays as it is.
+
+        Raises:
+            ValueError: if the schedule gives a number outside (0, 1].
+        """
+        if self.density is None:
+            return None
+        if not 0 < (density := self.density(step)) <= 1:
+            raise ValueError(f"Expected a density in (0, 1] at step {step}, got {density} of the density schedule.")
+        return density
+
+
+def decay_of(prune_rate_decay: Schedule | None, prune_rate: float) -> Schedule:
+    """Return the schedule of the prune rate: `prune_rate_decay`, or the constant `prune_rate` where it is None.
+
+    Raises:
+        TypeError: if it is no function of the step.
+    """
+    if prune_rate_decay is not None and not callable(prune_rate_decay):
+        raise TypeError(
+            "Expected prune_rate_decay to be a function of the step, such as CosineDecay(0.5, T_max=1000), "
+            f"got {prune_rate_decay!r}. A constant rate is prune_rate_decay=None and prune_rate=0.5."
+        )
+    return Constant(prune_rate) if prune_rate_decay is None else prune_rate_decay
+
+
+def rate_at(decay: Schedule, step: int) -> float:
+    """Return the prune rate at a step.
+
+    Raises:
+        ValueError: if the schedule gives a number outside [0, 1].
+    """
+    if not 0 <= (rate := decay(step)) <= 1:
+        raise ValueError(f"Expected a prune rate in [0, 1] at step {step}, got {rate} of prune_rate_decay.")
+    return rate
 
 
 @dataclass(frozen=True)
@@ -126,7 +220,7 @@ class SoftDensity:
     """
 
     density: float
-    decay: Callable[[int], float]
+    decay: Schedule
     finish: int
 
     def __post_init__(self):

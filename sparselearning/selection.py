@@ -1,12 +1,13 @@
-"""The two verbs and the divider that every method is made of.
+"""Drop the lowest, add the highest, and apportion: the three functions that every method is made of.
 
-Selection is exact: k asked for is k moved, and of equal scores the entry that comes first in row-major
-order (whatever the memory layout) is dropped or added first. A score of NaN ranks below every number.
+Selection is exact: exactly k entries move. Of equal scores, the entry that comes first in row-major order (in any
+memory layout) is dropped or added first. A score of NaN ranks below every number.
 
-A mask that carries a pattern (patterns.py) moves in the pattern's units, whose score is the sum over their weights: as
-many leave as hold k weights at least, as many come as hold k weights at most, and none where its group is full.
+A mask that carries a pattern (patterns.py) moves in the pattern's units. A unit's score is the sum of its weights'
+scores. The units dropped hold at least k weights, the units added at most k; a full group gets no unit.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,14 +18,14 @@ from sparselearning.patterns import UNSTRUCTURED, ablate, pattern_of
 from sparselearning.processes import sharded
 from sparselearning.processes.sharded import is_sharded
 
-SAMPLE = 1 << 14  # entries that a bound is judged by
-CHUNK = 1 << 18  # entries that fit in a core's cache
+SAMPLE = 1 << 14  # entries that bounds are estimated from
+CHUNK = 1 << 18  # entries that fit into the cache of a core
 
 
 def drop_lowest(score: Tensor, mask: Tensor, k: int) -> Tensor:
-    """Return `mask` without the k active entries whose score is lowest.
+    """Return `mask` without the k active entries whose scores are lowest.
 
-    `score` and `mask` (bool) have the same shape; with fewer than k active entries all are dropped.
+    `score` and `mask` (bool) have the same shape. If fewer than k entries are active, all are dropped.
 
     >>> drop_lowest(torch.tensor([3., 1., 2., 0.]), torch.tensor([True, True, True, False]), 1)
     tensor([ True, False,  True, False])
@@ -33,9 +34,9 @@ def drop_lowest(score: Tensor, mask: Tensor, k: int) -> Tensor:
 
 
 def add_highest(score: Tensor, mask: Tensor, k: int) -> Tensor:
-    """Return `mask` with the k inactive entries whose score is highest.
+    """Return `mask` with the k inactive entries whose scores are highest.
 
-    `score` and `mask` (bool) have the same shape; with fewer than k inactive entries all are added.
+    `score` and `mask` (bool) have the same shape. If fewer than k entries are inactive, all are added.
 
     >>> add_highest(torch.tensor([3., 1., 2., 0.]), torch.tensor([True, False, False, False]), 1)
     tensor([ True, False,  True, False])
@@ -44,7 +45,7 @@ def add_highest(score: Tensor, mask: Tensor, k: int) -> Tensor:
 
 
 def drop_lowest_jointly(scores: Sequence[Tensor], masks: Sequence[Tensor], k: int) -> list[Tensor]:
-    """Drop the k lowest active entries of all masks together, one budget for the whole network."""
+    """Return the masks without the k lowest active entries of all of them: one budget for the whole network."""
     patterns, size, scores, active = _in_units(scores, masks)
     lowest = _mark_lowest(scores, active, -(-k // size), negate=False)
     return [
@@ -54,7 +55,7 @@ def drop_lowest_jointly(scores: Sequence[Tensor], masks: Sequence[Tensor], k: in
 
 
 def add_highest_jointly(scores: Sequence[Tensor], masks: Sequence[Tensor], k: int) -> list[Tensor]:
-    """Add the k highest inactive entries of all masks together, one budget for the whole network."""
+    """Return the masks with the k highest inactive entries of all of them: one budget for the whole network."""
     patterns, size, scores, active = _in_units(scores, masks)
     if any(pattern.ablation for pattern in patterns):
         masks = active = [_ablated(*each) for each in zip(patterns, scores, active, strict=True)]
@@ -65,7 +66,7 @@ def add_highest_jointly(scores: Sequence[Tensor], masks: Sequence[Tensor], k: in
 
 
 def _in_units(scores, masks):
-    """Return each mask's pattern, the size of their units, and the scores and masks of the units."""
+    """Return the pattern of each mask, the size of their units, and the scores and masks of the units."""
     patterns = [pattern_of(mask) for mask in masks]
     sizes = {pattern.size for pattern in patterns}
     if len(sizes) > 1:
@@ -79,7 +80,7 @@ def _in_units(scores, masks):
 
 
 def _ablated(pattern, score, mask):
-    """Return a mask of constant fan-in without the neurons that are given up."""
+    """Return a mask of constant fan-in without the neurons that its pattern removes."""
     if not pattern.ablation:
         return mask
     lacking = pattern.capacity(mask.shape) - int(mask.sum())
@@ -92,7 +93,7 @@ def _as_float(score):
 
 
 def _mark_lowest(scores, candidates, k, *, negate) -> list[Tensor]:
-    """Mark the k candidates of lowest score (highest, if `negate`), earlier entries first among equals."""
+    """Mark the k candidates with the lowest scores (highest, if `negate`); of equals, earlier entries first."""
     if k <= 0:
         return [torch.zeros_like(among) for among in candidates]
     if any(map(is_sharded, candidates)):
@@ -103,7 +104,7 @@ def _mark_lowest(scores, candidates, k, *, negate) -> list[Tensor]:
 
 
 def _mark_lowest_on_cpu(scores, candidates, k, negate):
-    # By numpy: its partition is a vectorised quickselect, several times faster than torch.kthvalue or topk here.
+    # numpy's partition is a vectorised quickselect, several times faster than torch.kthvalue or topk on a CPU.
     marks = [torch.empty_like(among) for among in candidates]
     scores = [_without_nan(_laid_out_as(mark, score)) for mark, score in zip(marks, scores, strict=True)]
     score, mark = [_flat(part) for part in scores], [_flat(part) for part in marks]
@@ -128,9 +129,9 @@ def _mark_lowest_on_cpu(scores, candidates, k, negate):
 def _kth_best(score, among, k, size, highest):
     """Return the k-th highest (or lowest) score of `size` candidates.
 
-    To gather all candidates would be the slowest part. A sample gives two bounds that the k-th lies between
-    most likely; those better than both are counted, those between are gathered. A sample that misleads costs
-    time, not exactness: then all are gathered.
+    Gathering all candidates would be the slowest part. A sample gives two bounds that most likely enclose the k-th
+    score: the candidates better than both are counted, and only those between are gathered. If the k-th score is not
+    between them, all candidates are gathered: the result is exact, only later.
     """
     beyond, values = 0, None
     step = size // SAMPLE
@@ -150,7 +151,7 @@ def _kth_best(score, among, k, size, highest):
 
 
 def _gather_between(score, among, near, far, highest):
-    """Return how many candidates are better than `near`, and the scores of those from `near` to `far`."""
+    """Return the number of candidates better than `near`, and the scores of the candidates from `near` to `far`."""
     better, meets = (np.greater, np.greater_equal) if highest else (np.less, np.less_equal)
     beyond, between = 0, []
     for whole, flags in zip(score, among, strict=True):
@@ -163,7 +164,7 @@ def _gather_between(score, among, near, far, highest):
 
 
 def _unmark_last(mark, score, value, count):
-    """Unmark the last `count` marked entries whose score is `value`; return how many were not found."""
+    """Unmark the last `count` marked entries whose score is `value`; return the number of entries not found."""
     for end in range(mark.size, 0, -CHUNK):
         part = slice(max(end - CHUNK, 0), end)
         tied = np.flatnonzero(mark[part] & (score[part] == value))[-count:]
@@ -186,12 +187,12 @@ def _laid_out_as(like, tensor):
 
 
 def _flat(tensor):
-    """Return the entries in memory order, as a view; `tensor` has no gaps."""
+    """Return the entries in memory order as a numpy view; `tensor` must have no gaps."""
     return tensor.as_strided((tensor.numel(),), (1,)).numpy()
 
 
 def _mark_lowest_on_device(scores, candidates, k, negate):
-    """The same without waiting for the device: no value or count is read on the host."""
+    """Do the same as `_mark_lowest_on_cpu` without waiting for the device: the host reads no value and no count."""
     device = scores[0].device
     values = torch.cat([(-score if negate else score).flatten().to(device) for score in scores])
     values = values.nan_to_num(nan=torch.inf if negate else -torch.inf, posinf=torch.inf, neginf=-torch.inf)
@@ -205,17 +206,26 @@ def _mark_lowest_on_device(scores, candidates, k, negate):
     return [part.view(among.shape).to(among.device) for part, among in zip(parts, candidates, strict=True)]
 
 
+def count_of(rate: float, number: int) -> int:
+    """Return the fraction `rate` of a number, rounded up.
+
+    >>> count_of(0.07, 100), 0.07 * 100
+    (7, 7.000000000000001)
+    """
+    return math.ceil(rate * number * (1 - 1e-12))
+
+
 def apportion(total: int, shares: Sequence[float], capacity: Sequence[int]) -> list[int]:
     """Divide `total` units among parts in proportion to `shares`, at most `capacity[i]` to part i.
 
-    Largest remainder method, of equal remainders the earlier part first. What a full part cannot take
-    goes to the others in proportion to their shares; parts whose shares are all zero count as equal.
+    This is the largest remainder method; of equal remainders the earlier part comes first. What a full part cannot take
+    goes to the others in proportion to their shares. If their shares are all zero, they count as equal.
 
     >>> apportion(10, shares=[1, 1, 2], capacity=[9, 9, 3])
     [4, 3, 3]
 
     Raises:
-        ValueError: if a share is negative or not finite, or the parts cannot hold `total`.
+        ValueError: if a share is negative or not finite, or if the parts cannot hold `total`.
     """
     share = np.asarray(shares, dtype=np.float64)
     room = np.asarray(capacity, dtype=np.int64)
@@ -234,9 +244,9 @@ def apportion(total: int, shares: Sequence[float], capacity: Sequence[int]) -> l
         quota = left * (weight / weight.sum())
         full = open_ & (quota >= room)
         if not full.any():
-            # A hair less, so that rounding errors never make the floors exceed what is left.
+            # Slightly less, so that rounding errors never make the sum of the floors exceed `left`.
             floor = np.floor(quota * (1 - 1e-12)).astype(np.int64)
-            # Remainders that differ by rounding errors alone are equal.
+            # Remainders that differ only by rounding errors count as equal.
             by_remainder = np.argsort(np.round(floor - quota, 9), kind="stable")
             by_remainder = by_remainder[open_[by_remainder]]
             counts += floor

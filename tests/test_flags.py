@@ -1,62 +1,104 @@
-"""What the command line takes, what it refuses, and functions from a user's own file."""
+"""What the command line takes, what it refuses, and which method it describes."""
 
 import argparse
+import shlex
 
 import pytest
-import torch
 
-from sparselearning import flags
+from sparselearning import core, flags
 from sparselearning.experiments.run import arguments
 from sparselearning.experiments.run.arguments import ArgumentParser
-from sparselearning.flags import add_sparse_args, find_mode, load_function
-from sparselearning.functions import FunctionError, is_network_wide
+from sparselearning.flags import DEST, FLAGS, add_sparse_args, chosen_method, find_mode, flags_of, load_function
+from sparselearning.methods import METHODS, PARTS
 from sparselearning.prune import magnitude_prune
 
-OWN = '''
-from __future__ import annotations
-
-from dataclasses import dataclass
-
-from sparselearning.functions import network_wide
-
-
-@dataclass
-class Settings:
-    rate: float = 0.5
-
-
-def grow(masking, name, new_mask, total_regrowth, weight):
-    """Grow nothing."""
-    return new_mask
-
-
-@network_wide
-def grow_everywhere(masking, total_regrowth):
-    return masking.masks
-
-
-def fails(masking, name, new_mask, total_regrowth, weight):
-    return 1 / 0
-
-
-def too_few(masking, name):
-    return None
-
-
-constant = 3
-'''
-
-
-@pytest.fixture
-def own(tmp_path):
-    path = tmp_path / "my.py"
-    path.write_text(OWN)
-    return str(path)
+EXTENSIONS = {"prune_mode": {"mine": magnitude_prune}}
+DEFAULTS = dict(
+    growth="momentum",
+    prune="magnitude",
+    redistribution="momentum",
+    prune_rate=0.5,
+    decay_schedule="cosine",
+    prune_every_k_steps=0,
+    start_fraction=0.0,
+    stop_fraction=1.0,
+    density=0.05,
+    density_schedule="constant",
+    start_density=None,
+    sparse_init="constant",
+    layer_density={},
+    pattern="unstructured",
+    dense_layers=[],
+    reset_state=False,
+    regrown="zero",
+    rescale=False,
+    pull=0.0,
+    inactive="zero",
+    sparse_backend=None,
+    method=None,
+    dense=False,
+    verbose=False,
+)
+RIGL = dict(
+    redistribution="none",
+    growth="gradient",
+    sparse_init="erdos_renyi_kernel",
+    prune_rate=0.3,
+    decay_schedule="cosine_to_zero",
+    prune_every_k_steps=100,
+    stop_fraction=0.75,
+    reset_state=True,
+)
+# A command line, and what differs from the defaults: names and values of args.json, and of the hash of a run's folder.
+COMMANDS = {
+    "": {},
+    "--dense": dict(dense=True),
+    "--sparse --verbose": dict(verbose=True),
+    "--death SET --death-rate 0.3": dict(prune="SET", prune_rate=0.3),
+    "--prune global_magnitude --prune-rate=0.25": dict(prune="global_magnitude", prune_rate=0.25),
+    "--prune mine --growth random": dict(prune="mine", growth="random"),
+    "--grow gradient --redis none": dict(growth="gradient", redistribution="none"),
+    "--decay-schedule linear --prune-every-k-steps 50": dict(decay_schedule="linear", prune_every_k_steps=50),
+    "--start-fraction 0.1 --stop-fraction 1": dict(start_fraction=0.1),
+    "--density 1 --layer-density fc*=0.02,conv1=0.3": dict(density=1.0, layer_density={"fc*": 0.02, "conv1": 0.3}),
+    "--dense-layers": {},
+    "--dense-layers first 'layer1.*'": dict(dense_layers=["first", "layer1.*"]),
+    "--pattern block:16x16 --pattern 2:4": dict(pattern="2:4"),
+    "--density-schedule cubic --start-density 0.5": dict(density_schedule="cubic", start_density=0.5),
+    "--sparse-init mask:a.pt": dict(sparse_init="mask:a.pt"),
+    "--sparse-init linear --rescale --reset-state": dict(sparse_init="linear", rescale=True, reset_state=True),
+    "--reset-state --no-reset-state": {},
+    "--regrown random --pull 1e-4": dict(regrown="random", pull=1e-4),
+    "--inactive soft": dict(inactive="soft"),
+    "--sparse-backend cpu": dict(sparse_backend="cpu"),
+    "--method sparse_momentum": dict(method="sparse_momentum"),
+    "--method rigl": dict(method="rigl", **RIGL),
+    "--growth random --method=rigl --no-reset-state": dict(method="rigl", **RIGL)
+    | dict(growth="random", reset_state=False),
+    "--method set --meth srigl --prune-rate 0.1": dict(method="srigl", **RIGL)
+    | dict(prune_rate=0.1, pattern="fan-in:0.3"),
+    "--method set --inactive zero": dict(
+        method="set", prune="SET", redistribution="none", growth="random", sparse_init="linear", prune_rate=0.3
+    ),
+    "--method granet --start-density 0.2 --density 0.1": dict(
+        method="granet",
+        prune="gradual_magnitude",
+        redistribution="remaining",
+        growth="gradient",
+        sparse_init="erdos_renyi_kernel",
+        prune_every_k_steps=1000,
+        stop_fraction=0.75,
+        density=0.1,
+        density_schedule="cubic",
+        start_density=0.2,
+        reset_state=True,
+    ),
+}
 
 
 def parse(*argv):
     parser = ArgumentParser(prog="main.py")
-    add_sparse_args(parser, {"prune_mode": {"mine": magnitude_prune}})
+    add_sparse_args(parser, EXTENSIONS)
     return parser.parse_args(argv)
 
 
@@ -71,45 +113,91 @@ def refusal(capsys, *argv):
     return captured.err
 
 
-def test_defaults_are_the_paper_s():
-    expected = dict(
-        growth="momentum",
-        prune="magnitude",
-        redistribution="momentum",
-        prune_rate=0.5,
-        decay_schedule="cosine",
-        prune_every_k_steps=0,
-        start_fraction=0.0,
-        stop_fraction=1.0,
-        density=0.05,
-        density_schedule="constant",
-        start_density=None,
-        sparse_init="constant",
-        layer_density={},
-        pattern="unstructured",
-        dense_layers=[],
-        reset_state=False,
-        regrown="zero",
-        rescale=False,
-        pull=0.0,
-        inactive="zero",
-        sparse_backend=None,
-        method=None,
-        dense=False,
-        verbose=False,
-    )
-    assert vars(parse()) == expected
+@pytest.mark.parametrize("command", COMMANDS)
+def test_arguments_have_the_names_and_values_of_earlier_runs(command):
+    arguments, expected = vars(parse(*shlex.split(command))), DEFAULTS | COMMANDS[command]
+    assert {name: repr(value) for name, value in arguments.items()} == {
+        name: repr(value) for name, value in expected.items()
+    }
 
 
-def test_old_spellings_are_the_new_ones():
-    old = parse("--death", "SET", "--death-rate", "0.3", "--sparse")
-    assert old == parse("--prune", "SET", "--prune-rate", "0.3")
+def test_every_part_of_a_method_has_a_flag_and_the_default_of_sparse_momentum():
+    parts = {DEST.get(part, part): getattr(METHODS["sparse_momentum"], part) for part in PARTS}
+    assert parts.keys() == {dest for dest, settings in FLAGS.items() if "default" not in settings}
+    assert parts == {dest: value for dest, value in vars(parse()).items() if dest in parts}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_flags_listed_for_a_method_make_it(method, capsys):
+    chosen, listed = parse("--method", method), parse(*flags_of(method).split())
+    listed.method = method
+    assert chosen == listed
+    parts = {part: getattr(chosen_method(chosen), part) for part in PARTS}
+    assert parts == {part: getattr(METHODS[method], part) for part in PARTS}
+
+
+def test_methods_are_listed_with_paper_and_flags(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("--list-methods")
+    assert end.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * len(METHODS)
+    assert lines[2:4] == [
+        "set: SET. Mocanu et al. 2018, https://arxiv.org/abs/1707.04780",
+        "    --prune SET --redistribution none --growth random --sparse-init linear --prune-rate 0.3",
+    ]
+
+
+@pytest.mark.parametrize(("command", "steps"), [("--help", 0), ("--help --method rigl", 100)])
+def test_help_shows_the_defaults_that_hold(command, steps, capsys):
+    with pytest.raises(SystemExit):
+        parse(*command.split())
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"at the end of every epoch but the last (default: {steps})" in text
+    assert text.count("(default") > len(FLAGS)
+
+
+def test_own_functions_and_extensions_are_of_the_method_chosen(tmp_path):
+    path = tmp_path / "my.py"
+    path.write_text("def grow(masking, name, new_mask, total_regrowth, weight): return new_mask\n")
+    method = chosen_method(parse("--prune", "mine", "--growth", f"{path}:grow", "--method", "set"), EXTENSIONS)
+    assert method.name == "set"
+    assert method.prune is magnitude_prune
+    assert method.growth.__name__ == "grow"
+    assert method.redistribution == "none"
+    assert chosen_method(parse()).name == "own"
+
+
+@pytest.mark.parametrize(
+    ("command", "weights"),
+    [
+        ("", "zero"),
+        ("--inactive kept", "kept"),
+        ("--method soft_threshold", "soft"),
+        ("--sparse-backend cpu", "sparse"),
+    ],
+)
+def test_two_flags_say_how_weights_are_held(command, weights):
+    assert chosen_method(parse(*command.split())).weights == weights
+
+
+def test_sparse_kernels_do_not_hold_what_inactive_asks_for():
+    args = parse("--method", "top_kast", "--sparse-backend", "cpu")
+    with pytest.raises(ValueError, match=r"--inactive kept trains inactive weights, .*: leave out one"):
+        chosen_method(args)
 
 
 def test_an_ordinary_parser_takes_the_arguments():
     parser = argparse.ArgumentParser()
     add_sparse_args(parser)
     assert parser.parse_args(["--growth", "random"]).growth == "random"
+
+
+def test_names_stay_importable():
+    assert core.add_sparse_args is add_sparse_args
+    assert find_mode("growth_mode", "random") == "random"
+    with pytest.raises(FileNotFoundError):
+        load_function("no.py:grow")
 
 
 @pytest.mark.parametrize("density", ["0", "-0.1", "1.5", "nan", "inf", "five"])
@@ -157,61 +245,14 @@ def test_dense_and_sparse_exclude_each_other(capsys):
     assert "not allowed with argument --dense" in refusal(capsys, "--dense", "--sparse")
 
 
-def test_own_function_is_found(own):
-    grow = find_mode("growth_mode", f"{own}:grow")
-    mask = torch.ones(2, dtype=torch.bool)
-    assert grow(None, "fc", mask, 0, None) is mask
-    assert grow.__doc__ == "Grow nothing."
-
-
-def test_own_network_wide_function_keeps_its_mark(own):
-    assert is_network_wide(find_mode("growth_mode", f"{own}:grow_everywhere"))
-
-
-def test_own_file_is_executed_once(tmp_path):
-    path = tmp_path / "counting.py"
-    path.write_text(
-        "import pathlib\n"
-        "log = pathlib.Path(__file__).with_suffix('.log')\n"
-        "log.write_text(log.read_text() + 'x' if log.exists() else 'x')\n"
-        "def a(masking, name, weight, mask): return 1\n"
-        "def b(masking, mask, weight, name): return mask\n"
+def test_unknown_method_names_the_known_ones(capsys):
+    assert refusal(capsys, "--method", "rigel").startswith(
+        "main.py: error: argument --method: Unknown method 'rigel'. Choose one of 'sparse_momentum', 'set', "
     )
-    for _ in range(2):
-        find_mode("redistribution_mode", f"{path}:a")
-        find_mode("prune_mode", f"{path}:b")
-    assert path.with_suffix(".log").read_text() == "x"
 
 
-def test_own_function_that_raises_is_named_with_its_line(own):
-    line = OWN.splitlines().index("    return 1 / 0") + 1
-    with pytest.raises(FunctionError, match=rf"my\.py:fails raised ZeroDivisionError in line {line}: division by zero"):
-        load_function(f"{own}:fails")(None, "fc", None, 0, None)
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("{folder}/none.py:grow", "there is no file '{folder}/none.py'"),
-        ("{folder}:grow", "there is no file '{folder}'"),
-        ("{own}:shrink", "{own} has no function 'shrink'"),
-        ("{own}:constant", "{own} has no function 'constant'"),
-        ("{own}:", "{own} has no function ''"),
-        ("{own}", "path/to/file.py:function, got '{own}'"),
-        ("{own}:too_few", "too_few(masking, name) cannot be called as too_few(masking, name, new_mask, total_"),
-        ("{folder}/syntax.py:grow", "{folder}/syntax.py raised SyntaxError"),
-        ("{folder}/raising.py:grow", "{folder}/raising.py raised KeyError in line 2"),
-        ("{folder}/text.txt:grow", "its name does not end with .py"),
-    ],
-)
-def test_what_is_no_growth_function_is_refused(capsys, tmp_path, own, spec, message):
-    (tmp_path / "syntax.py").write_text("def grow(:\n")
-    (tmp_path / "raising.py").write_text("\n{}['missing']\n")
-    (tmp_path / "text.txt").write_text("hello")
-    line = refusal(capsys, "--growth", spec.format(own=own, folder=tmp_path))
+@pytest.mark.parametrize("spec", ["none.py:grow", "{folder}/my.py:shrink", "{folder}/my.py:grow"])
+def test_own_functions_that_cannot_be_are_refused(capsys, tmp_path, spec):
+    (tmp_path / "my.py").write_text("def grow(masking): return 1\n")
+    line = refusal(capsys, "--growth", spec.format(folder=tmp_path))
     assert line.startswith("main.py: error: argument --growth: ")
-    assert message.format(own=own, folder=tmp_path) in line
-
-
-def test_own_redistribution_cannot_be_network_wide(capsys, own):
-    assert "cannot be network_wide" in refusal(capsys, "--redistribution", f"{own}:grow_everywhere")

@@ -10,7 +10,7 @@ from sparselearning.experiments.run.costs import relative_flops
 from sparselearning.flops import Flops, dense_gradients, forward_flops
 from sparselearning.methods import METHODS
 from sparselearning.models.resnet import RESNETS
-from sparselearning.start.distributions import active_counts, erdos_renyi_kernel
+from sparselearning.start.distributions import divide, erdos_renyi_kernel
 from sparselearning.start.maskable import maskable_parameters
 
 # Of the gradient of the weights of a network of density 0.2, relative to the dense network's: 0.2 but for these.
@@ -93,8 +93,10 @@ def test_resnet50_as_published(resnet50, distribution, density, published, of_mo
     if distribution == "uniform":
         densities = dict.fromkeys(shapes, density) | {"conv1.weight": 1.0}
     else:
-        counts = active_counts(list(shapes.values()), density, erdos_renyi_kernel)
-        densities = {name: count / shapes[name].numel() for name, count in zip(shapes, counts, strict=True)}
+        sizes = [shape.numel() for shape in shapes.values()]
+        shares = [erdos_renyi_kernel(shape) for shape in shapes.values()]
+        counts = divide(round(density * sum(sizes)), shares, sizes, steps=[1] * len(sizes))
+        densities = {name: count / size for name, count, size in zip(shapes, counts, sizes, strict=True)}
     assert flops.inference(densities) == pytest.approx(published, abs=0.01)
     if of_momentum:
         assert flops.training(densities, 1.0) == pytest.approx(of_momentum, abs=0.01)

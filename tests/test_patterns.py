@@ -155,8 +155,11 @@ def test_an_unknown_pattern_is_refused(text):
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("2:6", r"does not fit 0.weight \(8, 4, 1, 2\), for its 8 inputs are no multiple of 6; 3.weight \(24, 32\)"),
-        ("block:16x8", r"'block:16x8' does not fit 0.weight .* 8 x 8 weights are not made of blocks of 16 x 8"),
+        (
+            "2:6",
+            r"does not fit 0.weight \(8, 4, 1, 2\), because its 8 inputs are not a multiple of 6; 3.weight \(24, 32\)",
+        ),
+        ("block:16x8", r"'block:16x8' does not fit 0.weight .* 8 x 8 weights cannot be divided into blocks of 16 x 8"),
     ],
 )
 def test_a_pattern_that_fits_no_layer_names_them(pattern, message):

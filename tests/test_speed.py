@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparselearning import selection
-from sparselearning.native import zero
+from sparselearning.native import library
 from sparselearning.native.zero import zero_inactive
 from sparselearning.selection import add_highest, drop_lowest
 
@@ -49,8 +49,8 @@ def test_benchmarks_run(benchmark, name, monkeypatch, tmp_path):
 def on_cpu(request, monkeypatch):
     """Run a test with the compiled kernel and, as where there is no compiler, without."""
     if request.param == "numpy":
-        monkeypatch.setattr(zero, "KERNEL", None)
-    elif zero.KERNEL is None:
+        monkeypatch.setattr(library, "LIBRARY", None)
+    elif library.LIBRARY is None:
         pytest.skip("installed without a compiler")
 
 

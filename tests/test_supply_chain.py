@@ -28,7 +28,7 @@ def test_nothing_is_evaluated_or_unpickled():
                 found.append(f"{path.name}: {name}")
             if name == "spec.loader.exec_module":
                 found.append(f"{path.name}: {name}")
-    assert found == ["flags.py: spec.loader.exec_module"], "the file of a function named on the command line"
+    assert found == ["own_functions.py: spec.loader.exec_module"], "the file of a function named on the command line"
 
 
 def test_torch_and_numpy_load_data_alone():

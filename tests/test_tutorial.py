@@ -4,16 +4,26 @@ import inspect
 import re
 import shlex
 import textwrap
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+import torch
 from script import load_main, run_folder
+from torch import nn
 
 from sparselearning.experiments.report import plots
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ["How_to_add_your_own_algorithms.md", "README.md", "docs/patterns.md"]
+DOCUMENTS = ["How_to_add_your_own_algorithms.md", "README.md", "docs/patterns.md", "docs/methods.md", "docs/sparse.md"]
 main = load_main()
+
+
+def load_imagenet():
+    spec = spec_from_file_location("imagenet_main_of_the_documents", ROOT / "imagenet" / "main.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def python_blocks(text):
@@ -28,17 +38,33 @@ def files_of(text):
     return {block.partition("\n")[0][2:]: block for block in blocks if block}
 
 
-def commands(document):
-    """Return the arguments of every `python main.py` in a document, without the comment behind them."""
+def commands(document, start=r"python (?:mnist_cifar/)?main\.py"):
+    """Return the arguments of every command in a document that begins so, without the comment behind them."""
     text = (ROOT / document).read_text().replace("\\\n", " ")
-    lines = re.findall(r"^[ $]*python (?:mnist_cifar/)?main\.py(.*)$", text, re.MULTILINE)
+    lines = re.findall(rf"^[ $]*{start}(.*)$", text, re.MULTILINE)
     return [line.partition(" # ")[0].strip() for line in lines]
 
 
+def a_training():
+    """Return the model, optimizer, loader and number of epochs that a page takes for granted."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 30 * 30, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return dict(model=model, optimizer=optimizer, loader=[torch.zeros(4, 3, 32, 32)] * 5, epochs=20)
+
+
+@pytest.fixture
+def threads():
+    """Threads as they were, after the test."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "document"}
+    namespace = {"__name__": "document", **a_training()}
     blocks = list(python_blocks((ROOT / document).read_text()))
     assert blocks
     for line, block in blocks:
@@ -61,7 +87,7 @@ def folder(tmp_path, monkeypatch, caplog):
 def test_commands_are_understood(document, command, folder):
     """Those on the digits are run, of the others the arguments are checked."""
     argv = shlex.split(command)
-    if "--help" in argv:
+    if {"--help", "--list-methods"} & {*argv}:
         with pytest.raises(SystemExit, match=r"^0$"):
             main.parse_arguments(argv)
     elif "digits" in argv:
@@ -71,8 +97,17 @@ def test_commands_are_understood(document, command, folder):
         main.parse_arguments(argv)
 
 
-def test_every_document_shows_commands():
-    assert all(commands(document) for document in DOCUMENTS)
+def test_commands_of_imagenet_are_understood():
+    script = load_imagenet()
+    shown = commands("imagenet/README.md", r"(?:python|torchrun [^\n]*?) *main\.py(?= DIR)")
+    assert len(shown) >= 8
+    for command in shown:
+        one_of_many = re.sub(r"\|\S+", "", command).removesuffix("...")
+        assert script.parse_arguments(shlex.split(one_of_many)).data_dir == "DIR"
+
+
+def test_the_documents_show_commands():
+    assert all(commands(document) for document in DOCUMENTS if document != "docs/sparse.md")
 
 
 def test_worked_examples_are_those_of_extensions():

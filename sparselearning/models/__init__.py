@@ -28,7 +28,7 @@ INPUT_SHAPES = {name: (1, 28, 28) if name.startswith("lenet") else (3, 32, 32) f
 
 
 def build(name: str) -> nn.Module:
-    """Return a freshly initialised network; it maps images [N, C, H, W] to log-probabilities [N, 10].
+    """Return a newly initialised network, which maps images [N, C, H, W] to log-probabilities [N, 10].
 
     Raises:
         ValueError: if no network has this name.
@@ -38,10 +38,10 @@ def build(name: str) -> nn.Module:
 
 
 def check_input(name: str, shape: Sequence[int]) -> None:
-    """Check that the network `name` takes images of `shape` (C, H, W), before anything is built.
+    """Check that the network `name` takes images of `shape` (C, H, W), before it is built.
 
     Raises:
-        ValueError: if no network has this name, or it takes another shape; names those that would fit.
+        ValueError: if no network has this name, or it takes another shape; the message names the networks that fit.
     """
     _check_name(name)
     if tuple(shape) == INPUT_SHAPES[name]:

@@ -1,10 +1,10 @@
-"""The shape all image classifiers here share: named layers in a row, ending in log-probabilities."""
+"""The class of the image classifiers for 28x28 and 32x32 images: named layers in a row, then a log-softmax."""
 
 from torch import Tensor, nn
 
 
 class Classifier(nn.Module):
-    """Map images [N, *input_shape] through `layers`, in their order, to log-probabilities [N, classes]."""
+    """Maps images [N, *input_shape] through `layers`, in their order, to log-probabilities [N, classes]."""
 
     def __init__(self, input_shape: tuple[int, int, int], **layers: nn.Module):
         super().__init__()
@@ -17,7 +17,7 @@ class Classifier(nn.Module):
         """Return log-probabilities [N, classes] of images [N, C, H, W].
 
         Raises:
-            ValueError: if the images have another shape than `input_shape`.
+            ValueError: if the images do not have the shape `input_shape`.
         """
         if images.ndim != 4 or images.shape[1:] != self.input_shape:
             raise ValueError(

@@ -14,16 +14,16 @@ StrideIn = Literal["3x3", "1x1"]
 
 
 class ResNet(nn.Module):
-    """Map images [N, 3, H, W] to logits [N, classes]; ImageNet's are 224x224.
+    """Maps images [N, 3, H, W] to logits [N, classes]; those of ImageNet are 224x224.
 
-    From 50 layers on a block is a bottleneck, and `stride_in` says which of its convolutions halves the image:
-    the 3x3 one (torchvision's ResNet, also called v1.5) or the first 1x1 one (v1, as published).
-    Convolutions start from a normal distribution of variance 2 / fan; the fan counts outputs (the default) or inputs.
-    With `zero_init` the last normalisation of a block starts at 0, so that each block begins as the identity
-    (Goyal et al. 2017, https://arxiv.org/abs/1706.02677).
+    With 50 layers or more the blocks are bottlenecks. `stride_in` chooses their convolution that halves the image: the
+    3x3 one (torchvision's ResNet, also called v1.5) or the first 1x1 one (v1, as published). Convolutions start from a
+    normal distribution of variance 2 / fan; the fan counts outputs (the default) or inputs. With `zero_init` the last
+    normalisation of a block starts at 0, so that each block begins as the identity (Goyal et al. 2017,
+    https://arxiv.org/abs/1706.02677).
 
     Raises:
-        ValueError: for an unknown depth or option, or `stride_in="1x1"` where blocks have no 1x1 convolution.
+        ValueError: for an unknown depth or option, or `stride_in="1x1"` if the blocks have no 1x1 convolution.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ResNet(nn.Module):
         """Return logits [N, classes] of images [N, 3, H, W].
 
         Raises:
-            ValueError: if the images are not of this shape.
+            ValueError: if the images do not have this shape.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"This model takes images of shape [N, 3, H, W], got {list(images.shape)}.")
@@ -90,7 +90,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 3x3 convolution of `width` channels between 1x1 ones, the last of four times the width, beside a shortcut."""
+    """A 3x3 convolution of `width` channels between two 1x1 ones, the last four times as wide, beside a shortcut."""
 
     def __init__(self, inputs: int, width: int, stride: int, stride_in: StrideIn):
         super().__init__()

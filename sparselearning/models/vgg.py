@@ -9,7 +9,7 @@ from torch import nn
 from sparselearning.models.classifier import Classifier
 
 INPUT_SHAPE = (3, 32, 32)
-# Five stages, each of (output channels, kernel size) and closed by a 2x2 max-pool.
+# Five stages of convolutions (output channels, kernel size); each stage ends with a 2x2 max-pool.
 STAGES_C = [
     [(64, 3), (64, 3)],
     [(128, 3), (128, 3)],
@@ -21,7 +21,7 @@ STAGES_D = [[(channels, 3) for channels, _ in stage] for stage in STAGES_C]
 
 
 def vgg_c(classes: int = 10) -> Classifier:
-    """13 convolutions, the last of each large stage 1x1 but padded, so that 2x2 pixels remain."""
+    """13 convolutions; the last of each large stage is 1x1 and padded, so that 2x2 pixels remain at the end."""
     return _vgg(STAGES_C, [4 * 512, 512, 512], classes)
 
 

@@ -37,9 +37,9 @@ def wide_resnet(depth: int, factor: int, dropout: float = 0.3, classes: int = 10
 
 
 class PreactivationBlock(nn.Module):
-    """Two 3x3 convolutions, each after normalisation and ReLU, added to the input.
+    """Two 3x3 convolutions, each after batch normalisation and ReLU, added to the input.
 
-    Where the widths differ the input passes a 1x1 convolution first, and takes it normalised and rectified.
+    If the block changes the width, a 1x1 convolution of the normalised and rectified input replaces the input.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, dropout: float):

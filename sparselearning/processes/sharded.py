@@ -1,7 +1,7 @@
-"""Selection over weights that are sharded among processes (DTensors, as of FSDP2's `fully_shard`).
+"""Selection over weights that are sharded among processes (DTensors, such as those of FSDP2's `fully_shard`).
 
-A mask is sharded like its weight. The processes agree on a threshold by adding up histograms; no weight and no
-score is gathered, and the result is that of one process, to the unit and to the tie.
+A mask is sharded like its weight. The processes agree on a threshold by adding up histograms: no weight and no score is
+gathered, and the result is exactly that of one process, ties included.
 """
 
 import math
@@ -13,25 +13,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-DIGIT_BITS = 16  # two histograms of 65,536 counts, 512 KiB, decide on a float32
+DIGIT_BITS = 16  # a float32 takes two histograms of 65,536 counts, 512 KiB each
 
 
 def is_sharded(tensor: Any) -> bool:
     """Tell whether a tensor is a DTensor, of which this process holds a part."""
-    dtensor = sys.modules.get("torch.distributed.tensor")  # slow to import; where it is not, no tensor is one
+    dtensor = sys.modules.get("torch.distributed.tensor")  # slow to import; before that no tensor is a DTensor
     return dtensor is not None and isinstance(tensor, dtensor.DTensor)
 
 
 def local_part(tensor: Any) -> Tensor:
-    """Return what this process holds of a tensor: all of it, unless it is a DTensor."""
+    """Return the part of a tensor that this process holds: its shard of a DTensor, all of any other tensor."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:
-    """Let modules hold their shards again, where FSDP2 keeps what it gathered for a forward pass.
+    """Free the whole weights that FSDP2 gathered for a forward pass, so that modules hold their shards again.
 
-    It does so for the outermost module until a backward pass, so after an evaluation. What is written into the shards
-    then would not reach the next forward pass, and the module shows other parameters than the optimizer's.
+    FSDP2 keeps the whole weights of the outermost module until a backward pass, hence also after an evaluation. Until
+    then the module shows other parameters than the optimizer's, and the next forward pass would miss writes to the
+    shards.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not hasattr(fsdp, "FSDPModule"):
@@ -43,20 +44,22 @@ def reshard(modules: Iterable[nn.Module]) -> None:
 
 
 def shard_of(whole: Tensor, like: Any) -> Any:
-    """Return `whole`, which every process holds, sharded like the DTensor `like` of its shape. Nothing is sent."""
-    from torch.distributed.tensor import DTensor
-
+    """Return `whole`, which every process holds, sharded like the DTensor `like` of the same shape. Nothing is sent."""
     part = whole
     for dim, (start, size) in enumerate(_extent(like)):
         part = part.narrow(dim, start, size)
-    part = part.to(like.device, copy=True).contiguous()
-    return DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    return _joined(part.to(like.device, copy=True).contiguous(), like)
+
+
+def placed_like(mask: Tensor, value: Tensor) -> Tensor:
+    """Return a copy of a tensor that lies where the mask lies: on its device, and sharded like it."""
+    if is_sharded(mask) and not is_sharded(value) and value.shape == mask.shape:
+        return shard_of(value, mask)
+    return value.to(mask.device, copy=True)
 
 
 def unsharded(state: Any) -> Any:
-    """Return a state_dict, or any nest of dicts and lists, with every DTensor gathered; all processes call it."""
+    """Return a state_dict, or any nested dicts and lists, with every DTensor gathered. All processes must call it."""
     if is_sharded(state):
         return state.full_tensor()
     if isinstance(state, dict):
@@ -67,18 +70,18 @@ def unsharded(state: Any) -> Any:
 
 
 class Whole:
-    """A part of a checkpoint (model, optimizer, Masking) that is saved unsharded, and sharded when it is loaded."""
+    """Wraps a part of a checkpoint (model, optimizer, Masking): saves it whole, and shards it when it is loaded."""
 
     def __init__(self, part: Any):
         self.part = part
-        self.kind = type(part).__name__.removeprefix("FSDP")  # what a checkpoint of one process calls it
+        self.kind = type(part).__name__.removeprefix("FSDP")  # the name in a checkpoint of one process
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state with every DTensor gathered; all processes call it."""
+        """Return the state with every DTensor gathered. All processes must call it."""
         return unsharded(self.part.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the state of the whole; what belongs to a sharded weight is sharded like it."""
+        """Load a whole state; tensors of a sharded weight are sharded like it."""
         if isinstance(self.part, nn.Module):
             here = self.part.state_dict()
             state = {name: shard_of(value, here[name]) if is_sharded(here.get(name)) else value
@@ -92,12 +95,12 @@ class Whole:
 
 
 def count_active(mask: Tensor) -> Tensor:
-    """Return the number of active entries, a 0-d tensor; of a sharded mask still to be added up over processes."""
+    """Return the number of active entries as a 0-d tensor; `add_up` or `fetch` adds up that of a sharded mask."""
     return mask.sum() if is_sharded(mask) else mask.count_nonzero()  # DTensor has no count_nonzero
 
 
 def add_up(values: list) -> list:
-    """Return numbers and 0-d tensors with the DTensors among them added up over processes, in one message."""
+    """Return numbers and 0-d tensors; the DTensors among them are added up over processes, in one message."""
     parts = [value for value in values if is_sharded(value)]
     if not parts or any(part.placements != parts[0].placements for part in parts):
         return [value.full_tensor() if is_sharded(value) else value for value in values]
@@ -108,8 +111,22 @@ def add_up(values: list) -> list:
     return [next(sums) if is_sharded(value) else value for value in values]
 
 
+def fetch(values: list) -> list[float]:
+    """Return numbers and 0-d tensors as Python numbers, in one synchronisation.
+
+    Those of sharded weights are added up over processes. Tensors of different dtypes are promoted as torch.stack does.
+    """
+    values = add_up(values)
+    tensors = [value.detach() for value in values if isinstance(value, Tensor)]
+    if not tensors:
+        return [float(value) for value in values]
+    device = tensors[0].device
+    fetched = iter(torch.stack([tensor.reshape(()).to(device) for tensor in tensors]).tolist())
+    return [next(fetched) if isinstance(value, Tensor) else float(value) for value in values]
+
+
 def highest(value: float, weight: Any) -> float:
-    """Return the highest value of all processes that share a sharded weight; the value itself for a whole one."""
+    """Return the highest value of all processes that share a sharded weight, or `value` if the weight is whole."""
     if not is_sharded(weight):
         return value
     values = torch.tensor(value, dtype=torch.float64, device=weight.device)
@@ -119,9 +136,10 @@ def highest(value: float, weight: Any) -> float:
 
 
 def uniform_like(mask: Tensor) -> Tensor:
-    """Return random numbers in [0, 1) of the mask's shape, float32.
+    """Return random numbers in [0, 1), float32, of the shape of the mask.
 
-    For a sharded mask those that process 0 would draw for the whole one; the generators of the others stay.
+    For a sharded mask they are the numbers that process 0 would draw for the whole mask; the generators of the other
+    processes do not advance.
     """
     if not is_sharded(mask):
         return torch.rand(mask.shape, device=mask.device)
@@ -140,9 +158,9 @@ def uniform_like(mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mark_lowest(scores: Sequence[Tensor], candidates: Sequence[Tensor], k: int, *, negate: bool) -> list[Tensor]:
-    """Mark the k candidates of lowest score (highest, if `negate`), earlier entries first among equals.
+    """Mark the k candidates with the lowest scores (highest, if `negate`); of equals, earlier entries first.
 
-    As `selection._mark_lowest`, where at least one of the candidates is sharded; a score may be whole.
+    This is `selection._mark_lowest` for candidates of which at least one is sharded; a score may be whole.
     """
     mesh = next(among.device_mesh for among in candidates if is_sharded(among))  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -151,8 +169,8 @@ def mark_lowest(scores: Sequence[Tensor], candidates: Sequence[Tensor], k: int, 
             dist.all_reduce(counts, group=mesh.get_group(dim))
         return counts
 
-    keys = [_key(_local(score, among), negate) for score, among in zip(scores, candidates, strict=True)]
-    here = [_local(among, among) for among in candidates]
+    keys = [_key(_part_like(score, among), negate) for score, among in zip(scores, candidates, strict=True)]
+    here = [_part_like(among, among) for among in candidates]
     counted = [_counts_here(among, mesh) for among in candidates]
     joint = torch.cat([key[mine & counts] for key, mine, counts in zip(keys, here, counted, strict=True)])
     bits = 64 if any(score.dtype == torch.float64 for score in scores) else 32
@@ -161,9 +179,9 @@ def mark_lowest(scores: Sequence[Tensor], candidates: Sequence[Tensor], k: int, 
         return [among.clone() for among in candidates]
     if below + tied == k:
         marks = [mine & (key <= kth) for key, mine in zip(keys, here, strict=True)]
-        return [_as(mark, among) for mark, among in zip(marks, candidates, strict=True)]
+        return [_joined(mark, among) for mark, among in zip(marks, candidates, strict=True)]
 
-    # Of the candidates that score the same as the last one taken, the first in row-major order are taken.
+    # Of the candidates with the score of the last one marked, the first in row-major order are marked.
     marks = [mine & (key < kth) for key, mine in zip(keys, here, strict=True)]
     ties = [mine & (key == kth) for key, mine in zip(keys, here, strict=True)]
     starts = [sum(among.numel() for among in candidates[:i]) for i in range(len(candidates))]
@@ -172,15 +190,15 @@ def mark_lowest(scores: Sequence[Tensor], candidates: Sequence[Tensor], k: int, 
     size = sum(among.numel() for among in candidates)
     last, *_ = _kth_lowest(joint, k - below, size.bit_length() + 1, total)
     for mark, tie, place in zip(marks, ties, places, strict=True):
-        mark[tie] = place <= last  # pyright: ignore[reportOperatorIssue]: there are more ties than are taken
-    return [_as(mark, among) for mark, among in zip(marks, candidates, strict=True)]
+        mark[tie] = place <= last  # pyright: ignore[reportOperatorIssue]: there are more ties than are marked
+    return [_joined(mark, among) for mark, among in zip(marks, candidates, strict=True)]
 
 
 def _kth_lowest(keys: Tensor, k: int, bits: int, total: Callable[[Tensor], Tensor]) -> tuple[int | None, int, int]:
-    """Return the k-th lowest key over all processes, how many are lower, and how many are as low.
+    """Return the k-th lowest key over all processes, the number of lower keys, and the number of equal ones.
 
-    None, if there are no more than k keys. `keys` is int64, of numbers that fit into `bits` bits with their sign.
-    Decides on `DIGIT_BITS` bits at a time, from the highest on, by how many keys have each value there.
+    The key is None if there are at most k keys. `keys` are int64 and fit into `bits` bits, sign included. A radix
+    selection: from the highest `DIGIT_BITS` bits to the lowest, a histogram of these bits decides which keys remain.
     """
     lowest = -(1 << (bits - 1))
     places = range(math.ceil(bits / DIGIT_BITS))
@@ -202,7 +220,7 @@ def _kth_lowest(keys: Tensor, k: int, bits: int, total: Callable[[Tensor], Tenso
 
 
 def _key(score: Tensor, negate: bool) -> Tensor:
-    """Return int64 keys in the order of the scores; equal scores have equal keys, NaN ranks below every number."""
+    """Return int64 keys with the order of the scores: equal scores get equal keys, NaN ranks below every number."""
     score = score if score.dtype in (torch.float32, torch.float64) else score.float()
     score = (-score if negate else score) + 0.0  # no -0.0, which equals 0.0
     nan = torch.inf if negate else -torch.inf
@@ -212,8 +230,8 @@ def _key(score: Tensor, negate: bool) -> Tensor:
     return torch.where(pattern < 0, pattern ^ highest, pattern).to(torch.int64)
 
 
-def _local(tensor: Any, like: Any) -> Tensor:
-    """Return what this process holds of a tensor that is sharded like `like`, or to be."""
+def _part_like(tensor: Any, like: Any) -> Tensor:
+    """Return this process's part of a tensor, after sharding it like `like`."""
     if not is_sharded(like):
         return tensor.full_tensor() if is_sharded(tensor) else tensor
     if not is_sharded(tensor):
@@ -221,7 +239,8 @@ def _local(tensor: Any, like: Any) -> Tensor:
     return tensor.redistribute(placements=like.placements).to_local()
 
 
-def _as(part: Tensor, like: Any) -> Any:
+def _joined(part: Tensor, like: Any) -> Any:
+    """Return the DTensor, sharded like `like`, of which this process holds `part`; `part` itself if `like` is whole."""
     from torch.distributed.tensor import DTensor
 
     if not is_sharded(like):
@@ -232,7 +251,7 @@ def _as(part: Tensor, like: Any) -> Any:
 
 
 def _counts_here(tensor: Any, mesh: Any) -> Tensor:
-    """Tell whether this process is the one, of those that hold the same part of a tensor, that counts it."""
+    """Tell whether this process counts its part of a tensor: of the processes that hold the same part, one does."""
     coordinate = mesh.get_coordinate()
     placements = tensor.placements if is_sharded(tensor) else [None] * mesh.ndim
     first = all(at == 0 or (p is not None and p.is_shard()) for at, p in zip(coordinate, placements, strict=True))
@@ -240,7 +259,7 @@ def _counts_here(tensor: Any, mesh: Any) -> Tensor:
 
 
 def _positions(tensor: Any, among: Tensor) -> Tensor:
-    """Return where in the whole tensor, in row-major order, the marked entries of this process's part are."""
+    """Return the positions in the whole tensor, in row-major order, of the marked entries of this process's part."""
     places = among.nonzero()
     sizes = tensor.shape
     starts = [start for start, _ in _extent(tensor)] if is_sharded(tensor) else [0] * len(sizes)
@@ -251,10 +270,10 @@ def _positions(tensor: Any, among: Tensor) -> Tensor:
 
 
 def _extent(tensor: Any) -> list[tuple[int, int]]:
-    """Return for each dimension where this process's part of a DTensor begins, and its size.
+    """Return (start, size) of this process's part of a DTensor, for each dimension.
 
     Raises:
-        NotImplementedError: if it is sharded in another way than in consecutive parts.
+        NotImplementedError: if the DTensor is not sharded into consecutive parts.
     """
     extent = [(0, size) for size in tensor.shape]
     coordinate = tensor.device_mesh.get_coordinate()

@@ -7,7 +7,6 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,45 +15,17 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from sparselearning.sparse import ops
 from sparselearning.sparse.dataflow import Dataflow, Seen
-from sparselearning.sparse.library import available
+from sparselearning.sparse.gpu import convert_pattern
+from sparselearning.sparse.interface import available
 from sparselearning.sparse.memory_order import keep_order
-from sparselearning.sparse.modules import SparseConv2d, SparseLayer, SparseLinear
-from sparselearning.sparse.training import trained_to_dense
+from sparselearning.sparse.modules import SparseConv2d, SparseLinear, SparseModule
+from sparselearning.sparse.report import LayerReport, Report, layers_of
+from sparselearning.sparse.trained import trained_to_dense
 
 logger = logging.getLogger(__name__)
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 SECONDS_PER_LAYER = 0.05
-
-
-@dataclass
-class LayerReport:
-    """One layer of a converted model; times in milliseconds for one call, nan where nothing was measured."""
-
-    name: str
-    density: float
-    dense_ms: float
-    sparse_ms: float
-    replaced: bool
-    note: str = ""
-
-
-@dataclass
-class Report:
-    """What `convert` did: every linear and convolution layer, and the whole model before and after."""
-
-    layers: list[LayerReport] = field(default_factory=list)
-    dense_ms: float = float("nan")
-    converted_ms: float = float("nan")
-
-    def __str__(self) -> str:
-        lines = [f"{'layer':30} {'density':>8} {'dense ms':>9} {'sparse ms':>9}  outcome"]
-        for layer in self.layers:
-            outcome = "replaced" if layer.replaced else "kept" + (f": {layer.note}" if layer.note else "")
-            times = f"{layer.dense_ms:9.3f} {layer.sparse_ms:9.3f}"
-            lines.append(f"{layer.name:30} {layer.density:8.3f} {times}  {outcome}")
-        lines.append(f"{'whole model':30} {'':8} {self.dense_ms:9.3f} {self.converted_ms:9.3f}")
-        return "\n".join(lines)
 
 
 def convert(model: nn.Module, example_input: Any, layout: str = "unstructured") -> tuple[nn.Module, Report]:
@@ -68,8 +39,6 @@ def convert(model: nn.Module, example_input: Any, layout: str = "unstructured") 
     layout: 'unstructured' for the kernels of this package; '2:4' or 'bsr' for masks of that pattern on a GPU.
     """
     if layout != "unstructured":
-        from sparselearning.sparse.gpu import convert_pattern
-
         return convert_pattern(model, layout)
     device = next((p.device.type for p in model.parameters()), "cpu")
     dense = copy.deepcopy(model).eval()
@@ -101,18 +70,6 @@ def convert(model: nn.Module, example_input: Any, layout: str = "unstructured") 
     return holder[0], report
 
 
-def layers_of(model: nn.Module) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
-    """Return (name, layer) of every plain linear and convolution layer; subclasses may compute something else."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-        and type(module) in (nn.Linear, nn.Conv2d)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-    ]
-
-
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` wherever `old` is."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -137,11 +94,11 @@ def fold_norms(model: nn.Module, flow: Dataflow) -> dict[nn.Module, nn.Module]:
     return relus
 
 
-def sparse_form(layer: nn.Linear | nn.Conv2d) -> SparseLayer:
+def sparse_form(layer: nn.Linear | nn.Conv2d) -> SparseModule:
     return SparseConv2d.from_dense(layer) if isinstance(layer, nn.Conv2d) else SparseLinear.from_dense(layer)
 
 
-def try_sparse(name, layer, seen: Seen, relu) -> tuple[LayerReport, SparseLayer | None]:
+def try_sparse(name, layer, seen: Seen, relu) -> tuple[LayerReport, SparseModule | None]:
     """Return what a measurement says of `layer` on an input like `seen`, and its sparse form."""
     nan = float("nan")
     density = layer.weight.detach().count_nonzero().item() / layer.weight.numel()

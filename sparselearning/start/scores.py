@@ -1,11 +1,11 @@
-"""Pruning before training: scores of the weights of a network that has not been trained yet, and masks from a file.
+"""Pruning before training: scores of the weights of an untrained network, and masks from a file.
 
-    mask.add_module(model, density=0.05, sparse_init="snip", batches=[(images, labels)])
-    mask.add_module(model, density=0.05, sparse_init=snip(model, [(images, labels)], loss_function))
+    masking.add_module(model, density=0.05, sparse_init="snip", batches=[(images, labels)])
+    masking.add_module(model, density=0.05, sparse_init=snip(model, [(images, labels)], loss_function))
 
-A score is a tensor of its weight's shape, higher for what is to stay; `add_module` keeps the highest of the whole
-network. Every maskable weight gets one, whether it is to be masked or to stay dense; SynFlow, which prunes in rounds,
-is told which ones stay dense. The model is left as it is, its statistics of batch normalisation included.
+Scores are tensors of their weights' shapes; `add_module` keeps the weights of the network with the highest scores.
+Every maskable weight gets scores, even one that stays dense; SynFlow, which prunes in rounds, is told which ones stay
+dense. The model does not change, nor do its statistics of batch normalisation.
 """
 
 import copy
@@ -34,7 +34,7 @@ def scores_of(
     """Return the scores called `kind`, one of `SCORES`, with cross-entropy as the loss.
 
     Args:
-        batches: (inputs, labels) pairs; SynFlow looks at the shape of the first inputs alone.
+        batches: (inputs, labels) pairs; SynFlow uses only the shape of the first inputs.
         density, dense: as `synflow` takes them.
 
     Raises:
@@ -52,15 +52,15 @@ def scores_of(
 
 
 def snip(model: nn.Module, batches: Batches, loss_function: LossFunction = F.cross_entropy) -> dict[str, Tensor]:
-    """Return |w * dL/dw| for every maskable weight: how much the loss feels that the weight is there.
+    """Return |w * dL/dw| for every maskable weight: how strongly the weight's presence affects the loss.
 
     Lee, Ajanthan and Torr 2019, SNIP: single-shot network pruning based on connection sensitivity,
-    https://arxiv.org/abs/1810.02340, section 4: |dL(c * w)/dc| at c = 1 for a switch c on every weight, without the
-    division by the sum of all scores, which changes no order.
+    https://arxiv.org/abs/1810.02340, section 4: |dL(c * w)/dc| at c = 1 for a factor c on every weight. The paper
+    divides by the sum of all scores, which does not change their order.
 
     Args:
         batches: (inputs, targets) pairs, whose gradients are added up.
-        loss_function: of the model's output and the targets.
+        loss_function: function of the model's output and the targets.
     """
     model, weights = _copy(model)
     gradients = _gradients(model, weights, batches, loss_function)
@@ -73,17 +73,17 @@ def grasp(
     loss_function: LossFunction = F.cross_entropy,
     temperature: float = 200.0,
 ) -> dict[str, Tensor]:
-    """Return w * (H g) for every maskable weight: how much of the gradient's norm would go with it.
+    """Return w * (H g) for every maskable weight: how much of the gradient's norm its removal would take away.
 
     Wang, Zhang and Grosse 2020, Picking winning tickets before training by preserving gradient flow,
-    https://arxiv.org/abs/2002.07376, section 4. The paper's score, -w * (H g), is the negative of this one, and what
-    is highest there is removed. g is the gradient of the loss and H its second derivative, both at outputs divided by
-    `temperature`, over the maskable weights. The paper's code starts linear layers anew for the scores; here they are
-    scored as they are.
+    https://arxiv.org/abs/2002.07376, section 4. The paper's score, -w * (H g), has the opposite sign, and the paper
+    removes the highest. g is the gradient of the loss and H its second derivative over the maskable weights, both at
+    outputs divided by `temperature`. The paper's code initialises linear layers again before scoring; this one does
+    not.
 
     Args:
         batches: (inputs, targets) pairs, whose gradients are added up.
-        loss_function: of outputs, logits or log-probabilities, and targets.
+        loss_function: function of outputs (logits or log-probabilities) and targets.
     """
     model, weights = _copy(model)
 
@@ -108,18 +108,18 @@ def synflow(
     dense: Sequence[str] = (),
     rounds: int = 100,
 ) -> dict[str, Tensor]:
-    """Return |w * dR/dw|, R the sum of the outputs of a network of absolute weights for an input of ones.
+    """Return |w * dR/dw|, where R is the sum of the outputs of the network with absolute weights for an input of ones.
 
     Tanaka, Kunin, Yamins and Ganguli 2020, Pruning neural networks without any data by iteratively conserving synaptic
-    flow, https://arxiv.org/abs/2006.05467, algorithm 1. Round t of T leaves density^(t/T) of the weights; the scores
-    are those of round T, and -1 for weights that fell before, so that the highest are the paper's choice. In float64
-    (float32 on MPS, which has none), for the products of many layers are large. As in the paper's code batch
-    normalisation takes its running statistics, absolute like all that the model holds, and a softmax that is a module
-    is left out.
+    flow, https://arxiv.org/abs/2006.05467, algorithm 1. Round t of T leaves density^(t/T) of the weights. The scores
+    are those of round T, and -1 for weights pruned in earlier rounds, so that the highest scores are the paper's
+    choice. Computed in float64 (float32 on MPS, which has no float64), because products over many layers are large. As
+    in the paper's code, batch normalisation uses its running statistics, absolute like all tensors of the model, and
+    softmax modules are left out.
 
     Args:
-        inputs: an example; its shape but for the first dimension, device and dtype count.
-        density, dense: what is to be given to `add_module`.
+        inputs: an example; only its shape without the first dimension, its device and its dtype matter.
+        density, dense: the arguments of `add_module`.
     """
     model, weights = _copy(model, dense)
     model.eval().to(torch.float32 if inputs.device.type == "mps" else torch.float64)
@@ -158,10 +158,11 @@ def synflow(
 
 
 def load_masks(path: str | Path) -> dict[str, Tensor]:
-    """Return the masks of a checkpoint, or of a file that holds a dict from names to bool tensors.
+    """Return the masks in a checkpoint, or in a file that holds a dict from names to bool tensors.
 
     Raises:
-        FileNotFoundError, CheckpointError: if there is no such file, or no masks in it.
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it is damaged or holds no masks.
     """
     state = checkpoint.read(path)
     masks = state.get("model", {})
@@ -176,7 +177,7 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
 
 
 def _copy(model: nn.Module, dense: Sequence[str] = ()) -> tuple[nn.Module, Mapping[str, Tensor]]:
-    """Return a copy of the model and its maskable weights by name, without the dense ones.
+    """Return a copy of the model, and its maskable weights by name without the dense ones.
 
     Raises:
         ValueError: for weights that are sharded among processes.
@@ -193,7 +194,7 @@ def _copy(model: nn.Module, dense: Sequence[str] = ()) -> tuple[nn.Module, Mappi
 
 
 def _gradients(model, weights, batches, loss_function, differentiable=False):
-    """Return the sum over batches of the gradient of each weight."""
+    """Return the gradient of each weight, added up over batches."""
     total = [torch.zeros_like(weight) for weight in weights.values()]
     for inputs, targets in batches:
         loss = loss_function(model(inputs), targets)

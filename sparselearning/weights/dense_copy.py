@@ -1,4 +1,4 @@
-"""Weights that keep their values while they are inactive: the network does not see them, the optimizer steps them.
+"""Weights that keep their values while they are inactive: the optimizer steps them, the network does not see them.
 
 Around a step of the optimizer, the masked weights are exchanged for a dense copy of them:
 
@@ -6,51 +6,63 @@ Around a step of the optimizer, the masked weights are exchanged for a dense cop
     step
     D <- W where B, else D;  W <- f(D) * A    after the step
 
-A are the masks, and B the larger set of weights that is trained. With inactive="kept" (Top-KAST) f is the identity and
-B the 2 |A_i| largest weights of layer i. With inactive="soft" (ST-3) f shrinks weights towards zero by the magnitude
+A are the masks, and B the larger set of weights that is trained. With weights="kept" (Top-KAST) f is the identity and
+B the 2 |A_i| largest weights of layer i. With weights="soft" (ST-3) f shrinks weights towards zero by the magnitude
 of the largest inactive one, and B is everything: gradients pass straight through.
 
 Top-KAST: Jayakumar et al. 2020, https://arxiv.org/abs/2106.03517, section 2. ST-3: Vanderschueren & De Vleeschouwer
 2023, https://arxiv.org/abs/2212.01076, without its scaling of weights. docs/methods.md says where else we differ.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparselearning.functions import FunctionError
 from sparselearning.layers import SparseLayer
 from sparselearning.native.zero import zero_inactive
+from sparselearning.patterns import without_pattern
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import is_sharded
 from sparselearning.selection import add_highest
 from sparselearning.weights.regrowth import gradient_scale
+from sparselearning.weights.zeros import Ahead, Layers, Zeros
 
 
-@dataclass(frozen=True)
-class DenseCopy:
-    """How a dense copy of the weights is trained beside the network.
+class DenseCopy(Zeros):
+    """A dense copy of the weights is trained beside the network.
 
-    backward: how many times as many weights are trained as are active, 0 for all.
-    soft: shrink the active weights by the magnitude of the largest inactive one.
+    Args:
+        backward: how many times as many weights are trained as are active; 0 for all.
+        soft: shrink the active weights by the magnitude of the largest inactive one.
+        settings: as `Zeros` takes them.
     """
 
-    backward: float = 0.0
-    soft: bool = False
+    keeps_inactive = True
+
+    def __init__(self, *, backward: float = 0.0, soft: bool = False, **settings: Any):
+        super().__init__(**settings)
+        self.backward, self.soft = backward, soft
+        self.kind = "soft" if soft else "kept"
+
+    @property
+    def acts_before_steps(self) -> bool:
+        """Whether `before_step` does anything."""
+        return True
 
     @torch.no_grad()
-    def add(self, masking, layers: Sequence[SparseLayer]) -> None:
-        """Begin with the weights that there are; of several processes, those of the first."""
+    def add(self, module: nn.Module, layers: Layers, ahead: Ahead) -> None:
+        """Copy the weights; of several processes, those of the first."""
         for layer in layers:
             if is_sharded(layer.mask):
-                raise ValueError(f"inactive={masking.inactive!r} needs whole weights; sharded ones take 'zero'.")
+                raise ValueError(f"weights={self.kind!r} needs whole weights; sharded ones take weights='zero'.")
             layer.memory["dense"] = distributed.send_to_all(layer.master.detach().clone())
         self.follow(layers)
 
     @torch.no_grad()
-    def before_step(self, masking, closure: Callable | None = None) -> None:
+    def before_step(self, layers: Layers, closure: Callable | None) -> None:
         """Let the optimizer step the dense copy where it is trained.
 
         The exploration term of Jayakumar et al. 2020 (section 2.3) is taken from the optimizer's weight decay: that of
@@ -61,12 +73,13 @@ class DenseCopy:
         """
         if closure is not None:
             raise RuntimeError(
-                f"inactive={masking.inactive!r} exchanges weights around a step, and a closure would see the dense "
+                f"weights={self.kind!r} exchanges weights around a step, and a closure would see the dense "
                 "ones. Call backward() first, and step() without closure."
             )
-        decay = {id(weight): group.get("weight_decay", 0) for group in masking.optimizer.param_groups
-                 for weight in group["params"]}  # fmt: skip
-        for layer in masking.layers:
+        super().before_step(layers, closure)
+        groups = self.optimizer.param_groups
+        decay = {id(weight): group.get("weight_decay", 0) for group in groups for weight in group["params"]}
+        for layer in layers:
             weight, dense, gradient = layer.master, layer.memory["dense"], layer.master.grad
             weight.copy_(dense)
             if not self.backward or gradient is None:
@@ -75,24 +88,29 @@ class DenseCopy:
             zero_inactive([gradient], [trained])
             factor = decay[id(weight)] * (1 / max(layer.density, 1e-12) - 1)
             if factor:
-                gradient.add_(dense * (trained & ~layer.mask) * (factor * gradient_scale(masking.optimizer)))
+                gradient.add_(dense * (trained & ~layer.mask) * (factor * gradient_scale(self.optimizer)))
 
     @torch.no_grad()
-    def after_step(self, masking) -> None:
-        """Take over what was trained, and show the network its active weights."""
-        for layer in masking.layers:
+    def after_step(self, layers: Layers) -> None:
+        """Copy what was trained, and show the network its active weights."""
+        for layer in layers:
             dense = layer.memory["dense"]
             dense.copy_(torch.where(layer.memory["trained"], layer.master, dense) if self.backward else layer.master)
-        self.show(masking.layers)
+        self.show(layers)
+
+    def moved(self, layers: Layers, before: Sequence[Tensor]) -> None:
+        """Follow masks that have moved; `before` is what they were."""
+        super().moved(layers, before)
+        self.follow(layers)
 
     @torch.no_grad()
-    def follow(self, layers: Sequence[SparseLayer]) -> None:
-        """Follow masks that have moved."""
+    def follow(self, layers: Layers) -> None:
+        """Choose anew which weights are trained, and how far they are shrunk."""
         for layer in layers:
             dense = layer.memory["dense"]
             if self.backward:
                 inactive = round((self.backward - 1) * layer.nonzeros)
-                layer.memory["trained"] = add_highest(dense.abs(), layer.mask.detach(), inactive)  # of any pattern
+                layer.memory["trained"] = add_highest(dense.abs(), without_pattern(layer.mask), inactive)
             if self.soft:
                 layer.memory["threshold"] = dense.masked_fill(layer.mask, 0).abs().max()
         if self.soft and layers:  # one for the network
@@ -101,20 +119,27 @@ class DenseCopy:
                 layer.memory["threshold"].copy_(threshold)
         self.show(layers)
 
+    def load_state_dict(self, state: dict[str, Any], layers: Layers) -> None:
+        """Show the network the copy that was loaded."""
+        self.show(layers)
+
     @torch.no_grad()
-    def show(self, layers: Sequence[SparseLayer]) -> None:
+    def show(self, layers: Layers) -> None:
         """Set the weights to what the network sees of the dense copy."""
         for layer in layers:
             dense = layer.memory["dense"]
             if self.soft:
                 dense = dense.sign() * (dense.abs() - layer.memory["threshold"]).clamp(min=0)
-            layer.master.copy_(dense)
-            zero_inactive([layer.master], [layer.mask])
-            if layer.weight is not layer.master:
-                layer.weight.copy_(layer.master)
+            layer.set_weight(dense)
+        self.apply(layers)
 
+    def describe(self, layer: SparseLayer) -> str:
+        """Return how the layer's weight is held, in a few words."""
+        return "dense copy"
 
-INACTIVE: Mapping[str, DenseCopy | None] = {"zero": None, "kept": DenseCopy(backward=2.0), "soft": DenseCopy(soft=True)}
+    def trained_density(self, layer: SparseLayer) -> float:
+        """Return the fraction of the layer's weights that the optimizer trains."""
+        return min(self.backward * layer.density, 1.0) if self.backward else 1.0
 
 
 def dense_weight(masking, name: str) -> Tensor:
@@ -125,5 +150,5 @@ def dense_weight(masking, name: str) -> Tensor:
     """
     dense = masking.memory[name].get("dense")
     if dense is None:
-        raise FunctionError("A 'dense_magnitude' mode compares inactive weights, too: Masking(..., inactive='kept').")
+        raise FunctionError(f"The values of inactive weights of {name} are not kept: Masking(..., weights='kept').")
     return dense

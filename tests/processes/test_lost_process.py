@@ -51,7 +51,7 @@ def test_a_process_that_dies_ends_the_other_with_one_line(tmp_path):
     assert time.monotonic() - died < 60
     assert processes[0].exitcode == 1
     said = (tmp_path / "err.0").read_text()
-    assert re.fullmatch(r"main\.py: error: Process 0 lost another one, which has died or hangs: .*\n", said)
+    assert re.fullmatch(r"main\.py: error: Process 0 lost another process, which has died or hangs: .*\n", said)
 
 
 def join_with_other_masks():

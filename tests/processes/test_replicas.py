@@ -7,6 +7,8 @@ import torch.multiprocessing as multiprocessing
 from helpers import assert_masks_hold, masked, mlp, train
 from torch.nn.parallel import DistributedDataParallel
 
+from sparselearning.processes.distributed import broadcast_masks, check_agreement
+
 PROCESSES = 2
 
 
@@ -57,3 +59,10 @@ def test_replicas_agree(replicas, growth):
 
 def test_replicas_drew_from_different_generators(replicas):
     assert replicas[0]["private draw"] != replicas[1]["private draw"]
+
+
+def test_one_process_agrees_with_itself():
+    mask = torch.tensor([True, False])
+    broadcast_masks([mask])
+    check_agreement([mask])
+    assert mask.tolist() == [True, False]

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from sparselearning import Masking
-from sparselearning.processes.sharded import shard_of, uniform_like, unsharded
+from sparselearning.processes.sharded import fetch, placed_like, shard_of, uniform_like, unsharded
 from sparselearning.selection import add_highest_jointly, drop_lowest_jointly
 
 SHAPES = [(5, 3), (1, 7), (64, 9, 3, 3), (2, 2)]  # fewer rows than processes, rows that do not divide evenly
@@ -66,6 +66,38 @@ def test_selection_over_shards_is_that_over_the_whole(mesh_shape, dimension_of):
     assert run(select_in_shards, processes, mesh_shape, dimension_of) == [6 * 4 * 2 * len(SHAPES)] * processes
 
 
+def fetch_sums():
+    """Fetch a number, the sum of a sharded tensor and that of a whole one."""
+    mesh = init_device_mesh("cpu", (2,))
+    part = distribute_tensor(torch.arange(10), mesh, [Shard(0)])
+    return fetch([1.5, part.sum(), torch.arange(10).sum()])
+
+
+def test_fetched_numbers_of_shards_are_added_up():
+    assert run(fetch_sums, 2) == [[1.5, 45, 45]] * 2
+
+
+def place():
+    """Place a whole and a sharded mask like the sharded one; return both gathered, after a change to the original."""
+    whole = torch.arange(10) % 3 == 0
+    mask = distribute_tensor(whole, init_device_mesh("cpu", (2,)), [Shard(0)])
+    copies = [placed_like(mask, value) for value in (whole, mask)]
+    mask.to_local().fill_(False)
+    return [copy.full_tensor() for copy in copies if copy.placements == mask.placements]
+
+
+def test_a_mask_is_copied_to_where_another_lies():
+    for copies in run(place, 2):
+        assert [copy.tolist() for copy in copies] == [[i % 3 == 0 for i in range(10)]] * 2
+
+
+def test_fetch_takes_numbers_and_0d_tensors():
+    weight = torch.ones(3, requires_grad=True)
+    assert fetch([2, torch.tensor(3), weight.sum(), torch.tensor(True), 0.25]) == [2, 3, 3, 1, 0.25]
+    assert fetch([1, 0.5]) == [1, 0.5]
+    assert fetch([]) == []
+
+
 def draw():
     mesh = init_device_mesh("cpu", (2,))
     part = distribute_tensor(torch.zeros(7, 3), mesh, [Shard(0)])
@@ -113,8 +145,8 @@ def rescaled(shard):
     model = nn.Linear(9, 7)
     if shard:
         fully_shard(model)
-    masking = Masking(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), None, rescale=True)
-    masking.add_module(model, density=0.3)
+    masking = Masking(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), None)
+    masking.add_module(model, density=0.3, rescale=True)
     return unsharded(model.state_dict())["weight"].clone()
 
 

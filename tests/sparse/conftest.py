@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sparselearning.sparse.library import kernels
+from sparselearning.sparse.interface import kernels
 
 
 @pytest.fixture(autouse=True)

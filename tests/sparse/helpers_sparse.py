@@ -3,7 +3,7 @@
 import torch
 
 from sparselearning.sparse import ops
-from sparselearning.sparse.library import available, conv_shape, kernels
+from sparselearning.sparse.interface import available, conv_shape, kernels
 
 
 def sparse_weight(shape, density, dtype=torch.float32):

@@ -10,7 +10,8 @@ from helpers_sparse import sparse_weight
 from torch import nn
 
 from sparselearning.models import build
-from sparselearning.sparse import SparseConv2d, SparseLinear, available, conversion, convert, library
+from sparselearning.native import library
+from sparselearning.sparse import SparseConv2d, SparseLinear, available, conversion, convert
 from sparselearning.sparse import memory_order as layout
 
 needs_kernels = pytest.mark.skipif(not available(), reason="built without sparse kernels")

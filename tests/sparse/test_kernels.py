@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparselearning.sparse import ops
-from sparselearning.sparse.library import available, conv_shape, kernels, load
+from sparselearning.sparse.interface import available, conv_shape, kernels
 
 pytestmark = pytest.mark.skipif(not available(), reason="built without sparse kernels")
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -253,11 +253,3 @@ def test_operators_satisfy_opcheck(batch):
         torch.ops.sparselearning.linear,
         (torch.randn(batch, 5, requires_grad=True), rows[0].requires_grad_(), None, *rows[1:], *turned, False),
     )
-
-
-def test_environment_chooses_the_instruction_set(monkeypatch):
-    monkeypatch.setenv("SPARSELEARNING_ISA", "portable")
-    assert load().instruction_set == 0
-    monkeypatch.setenv("SPARSELEARNING_ISA", "nonsense")
-    with pytest.raises(ValueError, match="Unknown or unsupported SPARSELEARNING_ISA 'nonsense'"):
-        load()

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from helpers_sparse import sparse_weight
 from torch import nn
 
-from sparselearning.sparse import SparseConv2d, SparseLinear, available, library
+from sparselearning.native import library
+from sparselearning.sparse import SparseConv2d, SparseLinear, available
 
 needs_kernels = pytest.mark.skipif(not available(), reason="built without sparse kernels")
 

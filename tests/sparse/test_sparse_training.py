@@ -10,7 +10,8 @@ from torch import nn
 from sparselearning import invariants
 from sparselearning.core import CosineDecay, Masking
 from sparselearning.sparse import available, convert, to_dense
-from sparselearning.sparse.training import WINDOW, TrainedConv2d, TrainedLinear
+from sparselearning.sparse.trained import TrainedConv2d, TrainedLinear, trained_to_dense
+from sparselearning.sparse.training import WINDOW, SparseTraining
 
 pytestmark = pytest.mark.skipif(not available(), reason="built without sparse kernels")
 
@@ -28,19 +29,19 @@ def network():
     )
 
 
-def masked(backend, optimizer="sgd", **kwargs):
+def masked(weights, optimizer="sgd", **kwargs):
     torch.manual_seed(0)
     model = network()
     if optimizer == "sgd":
         stepper = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
     else:
         stepper = torch.optim.AdamW(model.parameters(), lr=0.01)
-    mask = Masking(stepper, CosineDecay(0.5, 1000), sparse_backend=backend, **kwargs)
-    mask.add_module(model, density=0.3)
-    return model, stepper, mask
+    masking = Masking(stepper, CosineDecay(0.5, 1000), weights=weights, **kwargs)
+    masking.add_module(model, density=0.3)
+    return model, stepper, masking
 
 
-def train(model, stepper, mask, steps, batch=32, seed=1):
+def train(model, stepper, masking, steps, batch=32, seed=1):
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for _ in range(steps):
@@ -48,7 +49,7 @@ def train(model, stepper, mask, steps, batch=32, seed=1):
         stepper.zero_grad()
         loss = F.cross_entropy(model(x), target)
         loss.backward()
-        mask.step()
+        masking.step()
         losses.append(loss.item())
     return losses
 
@@ -56,7 +57,7 @@ def train(model, stepper, mask, steps, batch=32, seed=1):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("batch", [4, 32])
 def test_between_updates_it_is_masked_training(batch, optimizer):
-    exact, sparse = masked(None, optimizer), masked("cpu", optimizer)
+    exact, sparse = masked("zero", optimizer), masked("sparse", optimizer)
     losses = [train(*run, steps=8, batch=batch) for run in (exact, sparse)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
     state = exact[0].state_dict()
@@ -66,60 +67,59 @@ def test_between_updates_it_is_masked_training(batch, optimizer):
 
 
 def test_layers_and_optimizer_hold_active_weights_only():
-    model, stepper, mask = masked("cpu")
-    train(model, stepper, mask, 2)
+    model, stepper, masking = masked("sparse")
+    train(model, stepper, masking, 2)
     assert [type(model[i]) for i in (0, 4, 7)] == [TrainedConv2d, TrainedConv2d, TrainedLinear]
-    for index, layer in zip((0, 4, 7), mask.layers, strict=True):
+    for index, layer in zip((0, 4, 7), masking.layers, strict=True):
         value = model[index].value
         assert len(value) == layer.nonzeros
         assert stepper.state[value]["momentum_buffer"].shape == value.shape
         assert model[index].weight not in stepper.state
-    invariants.check(mask)
+    invariants.check(masking)
 
 
 @pytest.mark.parametrize("growth", ["momentum", "random", "momentum_neuron", "global_momentum"])
 def test_updates_conserve_weights_and_carry_state(growth):
-    model, stepper, mask = masked("cpu", growth_mode=growth)
-    train(model, stepper, mask, 12)
-    before = {
-        layer.name: (layer.mask.clone(), mask.get_momentum_for_weight(layer.weight).clone()) for layer in mask.layers
-    }
-    weights = {layer.name: layer.weight.clone() for layer in mask.layers}
+    model, stepper, masking = masked("sparse", growth_mode=growth)
+    train(model, stepper, masking, 12)
+    momenta = {layer.name: masking.get_momentum_for_weight(layer.weight).clone() for layer in masking.layers}
+    before = {layer.name: (layer.mask.clone(), momenta[layer.name]) for layer in masking.layers}
+    weights = {layer.name: layer.weight.clone() for layer in masking.layers}
     observed = {
         name: module.gradient / max(module.observed, 1)
-        for name, module in mask.sparse_training.trained.items()
+        for name, module in masking.held.trained.items()
         if module.gradient is not None
     }
-    total = mask.total_nonzero
-    mask.at_end_of_epoch()
-    assert mask.total_nonzero == total
-    invariants.check(mask)
-    for layer in mask.layers:
+    total = masking.total_nonzero
+    masking.at_end_of_epoch()
+    assert masking.total_nonzero == total
+    invariants.check(masking)
+    for layer in masking.layers:
         old, momentum = before[layer.name]
         assert not torch.equal(layer.mask, old)
         kept, grown = layer.mask & old, layer.mask & ~old
-        now = mask.get_momentum_for_weight(layer.weight)
+        now = masking.get_momentum_for_weight(layer.weight)
         assert torch.equal(now[kept], momentum[kept])
         torch.testing.assert_close(now[grown], 10 * observed[layer.name][grown])  # the gain of momentum 0.9
         assert torch.equal(layer.weight[kept], weights[layer.name][kept])
         assert layer.weight[grown].eq(0).all()
-    assert train(model, stepper, mask, 5)[-1] < 10
+    assert train(model, stepper, masking, 5)[-1] < 10
 
 
 def test_layers_grow_and_shrink_while_the_last_loss_is_held():
-    model, stepper, mask = masked("cpu", prune_every_k_steps=3)  # momentum moves weights from layer to layer
-    sizes = [layer.nonzeros for layer in mask.layers]
-    train(model, stepper, mask, 10)
-    assert [layer.nonzeros for layer in mask.layers] != sizes
+    model, stepper, masking = masked("sparse", prune_every_k_steps=3)  # momentum moves weights from layer to layer
+    sizes = [layer.nonzeros for layer in masking.layers]
+    train(model, stepper, masking, 10)
+    assert [layer.nonzeros for layer in masking.layers] != sizes
 
 
 def test_inactive_weights_are_scored_by_the_mean_of_observed_gradients():
-    model, stepper, mask = masked("cpu", prune_every_k_steps=3)  # all three steps lie in the window
+    model, stepper, masking = masked("sparse", prune_every_k_steps=3)  # all three steps lie in the window
     model[0].observing = True
-    for module in mask.sparse_training.trained.values():
+    for module in masking.held.trained.values():
         module.observing = True
-    train(model, stepper, mask, 2)
-    exact, exact_stepper, exact_mask = masked(None)
+    train(model, stepper, masking, 2)
+    exact, exact_stepper, exact_mask = masked("zero")
     sums = [torch.zeros_like(layer.weight) for layer in exact_mask.layers]
     for step in range(2):
         # The same batches, one at a time, to look at the gradients in between.
@@ -133,30 +133,31 @@ def test_inactive_weights_are_scored_by_the_mean_of_observed_gradients():
         for total, layer in zip(sums, exact_mask.layers, strict=True):
             total += layer.weight.grad
         exact_mask.step()
-    for total, layer in zip(sums, mask.layers, strict=True):
-        score = mask.get_momentum_for_weight(layer.weight)
+    for total, layer in zip(sums, masking.layers, strict=True):
+        score = masking.get_momentum_for_weight(layer.weight)
         torch.testing.assert_close(score[~layer.mask], (total / 2)[~layer.mask], atol=1e-4, rtol=1e-3)
 
 
 def test_dense_gradients_are_taken_just_before_updates_only():
-    model, stepper, mask = masked("cpu")
+    model, stepper, masking = masked("sparse")
     observed = []
     model[0].register_forward_hook(lambda module, *_: observed.append(module.observing))
-    train(model, stepper, mask, 30)
+    train(model, stepper, masking, 30)
     assert sum(observed) == 3  # the distance between updates is not known yet
-    mask.at_end_of_epoch()
+    masking.at_end_of_epoch()
     observed.clear()
-    train(model, stepper, mask, 30)
+    train(model, stepper, masking, 30)
     assert observed == [False] * (30 - WINDOW) + [True] * WINDOW
 
 
 @pytest.mark.parametrize("every", [0, 1, 2, WINDOW + 1])
 def test_there_is_a_gradient_before_the_first_update(every):
-    model, stepper, mask = masked("cpu", prune_every_k_steps=every, growth_mode="gradient", redistribution_mode="none")
-    before = [layer.mask.clone() for layer in mask.layers]
-    train(model, stepper, mask, every or 1)
-    mask.at_end_of_epoch()
-    assert not any(torch.equal(layer.mask, old) for layer, old in zip(mask.layers, before, strict=True))
+    modes = dict(growth_mode="gradient", redistribution_mode="none")
+    model, stepper, masking = masked("sparse", prune_every_k_steps=every, **modes)
+    before = [layer.mask.clone() for layer in masking.layers]
+    train(model, stepper, masking, every or 1)
+    masking.at_end_of_epoch()
+    assert not any(torch.equal(layer.mask, old) for layer, old in zip(masking.layers, before, strict=True))
 
 
 @pytest.mark.parametrize("stop", [3, 12, 17, 29])  # nothing seen yet; after an update; before one; in between
@@ -169,13 +170,13 @@ def test_resumed_training_is_the_uninterrupted_one(every, stop):
                 run[2].at_end_of_epoch()
 
     losses = []
-    whole = masked("cpu", prune_every_k_steps=every)
+    whole = masked("sparse", prune_every_k_steps=every)
     go(whole, 0, stop)
     saved = copy.deepcopy([part.state_dict() for part in whole])
     losses.clear()
     go(whole, stop, 40)
     expected = losses.copy()
-    again = masked("cpu", prune_every_k_steps=every)
+    again = masked("sparse", prune_every_k_steps=every)
     train(*again, 15)  # leaves gradients of its own
     for part, state in zip(again, saved, strict=True):
         part.load_state_dict(state)
@@ -187,31 +188,31 @@ def test_resumed_training_is_the_uninterrupted_one(every, stop):
 
 
 def test_a_state_without_gradients_seen_has_seen_none():
-    model, stepper, mask = masked("cpu")
-    train(model, stepper, mask, 12)
-    state = mask.state_dict()
+    model, stepper, masking = masked("sparse")
+    train(model, stepper, masking, 12)
+    state = masking.state_dict()
     del state["sparse_training"]  # saved before version 2.0 was complete, or by a Masking without sparse kernels
-    mask.load_state_dict(state)
+    masking.load_state_dict(state)
     with pytest.raises(RuntimeError, match="No gradient was observed since the last update"):
-        mask.get_gradient_for_weight(mask.layers[0].weight)
+        masking.get_gradient_for_weight(masking.layers[0].weight)
 
 
 def test_a_removed_weight_trains_densely_with_its_state():
-    model, stepper, mask = masked("cpu")
-    train(model, stepper, mask, 3)
-    momentum = mask.get_momentum_for_weight(mask.layers[0].weight) * mask.layers[0].mask
-    mask.remove_weight("0")
+    model, stepper, masking = masked("sparse")
+    train(model, stepper, masking, 3)
+    momentum = masking.get_momentum_for_weight(masking.layers[0].weight) * masking.layers[0].mask
+    masking.remove_weight("0")
     assert type(model[0]) is nn.Conv2d
     assert torch.equal(stepper.state[model[0].weight]["momentum_buffer"], momentum)
-    train(model, stepper, mask, 2)
+    train(model, stepper, masking, 2)
     assert model[0].weight.count_nonzero() == model[0].weight.numel()
-    mask.remove_weight_partial_name("")
+    masking.remove_weight_partial_name("")
     assert [type(module) for module in model] == [type(module) for module in network()]
 
 
 def test_a_trained_model_turns_dense_and_converts():
-    model, stepper, mask = masked("cpu")
-    train(model, stepper, mask, 3)
+    model, stepper, masking = masked("sparse")
+    train(model, stepper, masking, 3)
     model.eval()
     x = torch.randn(16, 3, 8, 8)
     dense = to_dense(model)
@@ -227,50 +228,86 @@ def test_a_trained_model_turns_dense_and_converts():
 def test_layers_without_kernels_stay_masked():
     model = nn.Sequential(nn.Conv1d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 6, 5))
     stepper = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    mask = Masking(stepper, None, sparse_backend="cpu")
-    mask.add_module(model, density=0.5)
+    masking = Masking(stepper, None, weights="sparse")
+    masking.add_module(model, density=0.5)
     for _ in range(2):
         model(torch.randn(4, 3, 8)).square().sum().backward()
-        mask.step()
+        masking.step()
     assert type(model[0]) is nn.Conv1d
     assert type(model[2]) is TrainedLinear
-    invariants.check(mask)
+    invariants.check(masking)
 
 
 def test_a_deep_copy_trains_on_its_own():
-    model, stepper, mask = masked("cpu")
-    train(model, stepper, mask, 3)
-    copied = copy.deepcopy((model, stepper, mask))
+    model, stepper, masking = masked("sparse")
+    train(model, stepper, masking, 3)
+    copied = copy.deepcopy((model, stepper, masking))
     weights = copy.deepcopy(model.state_dict())
     expected = train(*copied, steps=4)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
-    assert train(model, stepper, mask, 4) == expected
+    assert train(model, stepper, masking, 4) == expected
 
 
-def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match=r"Unknown sparse_backend 'gpu'. Choose 'cpu', or None"):
-        masked("gpu")
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (dict(growth_mode="random", redistribution_mode="none"), 0),
+        (dict(growth_mode="gradient", redistribution_mode="none"), 1),
+        (dict(growth_mode="momentum"), WINDOW),
+        (dict(growth_mode="gradient", redistribution_mode="none", prune_mode="magnitude_gradient"), 1),
+    ],
+)
+def test_as_many_dense_gradients_are_observed_as_the_functions_read(settings, expected):
+    model, stepper, masking = masked("sparse", prune_every_k_steps=30, **settings)
+    observed = []
+    model[0].register_forward_hook(lambda module, *_: observed.append(module.observing))
+    train(model, stepper, masking, 30)
+    assert observed == [False] * (30 - expected) + [True] * expected
+
+
+def test_growth_by_gradient_reads_that_of_the_last_step():
+    """Also where updates come at the end of epochs, and many steps are observed lest one comes early."""
+    model, stepper, masking = masked("sparse", growth_mode="gradient", redistribution_mode="none")
+    for steps in (30, 30):
+        train(model, stepper, masking, steps)
+        masking.at_end_of_epoch()
+    train(model, stepper, masking, 29)
+    exact = nn.Sequential(*copy.deepcopy(list(model)))
+    trained_to_dense(exact)
+    train(model, stepper, masking, 1, seed=5)
+    generator = torch.Generator().manual_seed(5)
+    x, target = torch.randn(32, 3, 8, 8, generator=generator), torch.randint(10, (32,), generator=generator)
+    F.cross_entropy(exact(x), target).backward()
+    gradient = masking.get_gradient_for_weight(masking.layers[0].weight)
+    torch.testing.assert_close(gradient, exact[0].weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_an_object_holds_the_weights_of_one_masking():
+    held = SparseTraining(reset_state=True)
+    stepper = masked(held)[1]
+    with pytest.raises(ValueError, match="holds the weights of another Masking"):
+        Masking(stepper, None, weights=held)
 
 
 def test_a_momentum_that_never_decays_starts_at_zero():
     torch.manual_seed(0)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=1.0)
-    mask = Masking(optimizer, None, sparse_backend="cpu")
-    mask.add_module(model, density=0.3)
-    before = {layer.name: layer.mask.clone() for layer in mask.layers}
-    train(model, optimizer, mask, 3)
-    mask.at_end_of_epoch()
-    mask.check()
-    layer = mask.layers[0]
+    masking = Masking(optimizer, None, weights="sparse")
+    masking.add_module(model, density=0.3)
+    before = {layer.name: layer.mask.clone() for layer in masking.layers}
+    train(model, optimizer, masking, 3)
+    masking.at_end_of_epoch()
+    masking.check()
+    layer = masking.layers[0]
     grown = layer.mask & ~before[layer.name]
     assert grown.any()
-    assert not mask.get_momentum_for_weight(layer.weight)[grown].any()
+    assert not masking.get_momentum_for_weight(layer.weight)[grown].any()
 
 
 def test_of_many_observed_gradients_the_early_ones_fade():
-    mask = masked("cpu")[2]
-    module = next(iter(mask.sparse_training.trained.values()))
+    masking = masked("sparse")[2]
+    module = next(iter(masking.held.trained.values()))
     module.observing = True
     for step in range(4 * WINDOW):
         module.gradient = (torch.zeros_like(module.weight) if step == 0 else module.gradient) + (step < WINDOW)

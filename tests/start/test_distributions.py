@@ -11,12 +11,18 @@ from sparselearning import models
 from sparselearning.models.resnet import RESNETS
 from sparselearning.start.distributions import (
     DISTRIBUTIONS,
-    active_counts,
+    divide,
     erdos_renyi,
     erdos_renyi_kernel,
     uniform,
 )
 from sparselearning.start.maskable import maskable_parameters
+
+
+def counts_of(shapes, density, distribution):
+    """Divide round(density * number of weights) weights among layers of these shapes."""
+    sizes = [math.prod(shape) for shape in shapes]
+    return divide(round(density * sum(sizes)), [distribution(shape) for shape in shapes], sizes, [1] * len(sizes))
 
 
 @pytest.mark.parametrize(
@@ -43,7 +49,7 @@ def test_shares(distribution, shape, share):
     ],
 )
 def test_lenet300_100_at_five_percent(distribution, expected):
-    assert active_counts([(300, 784), (100, 300), (10, 100)], 0.05, distribution) == expected
+    assert counts_of([(300, 784), (100, 300), (10, 100)], 0.05, distribution) == expected
     assert sum(expected) == round(0.05 * 266_200)
 
 
@@ -57,7 +63,7 @@ def test_lenet300_100_at_five_percent(distribution, expected):
 )
 def test_lenet5_at_five_percent(distribution, expected):
     shapes = [(20, 1, 5, 5), (50, 20, 5, 5), (500, 800), (10, 500)]
-    assert active_counts(shapes, 0.05, distribution) == expected
+    assert counts_of(shapes, 0.05, distribution) == expected
     assert sum(expected) == round(0.05 * 430_500)
 
 
@@ -80,22 +86,22 @@ def published_erk(shapes, density):
 def test_erdos_renyi_kernel_is_the_published_rule_to_two_weights(name, density):
     model = RESNETS[name](1000) if name in RESNETS else models.build(name)
     shapes = [weight.shape for _, weight in maskable_parameters(model)]
-    ours = active_counts(shapes, density, erdos_renyi_kernel)
+    ours = counts_of(shapes, density, erdos_renyi_kernel)
     assert max(abs(a - b) for a, b in zip(ours, published_erk(shapes, density), strict=True)) <= 2
 
 
 def test_what_a_full_layer_cannot_take_goes_to_the_others():
     # A third each would be 30; the layer of 10 weights is full, the others take 40 each.
-    assert active_counts([(10, 20), (10, 20), (2, 5)], 90 / 410, lambda shape: 1.0) == [40, 40, 10]
+    assert counts_of([(10, 20), (10, 20), (2, 5)], 90 / 410, lambda shape: 1.0) == [40, 40, 10]
 
 
 def test_no_layer_starts_empty():
-    assert active_counts([(100, 100), (2, 5), (1, 3)], 0.005, uniform) == [48, 1, 1]
+    assert counts_of([(100, 100), (2, 5), (1, 3)], 0.005, uniform) == [48, 1, 1]
 
 
 def test_two_weights_cannot_fill_three_layers_so_there_are_three():
     with pytest.warns(UserWarning, match="A density of 2 of 300 weights"):
-        assert active_counts([(10, 10), (10, 10), (10, 10)], 2 / 300, uniform) == [1, 1, 1]
+        assert counts_of([(10, 10), (10, 10), (10, 10)], 2 / 300, uniform) == [1, 1, 1]
 
 
 shapes = st.lists(st.lists(st.integers(1, 12), min_size=2, max_size=4), min_size=1, max_size=6)
@@ -104,7 +110,7 @@ shapes = st.lists(st.lists(st.integers(1, 12), min_size=2, max_size=4), min_size
 @pytest.mark.filterwarnings("ignore:A density of")
 @given(shapes, st.floats(0.001, 1), st.sampled_from(list(DISTRIBUTIONS.values())))
 def test_the_total_is_exact_and_no_layer_overflows(shapes, density, distribution):
-    counts = active_counts(shapes, density, distribution)
+    counts = counts_of(shapes, density, distribution)
     sizes = [math.prod(shape) for shape in shapes]
     assert sum(counts) == max(round(density * sum(sizes)), len(sizes))
     assert all(1 <= count <= size for count, size in zip(counts, sizes, strict=True))
@@ -116,7 +122,7 @@ def test_masks_hold_the_counts_of_the_distribution(init, density):
     model = mlp(30, 40, 10)
     masking = masked(model, density=density, sparse_init=init)
     distribution = DISTRIBUTIONS.get(init, init)
-    expected = active_counts([(40, 30), (10, 40)], density, distribution)
+    expected = counts_of([(40, 30), (10, 40)], density, distribution)
     assert list(masking.name2nonzeros.values()) == expected
     assert [int(mask.sum()) for mask in masking.masks.values()] == expected
     assert masking.total_nonzero == round(density * 1600)

@@ -79,7 +79,11 @@ def test_dense_layers_keep_all_their_weights():
     [
         ({"0": 0.5}, {}, r"No pattern of density=\{'0': 0.5\} matches 2\.weight. Add one, or '\*' for all others"),
         ({"fc": 0.5, "*": 0.1}, {}, "The pattern 'fc' of density=.* matches none of the weights 0.weight, 2.weight"),
-        ({"*": 0.1, "2": 0.5}, {}, "The pattern '2' .* matches none of the weights .* that an earlier one does not"),
+        (
+            {"*": 0.1, "2": 0.5},
+            {},
+            "The pattern '2' .* matches none of the weights .* that an earlier pattern does not match",
+        ),
         ({"2": 1.5, "*": 0.1}, {}, r"Expected a density in \(0, 1\] for '2', got 1.5"),
         ({"0": 0.001, "*": 0.1}, {}, "A density of 0.001 leaves none of 90 weights. Pass a larger one"),
         (0.1, {"dense": ["fc1"]}, "'fc1' matches none of the weights 0.weight, 2.weight, 4.weight"),

@@ -11,20 +11,12 @@ def relative_flops(flops: Flops, mask: Masking | None, steps_per_epoch: int) -> 
     """Return the FLOPs of inference and of training at the densities of now, relative to the dense network's."""
     if mask is None:
         return dict(inference_flops=1.0, training_flops=1.0)
-    densities = {layer.name: layer.density for layer in mask.layers}
-    of_growth = dense_gradients(mask.growth_mode, mask.prune_every_k_steps or steps_per_epoch)
+    of_growth = dense_gradients(mask.grow, mask.prune_every_k_steps or steps_per_epoch)
+    trained = {layer.name: mask.held.trained_density(layer) for layer in mask.layers}
     return dict(
-        inference_flops=flops.inference(densities),
-        training_flops=flops.training(densities, of_growth, _trained(mask)),
+        inference_flops=flops.inference(mask.densities),
+        training_flops=flops.training(mask.densities, of_growth, trained),
     )
-
-
-def _trained(mask: Masking) -> dict[str, float] | None:
-    """Return the densities of the weights that are trained, where they are more than the active ones."""
-    if mask.dense_copy is None:
-        return None
-    backward = mask.dense_copy.backward
-    return {layer.name: min(backward * layer.density, 1.0) if backward else 1.0 for layer in mask.layers}
 
 
 def flops_of_run(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from sparselearning.experiments.data import in_memory as data_module
 from sparselearning.experiments.data import files as datafiles
-from sparselearning.experiments.data.in_memory import Split, batches, count_batches, crop_and_flip, draw_crops, load
+from sparselearning.experiments.data import in_memory as data_module
 from sparselearning.experiments.data.files import CIFAR_FILES, MNIST_FILES, DataError
+from sparselearning.experiments.data.in_memory import Split, batches, count_batches, crop_and_flip, draw_crops, load
 
 REAL = os.environ.get("SPARSELEARNING_DATA", "/nowhere")
 
@@ -87,9 +87,9 @@ def same_split(first, second):
 
 
 def test_digits_need_no_files(tmp_path):
-    data = load("digits", folder=tmp_path / "absent")
+    data = load("digits", folder=tmp_path / "missing")
     assert (len(data.train), len(data.valid), len(data.test)) == (1294, 144, 359)
-    assert data.input_shape == (1, 28, 28)
+    assert data.train.images.shape[1:] == (1, 28, 28)
     assert data.train.images.dtype == torch.uint8
     assert data.train.labels.dtype == torch.int64
     assert data.train.images.max() == 255
@@ -262,7 +262,7 @@ def test_other_content_is_refused(tmp_path, content, message):
 def test_what_is_no_gzip_file_is_refused(tmp_path):
     write_mnist(tmp_path, ".gz")
     (tmp_path / (MNIST_FILES[1] + ".gz")).write_bytes(b"<html>not found</html>")
-    with pytest.raises(DataError, match=r"train-labels-idx1-ubyte\.gz \(22 bytes\) is not a sound gzip file"):
+    with pytest.raises(DataError, match=r"train-labels-idx1-ubyte\.gz \(22 bytes\) is not a valid gzip file"):
         load("mnist", tmp_path)
 
 

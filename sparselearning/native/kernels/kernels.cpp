@@ -1,4 +1,4 @@
-// Sparse convolution on a CPU, with a C interface; sparselearning/sparse/library.py is its only caller.
+// Sparse convolution on a CPU, with a C interface; sparselearning/sparse/ops.py is its only caller.
 //
 // A weight of shape (out_channels, in_channels / groups, kernel_y, kernel_x) is stored by rows: `start` has
 // out_channels + 1 entries, `column` counts inside one flattened row. A linear layer is a 1x1 convolution over one
@@ -153,7 +153,7 @@ int guarded(const Body& body) {
 
 Conv conv_of(const int64_t* shape) {
     Conv conv;
-    static_assert(sizeof(Conv) == 19 * sizeof(int64_t), "library.py passes 19 numbers");
+    static_assert(sizeof(Conv) == 19 * sizeof(int64_t), "interface.py passes 19 numbers");
     std::memcpy(&conv, shape, sizeof conv);
     return conv;
 }
@@ -247,8 +247,6 @@ int few(const S* x, int64_t batch, int64_t inputs, int64_t outputs, const int32_
 
 }  // namespace
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
 // The widest instruction set of this processor: 0 portable, 1 AVX2 and FMA, 2 AVX-512.
 EXPORT int sl_instruction_set() {
 #ifdef X86_DISPATCH
@@ -262,7 +260,7 @@ EXPORT int sl_instruction_set() {
 }
 
 EXPORT int sl_transpose_rows(const int64_t* shape, const int32_t* start, const int32_t* column, int32_t* to_start,
-                             int32_t* to_column, int32_t* order) {
+                             int32_t* to_column, int32_t* order, int64_t, int64_t, Fork) {
     return guarded([&] { return transpose_rows(shape, start, column, to_start, to_column, order); });
 }
 

@@ -13,9 +13,7 @@
 #include <sys/mman.h>
 #endif
 
-// GOMP_parallel's signature. Given by the caller, so that the threads are those of torch's own pool: two OpenMP pools
-// that spin on the same cores slow each other down.
-using Fork = void (*)(void (*)(void*), void*, unsigned, unsigned);
+#include "interface.h"
 
 struct Parallel {
     int threads;

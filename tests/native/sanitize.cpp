@@ -1,7 +1,7 @@
 // Random layers through every kernel, against plain loops, to be built with sanitizers. From the repository's root:
 //
 //     g++ -std=c++17 -g -O1 -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all \
-//         tests/sparse/sanitize.cpp -o /tmp/sanitize && /tmp/sanitize 300
+//         tests/native/sanitize.cpp -o /tmp/sanitize && /tmp/sanitize 300
 //
 // Tensors lie in vectors of their exact size, so that any access beyond an end is caught.
 #include <cmath>
@@ -9,7 +9,7 @@
 #include <random>
 
 #define MANY_NUMBERS 0  // small layers are shared among threads too
-#include "../../sparselearning/sparse/kernels/kernels.cpp"
+#include "../../sparselearning/native/kernels/kernels.cpp"
 
 namespace {
 

@@ -1,0 +1,94 @@
+"""How many weights move in an update: what each layer gains or loses by the density, prunes, and grows.
+
+Counts in, counts out. Where the density changes over time (`schedules.Updates.density`), n = round(density(step) *
+size) weights are to be active after an update, and each layer's share of the change is
+
+    c_i = +-apportion(|n - sum nnz|, nnz, room)
+
+If the density falls, layer i prunes k_i = -c_i + ceil(p_i * (nnz_i + c_i)) weights. After pruning the network grows as
+many weights as it lacks: what was pruned, less what the density fell by, or plus what it rose by.
+"""
+
+import math
+from collections.abc import Sequence
+
+from sparselearning.layers import SparseLayer
+from sparselearning.selection import apportion, count_of
+from sparselearning.start.distributions import none_empty
+
+Layers = Sequence[SparseLayer]
+
+
+def unit_of(layers: Layers) -> int:
+    """Return how many weights move together; 1 where this differs between layers, which then exchange none."""
+    sizes = {layer.pattern.size for layer in layers}
+    return sizes.pop() if len(sizes) == 1 else 1
+
+
+def change_to(density: float, layers: Layers) -> tuple[int, list[int]]:
+    """Return how many weights are active at this density, and how many each layer gains (loses, if negative).
+
+    Raises:
+        ValueError: if the density is more than the layers' pattern can hold.
+    """
+    unit = unit_of(layers)
+    units = round(density * sum(layer.mask.numel() for layer in layers) / unit)
+    active = [layer.nonzeros // unit for layer in layers]
+    room = [layer.room // unit for layer in layers]
+    rise = units - sum(active)
+    if rise > sum(room):
+        raise ValueError(f"The density schedule asks for a density of {density}, more than the pattern can hold.")
+    change = [-fall for fall in apportion(-rise, active, active)] if rise < 0 else apportion(rise, active, room)
+    return units * unit, [gain * unit for gain in change]
+
+
+def shares(importance: Sequence[float], layers: Layers) -> list[float]:
+    """Return importance as shares that sum to 1; NaN (a layer without active weights) and negative count as zero.
+
+    Raises:
+        ValueError: if an importance is infinite.
+    """
+    importance = [max(value, 0.0) if value == value else 0.0 for value in importance]
+    total = sum(importance)
+    if total == math.inf:
+        name = layers[importance.index(max(importance))].name
+        raise ValueError(f"{name} has importance inf; expected a finite number. Training has probably diverged.")
+    return [value / total if total else 1 / len(layers) for value in importance]
+
+
+def prune_rates(rate: float, change: Sequence[int], layers: Layers) -> list[float]:
+    """Return the fraction of its active weights that each layer prunes."""
+    rates = []
+    for layer, gain in zip(layers, change, strict=True):
+        sparsity = 1 - layer.density
+        # A nearly dense layer that is still growing would only prune what it regrows.
+        growing = sparsity < 0.2 and layer.importance > 1 / len(layers)
+        own = min(rate, sparsity) if growing else rate
+        rates.append((count_of(own, layer.nonzeros + gain) - gain) / layer.nonzeros if gain < 0 else own)
+    return rates
+
+
+def give_back(lacking: int, change: Sequence[int], layers: Layers) -> list[int]:
+    """Return how many weights each layer grows if each gets back what it lost."""
+    unit = unit_of(layers)
+    lost = [
+        layer.room if layer.pattern.ablation else max(layer.removed + gain, 0)
+        for layer, gain in zip(layers, change, strict=True)
+    ]
+    room = [layer.room // unit for layer in layers]
+    return [count * unit for count in apportion(min(lacking // unit, sum(room)), lost, room)]
+
+
+def redistribute(lacking: int, layers: Layers) -> list[int]:
+    """Return how many weights each layer grows in proportion to its importance.
+
+    No layer is filled beyond 99% of its room, unless the weights fit nowhere else.
+    """
+    unit = unit_of(layers)
+    room = [int(0.99 * layer.room) // unit for layer in layers]
+    if sum(room) < lacking // unit:
+        room = [layer.room // unit for layer in layers]
+    counts = apportion(min(lacking // unit, sum(room)), [layer.importance for layer in layers], room)
+    # A layer that lost its last weight would have no importance, and stay empty for ever.
+    emptied = [int(layer.removed > 0 and layer.nonzeros == 0 and layer.room >= unit) for layer in layers]
+    return [count * unit for count in none_empty(counts, emptied, [layer.nonzeros for layer in layers])]

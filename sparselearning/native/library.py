@@ -1,0 +1,70 @@
+"""The compiled library of this package: masks are applied and sparse layers computed by it."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import os
+from pathlib import Path
+
+import torch  # loads the OpenMP library whose threads the kernels run on
+from torch import Tensor
+
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+FAILURES = {
+    1: (ValueError, "The indices of a sparse layer do not fit its shape; load a state_dict of the same layer."),
+    2: (MemoryError, "The sparse kernels ran out of memory."),
+    3: (ValueError, "A layer this large has no sparse kernel; leave it dense."),
+}
+
+
+class Library:
+    """A built library, loaded with ctypes; `instruction_set`, an index into INSTRUCTION_SETS, can be changed."""
+
+    def __init__(self, path: Path):
+        self.functions = ctypes.CDLL(str(path))
+        # The threads of torch's own pool: a second OpenMP pool would spin on the same cores.
+        fork = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+        self.fork = ctypes.cast(fork, ctypes.c_void_p) if fork else None
+        self.instruction_set = self.best = self.functions.sl_instruction_set()
+        wanted = os.environ.get("SPARSELEARNING_ISA")
+        if wanted is not None:
+            self.instruction_set = self.index_of(wanted)
+
+    def index_of(self, name: str) -> int:
+        """Return the index of an instruction set that this processor has."""
+        allowed = INSTRUCTION_SETS[: self.best + 1]
+        if name not in allowed:
+            raise ValueError(f"Unknown or unsupported SPARSELEARNING_ISA {name!r}. Choose one of {allowed}.")
+        return INSTRUCTION_SETS.index(name)
+
+    def call(self, name: str, *arguments) -> None:
+        """Call a function on tensors (by address), integers and arrays, with the threads that torch may use.
+
+        Raises:
+            ValueError or MemoryError: as FAILURES says of the status that it returns.
+        """
+        arguments += (self.instruction_set, torch.get_num_threads(), self.fork)
+        status = getattr(self.functions, name)(*map(native, arguments))
+        if status:
+            kind, message = FAILURES[status]
+            raise kind(message)
+
+
+def native(argument):
+    """Return what ctypes takes for a tensor or an integer, and anything else as it is."""
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, (int, bool)):
+        return ctypes.c_int64(argument)
+    return argument
+
+
+def load() -> Library | None:
+    """Return the library beside this file, or None if the package was installed without a compiler."""
+    places = [Path(__file__).with_name("_native" + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    built = next((place for place in places if place.exists()), None)
+    return None if built is None else Library(built)
+
+
+LIBRARY = load()

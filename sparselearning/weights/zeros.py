@@ -1,0 +1,115 @@
+"""How weights are held while masks act on them: with zeros where they are inactive.
+
+`Zeros` is what Masking calls; dense_copy.py and sparse/training.py hold weights in other ways, by doing something else
+at the same moments.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparselearning.layers import SparseLayer
+from sparselearning.native.zero import zero_inactive
+from sparselearning.weights.optimizer import gradient_of, momentum_of
+from sparselearning.weights.regrowth import START_VALUES, pull_to_zero, start_regrown
+
+Layers = Sequence[SparseLayer]
+Ahead = tuple[float, bool]  # steps until the next update, and whether steps trigger all: schedules.Updates.ahead
+
+
+class Zeros:
+    """Inactive weights are zero, and lose their values.
+
+        Masking(optimizer, decay, weights=Zeros(regrown="random", reset_state=True))
+
+    Args:
+        regrown: what a weight is when it becomes active: 'zero', or 'random', as torch initialises layers.
+        reset_state: set the optimizer's state of a weight to zero when the weight becomes active.
+        pull: how strongly active weights are pulled to zero: pull * sign(weight) is added to their gradients before
+            every step.
+
+    Raises:
+        ValueError: for an unknown `regrown`, or a negative or infinite pull.
+    """
+
+    kind = "zero"
+    keeps_inactive = False  # whether inactive weights keep their values
+    optimizer: torch.optim.Optimizer  # set by Masking, as the next
+    window: int  # steps before an update whose dense gradients its functions read
+
+    def __init__(self, *, regrown: str = "zero", reset_state: bool = False, pull: float = 0.0):
+        if regrown not in START_VALUES:
+            raise ValueError(f"Unknown regrown {regrown!r}. Choose one of {', '.join(map(repr, START_VALUES))}.")
+        if not 0 <= pull < math.inf:
+            raise ValueError(f"Expected a pull of at least 0, got {pull}.")
+        self.regrown, self.reset_state, self.pull = regrown, reset_state, pull
+
+    @property
+    def acts_before_steps(self) -> bool:
+        """Whether `before_step` does anything."""
+        return self.pull > 0
+
+    def add(self, module: nn.Module, layers: Layers, ahead: Ahead) -> None:
+        """Begin to hold the weights of `layers` in `module`."""
+
+    def release(self, layers: Layers) -> None:
+        """Let go of weights that stay dense from now on."""
+
+    def before_step(self, layers: Layers, closure: Callable | None) -> None:
+        """Give the optimizer what it is to step."""
+        if self.pull:
+            pull_to_zero([self.stepped_for(layer) for layer in layers], self.pull, self.optimizer)
+
+    def after_step(self, layers: Layers) -> None:
+        """Take over what the optimizer has left; also of a step that it skipped."""
+
+    def stepped(self, ahead: Ahead) -> None:
+        """Count a step."""
+
+    def moved(self, layers: Layers, before: Sequence[Tensor]) -> None:
+        """Follow masks that have moved; `before` is what they were."""
+        start_regrown(layers, before, self.optimizer, self.regrown, self.reset_state)
+
+    def updated(self, ahead: Ahead) -> None:
+        """End an update of the masks."""
+
+    @torch.no_grad()
+    def apply(self, layers: Layers) -> None:
+        """Set inactive weights to zero, in place."""
+        halves = [layer for layer in layers if layer.weight is not layer.master]
+        tensors = [layer.master for layer in layers] + [layer.weight for layer in halves]
+        zero_inactive(tensors, [layer.mask for layer in [*layers, *halves]])
+
+    def describe(self, layer: SparseLayer) -> str:
+        """Return how the layer's weight is held, in a few words; empty for zeros."""
+        return ""
+
+    def trained_density(self, layer: SparseLayer) -> float:
+        """Return the fraction of the layer's weights that the optimizer trains."""
+        return layer.density
+
+    def stepped_for(self, layer: SparseLayer) -> Tensor:
+        """Return what the optimizer steps for a layer."""
+        return layer.master
+
+    def stepped_weights(self) -> set[int]:
+        """Return the ids of weights in whose place the optimizer steps another tensor."""
+        return set()
+
+    def momentum_of(self, weight: Tensor) -> Tensor:
+        """Return the momentum of a weight."""
+        return momentum_of(self.optimizer, weight)
+
+    def gradient_of(self, weight: Tensor) -> Tensor:
+        """Return the gradient of a weight."""
+        return gradient_of(weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is to be saved besides masks and weights."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], layers: Layers) -> None:
+        """Take what `state_dict` returned."""
