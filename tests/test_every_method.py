@@ -19,7 +19,7 @@ from work import work_of
 
 from sparselearning import Masking
 from sparselearning.experiments.report import plots
-from sparselearning.functions import is_network_wide
+from sparselearning.functions import is_marked
 from sparselearning.grow import GROWTH_FUNCTIONS
 from sparselearning.methods import METHODS, find_method
 from sparselearning.patterns import of_fan_in, pattern_for
@@ -33,11 +33,12 @@ def refusal(method, pattern):
     """Return the error for a combination that makes no sense; None for the others."""
     parts, units_differ = METHODS[method], pattern == "neuron"
     prune, grow = PRUNE_FUNCTIONS[parts.prune], GROWTH_FUNCTIONS[parts.growth]
-    if getattr(prune, "single_weights", False) and pattern in ("block:2x4", "neuron"):
+    if is_marked(prune, "single_weights") and pattern in ("block:2x4", "neuron"):
         return f"prune_mode='{parts.prune}' moves single weights, and the pattern '{pattern}' does not let it"
     if parts.density_schedule != "constant" and (pattern.startswith("fan-in") or units_differ):
         return f"The pattern '{pattern}' keeps the density of each layer"
-    if units_differ and (parts.redistribution != "none" or is_network_wide(prune) or is_network_wide(grow)):
+    across = any(is_marked(function, "network_wide") for function in (prune, grow))
+    if units_differ and (parts.redistribution != "none" or across):
         return "The units of pattern 'neuron' have 20, 40 weights in different layers"
     if parts.start_density == 1 and pattern == "2:4":
         return r"Expected a density of at most 0\.5, which is all that the pattern '2:4' holds, got 1"
@@ -63,10 +64,10 @@ def counted(masking):
 
 def due(masking, step, at_first):
     """Return how many weights an update at `step` is to leave active, in whole units."""
-    if masking.density_schedule is None:
+    if masking.updates.density is None:
         return at_first
     unit = masking.layers[0].pattern.size
-    return round(masking.density_schedule(step) * SIZE / unit) * unit
+    return round(masking.updates.density(step) * SIZE / unit) * unit
 
 
 def assert_pattern_holds(mask, pattern, most):
@@ -110,7 +111,7 @@ def test_counts_are_exact_inactive_weights_zero_and_the_pattern_holds(method, pa
         masking.check()
         for layer in masking.layers:
             assert_pattern_holds(layer.mask, pattern, most[layer.name])
-    assert counts == (at_first if masking.density_schedule is None else round(DENSITY * SIZE))
+    assert counts == (at_first if masking.updates.density is None else round(DENSITY * SIZE))
     assert masking.density <= masking.exploration_rate <= 1
 
 
@@ -187,7 +188,7 @@ def training_step(method=None, pattern=None):
 @pytest.mark.parametrize(("method", "pattern"), OWN)
 def test_a_step_does_little_more_than_a_dense_one_and_waits_for_no_device(method, pattern):
     parts = METHODS[method]
-    kind = "pulled" if parts.pull else "zero" if parts.inactive == "zero" else "copied"
+    kind = "pulled" if parts.pull else "zero" if parts.weights == "zero" else "copied"
     operations, entries, waits, calls = work_of(training_step(method, pattern)) - work_of(training_step())
     most_operations, passes, most_calls = MORE_WORK[kind]
     assert waits == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import assert_masks_hold, masked, mlp, same, sgd, snapshot, train
 
-from sparselearning import Masking, network_wide
+from sparselearning import Masking, Updates, network_wide
 from sparselearning.functions import FunctionError
 from sparselearning.grow import GROWTH_FUNCTIONS
 
@@ -142,11 +142,22 @@ def test_a_function_that_breaks_a_pattern_is_named_and_changes_nothing(argument,
     assert same(before, masking.masks)
 
 
+TENTH = Updates(density=lambda step: 0.1)
+
+
 @pytest.mark.parametrize(
     ("pattern", "modes", "message"),
     [
-        ("fan-in", dict(density_schedule=lambda step: 0.1), "The pattern 'fan-in' keeps the density of each layer"),
-        ("neuron", dict(density_schedule=lambda step: 0.1), "The pattern 'neuron' keeps the density of each layer"),
+        (
+            "fan-in",
+            dict(updates=TENTH),
+            "The pattern 'fan-in' keeps the density of each layer",
+        ),
+        (
+            "neuron",
+            dict(updates=TENTH),
+            "The pattern 'neuron' keeps the density of each layer",
+        ),
         ("block:1x2", dict(prune_mode="sign_flip"), "prune_mode='sign_flip' moves single weights"),
         ("2:4", dict(growth_mode="momentum_neuron"), "growth_mode='momentum_neuron' moves single weights"),
         ("neuron", dict(redistribution_mode="nonzeros"), "The units of pattern 'neuron' have 4, 8 weights"),

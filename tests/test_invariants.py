@@ -102,7 +102,7 @@ def test_an_update_that_reads_no_gradient_asks_for_none():
 
 @pytest.mark.skipif(not available(), reason="built without sparse kernels")
 def test_the_momentum_on_sparse_kernels_is_checked():
-    masking = masked(mlp(20, 30, 10), sparse_backend="cpu")
+    masking = masked(mlp(20, 30, 10), weights="sparse")
     train(masking.modules[0], masking, steps=1)
     masking.optimizer.state[masking.modules[0].fc2.value]["momentum_buffer"][0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"momentum_buffer of fc2\.weight\. The masks stay"):

@@ -11,8 +11,8 @@ from patterned import PATTERNS, assert_pattern_holds, move, sparse
 from test_update_matrix import without_aliases
 from torch import nn
 
-from sparselearning import network_wide
-from sparselearning.functions import is_network_wide
+from sparselearning import Updates, network_wide
+from sparselearning.functions import is_marked
 from sparselearning.grow import GROWTH_FUNCTIONS
 from sparselearning.prune import PRUNE_FUNCTIONS
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
@@ -34,7 +34,8 @@ def refusal(pattern, prune_mode, growth_mode, redistribution_mode):
         return f"growth_mode='momentum_neuron' moves single weights, and the pattern '{pattern}' does not let it"
     if prune_mode in single and pattern in ("block:4x2", "neuron"):
         return f"prune_mode='{prune_mode}' moves single weights, and the pattern '{pattern}' does not let it"
-    across = is_network_wide(PRUNE_FUNCTIONS[prune_mode]) or is_network_wide(GROWTH_FUNCTIONS[growth_mode])
+    functions = PRUNE_FUNCTIONS[prune_mode], GROWTH_FUNCTIONS[growth_mode]
+    across = any(is_marked(function, "network_wide") for function in functions)
     if pattern == "neuron" and (across or redistribution_mode != "none"):
         return "The units of pattern 'neuron' have 8, 24, 32 weights in different layers, so none can move from one"
 
@@ -82,7 +83,7 @@ def test_the_density_follows_a_schedule_in_units(pattern, start, prune_mode):
     def density(step):
         return max(start - step / 50, 0.05)
 
-    model, masking = sparse(pattern, density=start, prune_mode=prune_mode, density_schedule=density)
+    model, masking = sparse(pattern, density=start, prune_mode=prune_mode, updates=Updates(density=density))
     unit, size = masking.layers[0].pattern.size, masking.total_nonzero + masking.total_zero
     for update in range(1, 12):
         move(model, masking)
@@ -91,8 +92,8 @@ def test_the_density_follows_a_schedule_in_units(pattern, start, prune_mode):
 
 
 def test_a_density_above_what_the_pattern_holds_is_refused():
-    model, masking = sparse("2:4", density_schedule=lambda step: 0.6)
-    with pytest.raises(ValueError, match=r"asks for a density of 0\.6, which is more than the pattern holds"):
+    model, masking = sparse("2:4", updates=Updates(density=lambda step: 0.6))
+    with pytest.raises(ValueError, match=r"asks for a density of 0\.6, more than the pattern can hold"):
         move(model, masking)
 
 
