@@ -21,13 +21,12 @@ test: .venv/installed
 soak: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --durations 0
 
-# Lines and branches of the package that the tests run, processes of their own included; without four tests that
+# Lines and branches of the package that the tests run, processes of their own included; without three tests that
 # coverage's files, signal handler and random numbers disturb.
 coverage: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check pytest-cov
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report term \
 		--deselect tests/mnist_cifar/test_main.py::test_the_same_seed_gives_the_same_run \
-		--deselect tests/mnist_cifar/test_main.py::test_a_killed_run_goes_on_exactly \
 		--deselect tests/experiments/run/test_resuming.py::test_a_thread_other_than_the_main_one_leaves_signals_alone \
 		--deselect tests/experiments/run/test_resuming.py::test_a_disk_too_full_for_the_log_ends_in_one_line
 

@@ -6,60 +6,44 @@
 
 DIR holds train/<class>/<image> and val/<class>/<image>; `webdataset:DIR` holds tar shards *train*.tar and *val*.tar.
 A run leaves runs/imagenet-<model>-<density>-<seed>-<hash>/ with args.json, log.txt, metrics.jsonl, checkpoint.pt,
-checkpoint-best.pt, curves.png and density.png. `--resume <that folder>` goes on where it was stopped, on any number of
-processes; a command with `--resume auto` goes on if its run has begun, and begins it if not. On SIGTERM and SIGINT
-(Ctrl-C) the run writes a checkpoint after the running step, and exits with status 143 or 130.
+checkpoint-best.pt, curves.png and density.png. `--resume <that folder>` goes on where it was stopped, with the same
+arguments and on any number of processes; a command with `--resume auto` goes on if its run has begun, and begins it if
+not. On SIGTERM and SIGINT (Ctrl-C) the run writes a checkpoint after the running step, and exits with status 143 or
+130.
+
+The masks move at the end of every epoch but the last (or every --prune-every-k-steps steps): a weight that has just
+grown is still zero, and after the last epoch no step would train it.
 """
 
 import argparse
 import logging
 import os
-import sys
 import time
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads: spinning threads fight for shared cores
+
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from sparselearning import checkpoint
-from sparselearning.core import Masking, add_sparse_args
+from sparselearning.core import add_sparse_args
 from sparselearning.experiments.data import photographs as images
 from sparselearning.experiments.data.files import DataError
-from sparselearning.experiments.report import plots
-from sparselearning.experiments.run import resuming
-from sparselearning.experiments.run.arguments import (
-    ArgumentParser,
-    add_checkpoint_args,
-    check_sparse_backend,
-    fail,
-    seed,
-)
-from sparselearning.experiments.run.costs import describe, flops_of_run, relative_flops
-from sparselearning.experiments.run.folder import RunFolder, check_same_run
-from sparselearning.experiments.run.start import choice_of_weights
-from sparselearning.experiments.run.training import (
-    ApexPrecision,
-    NotFinite,
-    Precision,
-    Progress,
-    evaluate,
-    find_apex,
-    progress_bar,
-    seed_generators,
-    train_epoch,
-)
-from sparselearning.flags import chosen_method, fraction, non_negative, positive_int, whole_number
+from sparselearning.experiments.run import resuming, session
+from sparselearning.experiments.run.arguments import ArgumentParser, add_run_args, check, processes
+from sparselearning.experiments.run.costs import describe, flops_of_run
+from sparselearning.experiments.run.folder import RunFolder, defaults_of_run
+from sparselearning.experiments.run.precision import choose_precision
+from sparselearning.experiments.run.start import build_masking, load_first_weights
+from sparselearning.experiments.run.stopping import StopRequests
+from sparselearning.experiments.run.training import Progress, evaluate, progress_bar, seed_generators, train_epoch
+from sparselearning.flags import defaults_from, fraction, non_negative, positive_int, whole_number
 from sparselearning.flops import forward_flops
-from sparselearning.functions import FunctionError
 from sparselearning.models.resnet import RESNETS
-from sparselearning.native.allocator import keep_freed_memory
 from sparselearning.processes import distributed
-from sparselearning.processes.sharded import Whole
 from sparselearning.start.maskable import maskable_parameters
 from sparselearning.start.names import named
 from sparselearning.weights.optimizer import torch_optimizer
@@ -89,20 +73,23 @@ RECIPES = {
         dense_layers=[],
     ),
 }
+FILLED_IN = ("warmup", "decay_epochs", "stride_in", "dense_layers")  # they depend on other arguments, too
 FAN = {"classic": "fan_out", "fanin": "fan_in"}
-USER_ERRORS = (DataError, checkpoint.CheckpointError, NotFinite, FunctionError, OSError, ValueError)
-
+WITHOUT_BOTTLENECK = ("resnet18", "resnet34")
 logger = logging.getLogger("imagenet")
 
 
-def parse_arguments(argv=None):
+def build_parser():
+    """Return the parser of the command line."""
     form = argparse.RawDescriptionHelpFormatter
     parser = ArgumentParser("main.py", description=__doc__, formatter_class=form)
+    place = parser.add_mutually_exclusive_group()
     add = parser.add_argument
     of_recipe = "(default: of the recipe)"
     # fmt: off
-    add("data_dir", metavar="DIR", nargs="?", help="folder with train/ and val/, or webdataset:FOLDER with tar shards")
-    add("--data", dest="data_flag", metavar="DIR", help="the same")
+    place.add_argument("place", metavar="DIR", nargs="?",
+        help="folder with train/ and val/, or webdataset:FOLDER with tar shards")
+    place.add_argument("--data", dest="data_dir", metavar="DIR", help="the same")
     add("--recipe", choices=[*RECIPES], default="tuned", help="sets the defaults (default: tuned)")
     add("-a", "--arch", dest="model", type=architecture, default="resnet50", metavar="NAME",
         help=f"{', '.join(RESNETS)}, torchvision:NAME or timm:NAME (default: resnet50)")
@@ -113,7 +100,6 @@ def parse_arguments(argv=None):
     add("-j", "--workers", type=whole_number, default=min(5, os.cpu_count() or 1), metavar="N",
         help="processes that load images, for each training process (default: 5, or one a core)")
     add("--epochs", type=positive_int, metavar="N", help=f"epochs to train {of_recipe}")
-    add("--start-epoch", type=positive_int, default=1, metavar="N", help="number of the first epoch (default: 1)")
     add("-b", "--batch-size", type=positive_int, default=256, metavar="N",
         help="images per step, of all processes and parts together (default: 256)")
     add("--accumulate", type=positive_int, default=1, metavar="N",
@@ -130,38 +116,27 @@ def parse_arguments(argv=None):
         help=f"weight decay on normalisation and biases too {of_recipe}")
     add("-p", "--print-freq", type=positive_int, default=10, metavar="STEPS",
         help="steps between two losses shown (default: 10)")
-    add("--resume", metavar="PATH", help="run folder or checkpoint to go on from; "
-        "auto: the newest good checkpoint of the run with these arguments, if there is one")
-    add_checkpoint_args(parser)
     add("-e", "--evaluate", action="store_true", help="evaluate on the validation images, and end")
     add("--pretrained-weights", metavar="FILE", help="checkpoint or state_dict to take the weights from")
-    add("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed precision (default: none)")
-    add("--fp16", action="store_true",
-        help="fp16 with fp32 master weights: by Apex where it is installed, else --amp fp16")
+    add_run_args(parser)
     add("--static-loss-scale", type=non_negative, metavar="SCALE", help="loss scale of fp16 (default: it adapts)")
     add("--dynamic-loss-scale", action="store_true", help="adapt the loss scale, whatever --static-loss-scale says")
-    add("--compile", action="store_true", help="compile the model with torch.compile")
     add("--fsdp", action="store_true", help="shard weights, momenta and masks among the processes (FSDP2)")
     add("--prof", action="store_true", help="profile ten steps, and end")
     add("--benchmark-training", action="store_true", help="measure images per second in training, and end")
     add("--benchmark-inference", action="store_true", help="measure images per second in evaluation, and end")
     add("--bench-iterations", type=positive_int, default=20, metavar="N", help="batches measured (default: 20)")
     add("--bench-warmup", type=positive_int, default=20, metavar="N", help="batches before that (default: 20)")
-    add("--seed", type=seed, default=17, help="random seed (default: 17)")
     add("--gather-checkpoints", action="store_true", help="keep the checkpoint of every epoch")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, ...; under torchrun cuda is the process's own GPU (default: %(default)s)")
-    add("--run-dir", default="runs", help="folder of the run folders (default: runs)")
     add("--density-of", choices=["masked", "network"], default="masked",
         help="what --density is a fraction of: the weights that have masks, or all parameters of the network, those of "
         "--dense-layers too (default: masked)")
     # fmt: on
     add_sparse_args(parser)
-    recipe = RECIPES[parser.parse_known_args(argv)[0].recipe]
-    parser.set_defaults(data="imagenet", prune_rate=0.2, density=0.1, **recipe)
-    args = parser.parse_args(argv)
-    check(parser, args, recipe)
-    return args
+    parser.set_defaults(data="imagenet", prune_rate=0.2, density=0.1, dense_layers=None)
+    defaults_from(parser, "--recipe", defaults_of_recipe)
+    defaults_from(parser, "--resume", defaults_of_run, "--sparse-init", "--pretrained-weights")
+    return parser
 
 
 def architecture(text):
@@ -173,131 +148,110 @@ def architecture(text):
     return text
 
 
-def check(parser, args, recipe):
-    """Fill in what depends on other arguments; end with one line and status 2 where they do not fit together."""
-    given = [place for place in (args.data_dir, args.data_flag) if place]
-    if len(given) != 1:
-        parser.error("give the folder of the images once: main.py DIR, or --data DIR")
-    args.data_dir = given[0]
-    del args.data_flag
-    for name in ("warmup", "decay_epochs"):
-        if getattr(args, name) == recipe[name]:
-            scale = args.epochs / recipe["epochs"]
-            setattr(args, name, [e * scale for e in recipe[name]] if name == "decay_epochs" else recipe[name] * scale)
-    if args.model not in RESNETS and args.dense_layers == recipe["dense_layers"]:
-        args.dense_layers = []
-    if args.model in ("resnet18", "resnet34"):
-        args.stride_in = "3x3"  # their blocks have no 1x1 convolution
-    if args.momentum == 0 and not args.dense and "momentum" in (args.growth, args.redistribution):
-        advice = "--momentum 0.9, or --growth random --redistribution nonzeros"
-        parser.error(f"--growth momentum and --redistribution momentum need a momentum: {advice}")
-    if args.sparse_init == "resume" and not args.pretrained_weights:
-        parser.error("--sparse-init resume takes the nonzeros of saved weights: add --pretrained-weights FILE")
-    if args.density_of == "network" and args.layer_density:
-        parser.error("--density-of network and --layer-density exclude each other: the first sets one density for all")
-    if args.start_epoch > args.epochs:
-        parser.error(f"--start-epoch {args.start_epoch} is after the last of {args.epochs} epochs")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % (processes * args.accumulate):
-        parts = f"{processes} processes x {args.accumulate} parts (--accumulate)"
-        parser.error(f"--batch-size {args.batch_size} cannot be divided evenly among {parts}")
-    if args.fsdp and processes == 1:
-        parser.error("--fsdp shards among processes: start it with torchrun --nproc_per_node N")
-    check_sparse_backend(parser, args, args.device)
-    if args.static_loss_scale == 0:
-        parser.error("--static-loss-scale expects a number above 0")
+def defaults_of_recipe(name):
+    """Return the defaults that a recipe sets, but for those that `fill_in` makes of other arguments."""
+    return {flag: value for flag, value in RECIPES[name].items() if flag not in FILLED_IN}
+
+
+def parse_arguments(argv=None):
+    """Return the arguments; end with one line and exit status 2 where they exclude each other."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    fill_in(args)
+    check(parser, args, exclusions(args))
+    return args
+
+
+def fill_in(args):
+    """Fill in what follows from other arguments: warm-up and decay keep their place in a run of other length."""
+    args.data_dir = args.place or args.data_dir
+    del args.place
+    recipe = RECIPES[args.recipe]
+    scale = args.epochs / recipe["epochs"]
+    if args.warmup is None:
+        args.warmup = recipe["warmup"] * scale
+    if args.decay_epochs is None:
+        args.decay_epochs = [epoch * scale for epoch in recipe["decay_epochs"]]
+    if args.stride_in is None:
+        args.stride_in = "3x3" if args.model in WITHOUT_BOTTLENECK else recipe["stride_in"]
+    if args.dense_layers is None:
+        args.dense_layers = recipe["dense_layers"] if args.model in RESNETS else []
     if args.dynamic_loss_scale:
         args.static_loss_scale = None
-    if args.fp16:
-        args.amp = "apex" if find_apex() and not args.fsdp else "fp16"
+
+
+def exclusions(args):
+    """Return (condition, reason) pairs of arguments that exclude each other in this script alone."""
+    return [
+        (not args.data_dir, "expected the folder of the images: main.py DIR, or --data DIR"),
+        (
+            args.density_of == "network" and bool(args.layer_density),
+            "--density-of network and --layer-density exclude each other: the first sets one density for all",
+        ),
+        (
+            args.model in WITHOUT_BOTTLENECK and args.stride_in == "1x1",
+            f"--stride-in 1x1 is of bottlenecks, and the blocks of {args.model} have none: leave it out",
+        ),
+        (
+            args.fsdp and processes() == 1,
+            "--fsdp shards among processes: start it with torchrun --nproc_per_node N",
+        ),
+        (args.static_loss_scale == 0, "--static-loss-scale expects a number above 0"),
+    ]
 
 
 def run(args):
     """Make one run, and return its folder."""
-    device = distributed.start(args.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    rank, processes = distributed.rank(), distributed.processes()
-    seed_generators(args.seed)
+    device = session.start(args)
     torch.backends.cudnn.benchmark = True  # all batches have one shape
     found = resuming.find(args)
-    args.resume = found and str(found[0])
-    if found:
-        check_same_run(args.resume, found[1].get("args", {}), args)
 
-    train_source, valid_source = images.sources(args.data_dir)
-    train_images = images.Photographs(train_source, args.image_size, train=True, seed=args.seed)
-    valid_images = images.Photographs(valid_source, args.image_size, train=False)
-    if args.batch_size > len(train_images):
-        raise DataError(
-            f"--batch-size {args.batch_size} is more than the {len(train_images)} images of {args.data_dir}."
-        )
-    share = dict(rank=rank, processes=processes)
-    batches = images.TrainingBatches(len(train_images), args.batch_size, args.accumulate, **share, seed=args.seed)
-    in_order = images.EvaluationBatches(len(valid_images), args.batch_size // processes // args.accumulate, **share)
-    train_loader = images.load(train_images, batches, args.workers, device)
-    valid_loader = images.load(valid_images, in_order, args.workers, device)
+    classes, batches, train_loader, valid_loader = load_images(args, device)
     steps_per_epoch = len(batches) // args.accumulate
+    loaded = partial(images.on_device, device=device, channels_last=True)
 
-    def loaded(loader):
-        return images.on_device(loader, device, channels_last=True)
+    def batches_of_a_step():
+        return list(islice(loaded(train_loader), args.accumulate))
 
-    model = build_model(args, len(train_source.classes))
-    if args.pretrained_weights:
-        checkpoint.load_weights(args.pretrained_weights, model)
-    # fully_shard takes no weights in channels_last; images in it make the convolutions compute so.
+    model = build_model(args, classes)
+    load_first_weights(args, model)
+    # fully_shard takes no weights in channels_last. The images are in it, which is enough for the convolutions.
     model = model.to(device, memory_format=torch.contiguous_format if args.fsdp else torch.channels_last)
     flops = forward_flops(model, torch.zeros(1, 3, args.image_size, args.image_size, device=device))
     if args.compile:
         model.compile()
     if args.fsdp:
         shard(model)
-    optimizer = build_optimizer(args, model)
-    precision = Precision(args.amp, device, args.static_loss_scale)
-    if args.amp == "apex":
-        precision = ApexPrecision(model, optimizer, args.static_loss_scale)
-        optimizer = precision.optimizer
+    precision, optimizer = choose_precision(args, model, build_optimizer(args, model), device)
     scheduler = torch.optim.lr_scheduler.LambdaLR(torch_optimizer(optimizer), learning_rate(args, steps_per_epoch))
-    to_score = None if args.resume else lambda: list(islice(loaded(train_loader), args.accumulate))
-    mask = None if args.dense else build_mask(args, model, optimizer, args.epochs * steps_per_epoch, to_score)
+    masking = None
+    if not args.dense:
+        density = density_of_masked(args, model) if args.density_of == "network" else args.density
+        masking = build_masking(args, model, optimizer, args.epochs * steps_per_epoch, batches_of_a_step, density)
 
-    parts = dict(model=model, optimizer=torch_optimizer(optimizer))
-    if mask is not None:
-        parts["mask"] = mask
-    if args.fsdp:
-        parts = {name: Whole(part) for name, part in parts.items()}
-    parts |= dict(scheduler=scheduler, precision=precision)
+    parts = resuming.parts_of_checkpoint(model, torch_optimizer(optimizer), scheduler, precision, masking, args.fsdp)
     # Before a checkpoint is loaded: it sends the first process's statistics of BatchNorm to all.
     network = model if args.fsdp else distributed.replicate(model)
-    first_epoch, begun, metrics = args.start_epoch, None, None
-    if rank:  # each process drops out units of its own
-        seed_generators(args.seed + 1000 * first_epoch + rank)
-    if found:
-        first_epoch, begun = resuming.take(*found, parts, model)
-        metrics = found[1]["metrics"]
+    if rank := distributed.rank():  # each process drops out units of its own
+        seed_generators(args.seed + 1000 * args.start_epoch + rank)
+    first_epoch, begun, metrics = resuming.take(args, found, parts, model)
     folder = RunFolder(args, metrics)
 
-    # From here on `train` and `validate` are all there is to know of data, precision and processes.
-    loss_function = partial(F.cross_entropy, label_smoothing=args.label_smoothing)
-    settings = dict(loss_function=loss_function, report_every=args.print_freq, accumulate=args.accumulate)
-
+    # The rest needs only `train` and `validate`: they know precision, processes and the parts of a step.
     def train(batches, **more):
-        return train_epoch(network, batches, mask or optimizer, scheduler, precision, **settings, **more)
+        loss_function = partial(F.cross_entropy, label_smoothing=args.label_smoothing)
+        settings = dict(loss_function=loss_function, report_every=args.print_freq, accumulate=args.accumulate)
+        return train_epoch(network, batches, masking or optimizer, scheduler, precision, **settings, **more)
 
     def validate(batches):
         return evaluate(model, batches, precision, F.cross_entropy)
 
     with folder.log():
-        logger.info("%s: %s", folder.path, " ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
-        logger.info("%d processes on %s, %d steps an epoch", processes, device.type, steps_per_epoch)
-        if args.fp16:
-            logger.info("fp16 by %s", "Apex" if args.amp == "apex" else "torch.amp, for Apex is not installed")
-        if mask is not None:
-            logger.info("density %.4f: %d weights active, %d not", mask.density, mask.total_nonzero, mask.total_zero)
+        session.log_head(folder, args, masking, flops, steps_per_epoch)
+        logger.info("%d processes on %s, %d steps an epoch", distributed.processes(), device.type, steps_per_epoch)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        active = parameters - (mask.total_zero if mask is not None else 0)
+        active = parameters - (masking.total_zero if masking is not None else 0)
         logger.info("the whole network: %d of %d parameters, %.4f", active, parameters, active / parameters)
-        logger.info(describe(flops, relative_flops(flops, mask, steps_per_epoch)))
 
         if args.evaluate:
             report_evaluation(folder, validate(loaded(valid_loader)))
@@ -311,29 +265,23 @@ def run(args):
                     benchmark(args, folder, kind, work, endless(loaded, loader), args.batch_size // args.accumulate)
             return folder
 
-        with resuming.StopRequests() as stop:
+        with StopRequests() as stop:
             checkpoints = resuming.Checkpoints(folder, parts, model, args, stop, steps_per_epoch)
             for epoch in range(first_epoch, args.epochs + 1):
                 progress, begun = begun or Progress(), None
                 batches.epoch, batches.start = epoch, progress.steps * args.accumulate
                 after_step = partial(checkpoints.after_step, epoch, progress)
-                try:
+                with session.naming_errors(epoch, folder):
                     with progress_bar(f"epoch {epoch}", steps_per_epoch) as report:
                         loss = train(loaded(train_loader), progress=progress, after_step=after_step, report=report)
                     training_seconds = progress.seconds
                     valid = validate(checkpoints.watch(loaded(valid_loader), epoch, progress))
-                except NotFinite as error:
-                    raise NotFinite(f"Epoch {epoch}: {error}. {folder.kept()} Try a lower --lr.") from None
-                record = dict(epoch=epoch, steps=epoch * steps_per_epoch, train_loss=loss, valid_loss=valid.loss)
-                record |= dict(valid_accuracy=valid.accuracy, valid_accuracy_5=valid.correct_in_5 / valid.total)
-                record |= dict(lr=scheduler.get_last_lr()[0], density=1.0, active_weights=active)
-                record |= relative_flops(flops, mask, steps_per_epoch)
-                if mask is not None:
-                    densities = {layer.name: layer.density for layer in mask.layers}
-                    record |= dict(density=mask.density, active_weights=mask.total_nonzero, density_per_layer=densities)
-                    record |= dict(prune_rate=mask.prune_rate, exploration_rate=mask.exploration_rate)
-                    if epoch < args.epochs:
-                        mask.at_end_of_epoch()
+                    results = dict(train_loss=loss, valid_loss=valid.loss, valid_accuracy=valid.accuracy)
+                    results |= dict(valid_accuracy_5=valid.accuracy_in_5)
+                    lr = scheduler.get_last_lr()[0]
+                    record = session.record_of(epoch, steps_per_epoch, results, lr, flops, masking, active)
+                    if masking is not None and epoch < args.epochs:
+                        masking.at_end_of_epoch()
                 record |= dict(images_per_second=steps_per_epoch * args.batch_size / training_seconds)
                 folder.add(**record, seconds=progress.seconds)
                 logger.info(folder.line())
@@ -341,16 +289,30 @@ def run(args):
                 copies = ["checkpoint-best.pt"] * is_best + [f"checkpoint-{epoch}.pt"] * args.gather_checkpoints
                 checkpoints.after_epoch(epoch, copies)
 
-        if mask is not None and distributed.in_process_group():
-            distributed.check_agreement(list(mask.masks.values()))
-        if rank == 0:
-            plots.plot_curves(folder.metrics, folder.path / "curves.png")
-            if mask is not None:
-                plots.plot_density(folder.metrics, folder.path / "density.png")
+        session.check_agreement(masking)
+        session.draw_pictures(folder, masking)
         logger.info(describe(flops, flops_of_run(folder.metrics)))
         last = folder.metrics[-1]
         logger.info("Validation accuracy: %.4f, in five %.4f", last["valid_accuracy"], last["valid_accuracy_5"])
     return folder
+
+
+def load_images(args, device):
+    """Return the number of classes, the order of the training batches, and loaders for training and evaluation."""
+    train_source, valid_source = images.sources(args.data_dir)
+    train_images = images.Photographs(train_source, args.image_size, train=True, seed=args.seed)
+    valid_images = images.Photographs(valid_source, args.image_size, train=False)
+    if args.batch_size > len(train_images):
+        raise DataError(
+            f"--batch-size {args.batch_size} is more than the {len(train_images)} images of {args.data_dir}."
+        )
+    share = dict(rank=distributed.rank(), processes=distributed.processes())
+    batches = images.TrainingBatches(len(train_images), args.batch_size, args.accumulate, **share, seed=args.seed)
+    of_a_part = args.batch_size // distributed.processes() // args.accumulate
+    in_order = images.EvaluationBatches(len(valid_images), of_a_part, **share)
+    train_loader = images.load(train_images, batches, args.workers, device)
+    valid_loader = images.load(valid_images, in_order, args.workers, device)
+    return len(train_source.classes), batches, train_loader, valid_loader
 
 
 def build_model(args, classes):
@@ -408,19 +370,6 @@ def learning_rate(args, steps_per_epoch):
     return lambda step: min((step + 1) / (warmup or 1), 1) * 0.1 ** sum(step >= decay for decay in decays)
 
 
-def build_mask(args, model, optimizer, steps, to_score=None):
-    """Return the masks that the arguments ask for, for a training of `steps`.
-
-    `to_score` returns the batches that scores before training are computed on: those of one step. Of several
-    processes the first one's scores count.
-    """
-    kind = dict(verbose=args.verbose, fp16=args.amp == "apex", sparse_backend=args.sparse_backend)
-    if args.density_of == "network":
-        args = argparse.Namespace(**{**vars(args), "density": density_of_masked(args, model)})
-    chosen = choice_of_weights(args, to_score)
-    return Masking.from_method(chosen_method(args), model, optimizer, steps, **chosen, **kind)
-
-
 def density_of_masked(args, model):
     """Return the density of the weights that have masks at which --density of all parameters are active.
 
@@ -442,9 +391,9 @@ def density_of_masked(args, model):
 
 def report_evaluation(folder, valid):
     """Log an evaluation and keep it."""
-    in_5 = valid.correct_in_5 / valid.total
-    folder.add(valid_loss=valid.loss, valid_accuracy=valid.accuracy, valid_accuracy_5=in_5, valid_total=valid.total)
-    logger.info("Validation: %s, in five %.3f%%", valid, 100 * in_5)
+    results = dict(valid_loss=valid.loss, valid_accuracy=valid.accuracy, valid_accuracy_5=valid.accuracy_in_5)
+    folder.add(**results, valid_total=valid.total)
+    logger.info("Validation: %s, in five %.3f%%", valid, 100 * valid.accuracy_in_5)
 
 
 def endless(loaded, loader) -> Iterator:
@@ -478,22 +427,7 @@ def profile(folder, device, work):
 
 
 def main(argv=None):
-    args = parse_arguments(argv)
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR  # one process of many speaks
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
-    # The schedule follows the data: it steps also where fp16 overflowed, so perhaps before the optimizer.
-    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-    try:
-        with logging_redirect_tqdm(), resuming.handled(resuming.stop_at_once), distributed.noticing_losses():
-            run(args)
-    except USER_ERRORS as error:
-        fail("main.py", error)
-    except distributed.ProcessError as error:
-        fail("main.py", error, status=1)
-    except KeyboardInterrupt as stop:
-        resuming.end_stopped("main.py", stop)
-    finally:
-        distributed.stop()
+    session.main("main.py", partial(parse_arguments, argv), run)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,18 @@ Both look at the variance of a weight's gradient, for which Adam's second moment
     python main.py --model lenet5 --optimizer adam --lr 0.001 --prune magnitude_variance --redistribution variance
 """
 
+from sparselearning.functions import reads
 from sparselearning.prune import count_to_remove
 from sparselearning.selection import drop_lowest
 
 
+@reads("second_moment")
 def variance_redistribution(masking, name, weight, mask):
     """Return the mean gradient variance over active weights: a layer that is pulled about lacks capacity."""
     return second_moment(masking, weight)[mask].mean()
 
 
+@reads("second_moment")
 def magnitude_variance_pruning(masking, mask, weight, name):
     """Drop the weights that are small and whose gradient varies: |w| / sqrt(variance) is lowest.
 

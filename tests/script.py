@@ -1,4 +1,4 @@
-"""mnist_cifar/main.py as tests run it: in this process, or in one of its own as a user does."""
+"""The scripts as tests run them: in this process, or in one of their own as a user does; and what their runs leave."""
 
 import importlib.util
 import json
@@ -9,23 +9,33 @@ from pathlib import Path
 
 import torch
 
-FOLDER = Path(__file__).parent.parent / "mnist_cifar"
+from sparselearning.experiments.report import plots
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "mnist_cifar"
 
 
-def load_main():
-    """Return main.py as a module."""
-    spec = importlib.util.spec_from_file_location("mnist_cifar_main", FOLDER / "main.py")
+def load_main(folder="mnist_cifar"):
+    """Return the main.py of a folder as a module."""
+    place = ROOT / folder
+    spec = importlib.util.spec_from_file_location(f"{folder}_main", place / "main.py")
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(FOLDER))  # where Python looks for extensions.py when it runs the script
+    sys.path.insert(0, str(place))  # where Python looks for extensions.py when it runs the script
     try:
         spec.loader.exec_module(module)
     finally:
-        sys.path.remove(str(FOLDER))
+        sys.path.remove(str(place))
     return module
 
 
+def draw_nothing(monkeypatch):
+    """Let runs draw no pictures, which take a second."""
+    monkeypatch.setattr(plots, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(plots, "plot_density", lambda *_: None)
+
+
 def type_command(*argv, cwd, **environment):
-    """Run main.py in a process of its own; return it when it has ended."""
+    """Run mnist_cifar/main.py in a process of its own; return it when it has ended."""
     command = [sys.executable, str(FOLDER / "main.py"), "--max-threads", "1", *map(str, argv)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
@@ -42,8 +52,9 @@ def metrics_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def without_seconds(metrics):
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in metrics]
+def without_times(metrics):
+    """Return the records without what no two runs share."""
+    return [{k: v for k, v in record.items() if k not in ("seconds", "images_per_second")} for record in metrics]
 
 
 def checkpoint_of(folder):
@@ -67,3 +78,9 @@ def assert_equal(one, other, path="", ignored=()):
             assert_equal(*pair, f"{path}/{i}", ignored)
     else:
         assert one == other, path
+
+
+def assert_same_run(folder, whole):
+    """Two runs left the same metrics and the same checkpoint, but for their times and where they were kept."""
+    assert_equal(checkpoint_of(folder), checkpoint_of(whole), ignored=("seconds", "images_per_second", "args"))
+    assert without_times(metrics_of(folder)) == without_times(metrics_of(whole))

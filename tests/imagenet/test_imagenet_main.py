@@ -1,6 +1,5 @@
 """imagenet/main.py: recipes, networks, a run that is resumed, several processes."""
 
-import importlib.util
 import json
 import os
 import re
@@ -15,25 +14,24 @@ import pytest
 import torch
 from jpegs import write_folder
 from launch import run
+from script import ROOT, draw_nothing, load_main, run_folder, without_times
 from torch import nn
 from torch._dynamo.utils import counters
 
-from sparselearning.experiments.run import resuming
+from sparselearning.experiments.run.session import USER_ERRORS
+from sparselearning.experiments.run.start import build_masking
+from sparselearning.experiments.run.stopping import Stopped
 from sparselearning.experiments.run.training import Progress
 from sparselearning.methods import METHODS
 from sparselearning.processes import distributed
 
-SCRIPT = Path(__file__).parents[2] / "imagenet" / "main.py"
+SCRIPT = ROOT / "imagenet" / "main.py"
+script = load_main("imagenet")
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("imagenet_main", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    draw_nothing(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +48,6 @@ def train(folder, place, *more):
     """Train in this process; return the run folder's path and its metrics."""
     result = script.run(script.parse_arguments(arguments(folder, place, *more)))
     return result.path, [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(metrics):
-    return [{k: v for k, v in record.items() if k not in ("seconds", "images_per_second")} for record in metrics]
 
 
 def same_state(one, other):
@@ -85,24 +79,38 @@ def test_a_run_leaves_its_files_and_keeps_its_density(whole_run):
     assert metrics[0]["density_per_layer"] != metrics[2]["density_per_layer"]
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(whole_run, folder, tmp_path):
+def test_a_run_that_goes_on_elsewhere_is_the_uninterrupted_one_to_the_bit(whole_run, folder, tmp_path):
     path, metrics = whole_run
-    more = ["--resume", path / "checkpoint-1.pt", "--gather-checkpoints"]
-    again, resumed = train(folder, tmp_path, *more)
+    again, resumed = train(folder, tmp_path, "--resume", path / "checkpoint-1.pt", "--gather-checkpoints")
     assert without_times(resumed) == without_times(metrics)
     same_state(again / "checkpoint.pt", path / "checkpoint.pt")
 
 
-@pytest.mark.parametrize("where", ["step 1 of 2", "the evaluation after epoch 2"])
-def test_a_run_stopped_inside_an_epoch_goes_on_to_the_bit(whole_run, folder, tmp_path, monkeypatch, where):
+@pytest.mark.parametrize(
+    ("where", "argv"),
+    [
+        ("step 1 of 2", "--resume auto"),
+        ("the evaluation after epoch 2", "--resume auto"),
+        ("step 1 of 2", "alone"),
+    ],
+)
+def test_a_run_stopped_inside_an_epoch_goes_on_to_the_bit(whole_run, folder, tmp_path, monkeypatch, where, argv):
     path, metrics = whole_run
     with monkeypatch.context() as patch:
         stop_at(patch, step=3 if "step" in where else 4)
-        with pytest.raises(resuming.Stopped, match=f"{where}; --resume"):
+        with pytest.raises(Stopped, match=f"{where}; --resume"):
             train(folder, tmp_path, "--gather-checkpoints")
-    again, resumed = train(folder, tmp_path, "--gather-checkpoints", "--resume", "auto")
+    stopped = run_folder(tmp_path)
+    if argv == "alone":
+        script.main(["--resume", str(stopped)])
+    else:
+        train(folder, tmp_path, "--gather-checkpoints", *argv.split())
+    again = run_folder(tmp_path)
+    assert again == stopped
+    resumed = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
     assert without_times(resumed) == without_times(metrics)
     same_state(again / "checkpoint.pt", path / "checkpoint.pt")
+    assert (again / "checkpoint-3.pt").is_file()
 
 
 def stop_at(patch, step):
@@ -126,7 +134,7 @@ def train_and_stop(step, given):
             stop_at(patch, step)
         try:
             return without_times(script.run(script.parse_arguments(given)).metrics)
-        except resuming.Stopped as stop:
+        except Stopped as stop:
             return str(stop)
 
 
@@ -281,13 +289,13 @@ def test_every_method_takes_a_step(method):
     assert (args.prune_rate, args.pattern) == (METHODS[method].prune_rate, METHODS[method].pattern)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
     batch = torch.randn(4, 3, 8, 8), torch.arange(4)
-    mask = script.build_mask(args, model, script.build_optimizer(args, model), 4, lambda: [batch])
+    masking = build_masking(args, model, script.build_optimizer(args, model), 4, lambda: [batch])
     for _ in range(4):
         nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
-        mask.step()
-    mask.check()
-    assert mask.total_nonzero == round(0.2 * 3096) or method == "srigl"
-    assert mask.density == pytest.approx(0.2, abs=0.005)
+        masking.step()
+    masking.check()
+    assert masking.total_nonzero == round(0.2 * 3096) or method == "srigl"
+    assert masking.density == pytest.approx(0.2, abs=0.005)
 
 
 @pytest.mark.slow
@@ -330,6 +338,10 @@ def test_flags_override_the_recipe_and_a_short_run_keeps_its_shape():
     assert args.label_smoothing == 0
     assert args.bn_weight_decay
     assert parsed("--epochs", "9", "--decay-epochs", "2", "4").decay_epochs == [2, 4]
+    given = parsed("--epochs", "9", "--warmup", "5", "--decay-epochs", "30", "60", "80")
+    assert (given.warmup, given.decay_epochs) == (5, [30, 60, 80]), "what is given is not scaled"
+    first = ("--recipe", "baseline", "--dense-layers", "conv1", "*.downsample.*")
+    assert parsed(*first, "--arch", "torchvision:resnet50").dense_layers == ["conv1", "*.downsample.*"]
 
 
 def test_the_learning_rate_warms_up_and_falls():
@@ -342,55 +354,59 @@ def test_the_learning_rate_warms_up_and_falls():
     assert (conv["lr"], conv["weight_decay"], rest["weight_decay"]) == (0.2, 1e-4, 0)
 
 
+def masking_of(args, model):
+    """Return the Masking that the script would build, for a training of 100 steps."""
+    density = script.density_of_masked(args, model) if args.density_of == "network" else args.density
+    return build_masking(args, model, script.build_optimizer(args, model), 100, density=density)
+
+
 @pytest.mark.parametrize(("density", "millions"), [(0.1, 5.1), (0.2, 7.4)])
 def test_the_baseline_keeps_first_and_downsampling_convolutions_dense(density, millions):
     # Millions of parameters: the dense convolutions come on top of the sparse layers' tenth and fifth.
     args = parsed("--recipe", "baseline", "--density", str(density))
     model = script.build_model(args, 1000)
-    optimizer = script.build_optimizer(args, model)
-    mask = script.build_mask(args, model, optimizer, 100)
-    left = sum(parameter.numel() for parameter in model.parameters()) - mask.total_zero
+    masking = masking_of(args, model)
+    left = sum(parameter.numel() for parameter in model.parameters()) - masking.total_zero
     assert left / 1e6 == pytest.approx(millions, abs=0.05)
-    dense = {name for name, weight in model.named_parameters() if weight.dim() > 1 and name not in mask.masks}
+    dense = {name for name, weight in model.named_parameters() if weight.dim() > 1 and name not in masking.masks}
     assert dense == {"conv1.weight", *(f"layer{i}.0.downsample.0.weight" for i in range(1, 5))}
 
 
-def baseline_mask(*given):
-    """Return the masks of ResNet-50 by the baseline recipe, and its number of parameters."""
+def baseline_masking(*given):
+    """Return the Masking of ResNet-50 by the baseline recipe, and the network's number of parameters."""
     args = parsed("--recipe", "baseline", *given)
     model = script.build_model(args, 1000)
-    mask = script.build_mask(args, model, script.build_optimizer(args, model), 100)
-    return mask, sum(parameter.numel() for parameter in model.parameters())
+    return masking_of(args, model), sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5])
 def test_a_density_of_the_network_counts_what_stays_dense(density):
-    mask, parameters = baseline_mask("--density", str(density), "--density-of", "network")
-    assert parameters - mask.total_zero == round(density * parameters)
-    mask, parameters = baseline_mask("--density", str(density), "--density-of", "network", "--dense-layers")
-    assert parameters - mask.total_zero == round(density * parameters), "all layers sparse"
+    masking, parameters = baseline_masking("--density", str(density), "--density-of", "network")
+    assert parameters - masking.total_zero == round(density * parameters)
+    masking, parameters = baseline_masking("--density", str(density), "--density-of", "network", "--dense-layers")
+    assert parameters - masking.total_zero == round(density * parameters), "all layers sparse"
 
 
 def test_a_density_of_the_network_that_the_dense_layers_exceed_is_refused():
     tenth = ("--density", "0.1", "--density-of", "network")
     with pytest.raises(ValueError, match=r"--density 0\.1 of the network .* layers that stay dense are 0\.1108 of it"):
-        baseline_mask(*tenth)
+        baseline_masking(*tenth)
     with pytest.raises(ValueError, match=r"are 0\.1910 of it"):
-        baseline_mask(*tenth, "--dense-layers", "conv1", "*.downsample.*", "fc")
+        baseline_masking(*tenth, "--dense-layers", "conv1", "*.downsample.*", "fc")
     with pytest.raises(ValueError, match=r"are 1\.0000 of it"):
-        baseline_mask(*tenth, "--dense-layers", "*")
+        baseline_masking(*tenth, "--dense-layers", "*")
 
 
 @pytest.mark.parametrize("recipe", ["baseline", "tuned"])
 def test_resnet50_takes_a_step(recipe):
     args = parsed("--recipe", recipe, "--density", "0.1")
     model = script.build_model(args, 10)
-    mask = script.build_mask(args, model, script.build_optimizer(args, model), 100)
-    active = mask.total_nonzero
+    masking = masking_of(args, model)
+    active = masking.total_nonzero
     nn.functional.cross_entropy(model(torch.randn(2, 3, 64, 64)), torch.tensor([1, 2])).backward()
-    mask.step()
-    mask.at_end_of_epoch()
-    assert mask.total_nonzero == active
+    masking.step()
+    masking.at_end_of_epoch()
+    assert masking.total_nonzero == active
 
 
 def test_networks_of_torchvision_and_timm_are_built(tmp_path):
@@ -401,17 +417,14 @@ def test_networks_of_torchvision_and_timm_are_built(tmp_path):
     pytest.importorskip("timm")
     args = parsed("--arch", "timm:vit_tiny_patch16_224", "--recipe", "baseline")
     model = script.build_model(args, 7)
-    mask = script.build_mask(args, model, script.build_optimizer(args, model), 100)
-    assert "blocks.0.attn.qkv.weight" in mask.masks
+    assert "blocks.0.attn.qkv.weight" in masking_of(args, model).masks
     assert args.dense_layers == []
 
 
 def test_a_network_that_is_no_classifier_is_refused(monkeypatch):
     torchvision = pytest.importorskip("torchvision")
     monkeypatch.setattr(torchvision.models, "get_model", lambda *_, **__: nn.Conv2d(3, 7, 1))
-    with pytest.raises(
-        script.USER_ERRORS, match=r"torchvision:fcn is no classifier: it gives no logits of shape \[N, 7"
-    ):
+    with pytest.raises(USER_ERRORS, match=r"torchvision:fcn is no classifier: it gives no logits of shape \[N, 7"):
         script.build_model(parsed("--arch", "torchvision:fcn"), 7)
 
 
@@ -421,12 +434,10 @@ def test_a_network_that_is_no_classifier_is_refused(monkeypatch):
         (["--arch", "resnet51"], "argument -a/--arch: expected resnet18, .*, torchvision:NAME or timm:NAME, got"),
         (["--batch-size", "10", "--accumulate", "4"], "10 cannot be divided evenly among 1 processes x 4 parts"),
         (["--fsdp"], "--fsdp shards among processes: start it with torchrun"),
-        (["--sparse-init", "resume"], "add --pretrained-weights FILE"),
         (["--static-loss-scale", "0"], "--static-loss-scale expects a number above 0"),
-        (["--momentum", "0"], "need a momentum: --momentum 0.9, or"),
-        (["--data", "elsewhere"], "give the folder of the images once: main.py DIR, or --data DIR"),
+        (["--data", "elsewhere"], "argument --data: not allowed with argument DIR"),
+        (["--arch", "resnet34", "--stride-in", "1x1"], "the blocks of resnet34 have none: leave it out"),
         (["--density-of", "network", "--layer-density", "fc=0.3"], "--density-of network and --layer-density exclude"),
-        (["--start-epoch", "100"], "--start-epoch 100 is after the last of 90 epochs"),
     ],
 )
 def test_mistakes_end_in_one_line(given, message, capsys):
@@ -443,11 +454,10 @@ def test_mistakes_end_in_one_line(given, message, capsys):
     [
         (["--arch", "torchvision:resnet1"], "--arch torchvision:resnet1 cannot be built for images of 32x32: Unknown"),
         (["--batch-size", "32"], "--batch-size 32 is more than the 16 images of"),
-        (["--resume", "nowhere"], "There is no checkpoint nowhere"),
     ],
 )
 def test_mistakes_that_show_later_are_one_line_too(folder, tmp_path, given, message):
-    with pytest.raises(script.USER_ERRORS, match=message):
+    with pytest.raises(USER_ERRORS, match=message):
         train(folder, tmp_path, *given)
 
 

@@ -3,30 +3,25 @@
 import io
 import os
 import re
-import signal
-import subprocess
 import sys
-import time
-import types
 
 import apex_stand_in
 import numpy as np
 import pytest
 import torch
+from data_files import write_cifar_records, write_mnist
 from script import (
-    FOLDER,
     assert_equal,
+    assert_same_run,
     checkpoint_of,
+    draw_nothing,
     load_main,
     metrics_of,
     run_folder,
     type_command,
-    without_seconds,
+    without_times,
 )
-from test_data import write_cifar_records, write_mnist
 
-from sparselearning.experiments.report import plots
-from sparselearning.experiments.run import training
 from sparselearning.grow import GROWTH_FUNCTIONS
 from sparselearning.prune import PRUNE_FUNCTIONS
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
@@ -41,8 +36,7 @@ main = load_main()
 def run(tmp_path, monkeypatch, caplog):
     """Make a run on the digits in this process, without its pictures; return its folder."""
     caplog.set_level("INFO")
-    monkeypatch.setattr(plots, "plot_curves", lambda *_: None)
-    monkeypatch.setattr(plots, "plot_density", lambda *_: None)
+    draw_nothing(monkeypatch)
 
     def run(*argv, place="runs"):
         main.main([*DIGITS, "--max-threads", "1", "--run-dir", str(tmp_path / place), *map(str, argv)])
@@ -124,8 +118,7 @@ def test_the_same_seed_gives_the_same_run(typed, run):
     _, expected = typed
     folder = run()
     assert folder.name == expected.name
-    assert_equal(checkpoint_of(folder), checkpoint_of(expected), ignored=("seconds", "args"))
-    assert without_seconds(metrics_of(folder)) == without_seconds(metrics_of(expected))
+    assert_same_run(folder, expected)
 
 
 def test_iters_are_runs_of_their_own_with_further_seeds(typed, run, tmp_path):
@@ -134,8 +127,8 @@ def test_iters_are_runs_of_their_own_with_further_seeds(typed, run, tmp_path):
     first, second = sorted((tmp_path / "runs").iterdir(), key=lambda folder: folder.name.split("-")[-2])
     assert [folder.name.split("-")[-2] for folder in (first, second)] == ["17", "18"]
     alone = run("--seed", "18", place="alone")
-    assert without_seconds(metrics_of(first)) == without_seconds(metrics_of(typed[1]))
-    assert without_seconds(metrics_of(second)) == without_seconds(metrics_of(alone))
+    assert without_times(metrics_of(first)) == without_times(metrics_of(typed[1]))
+    assert without_times(metrics_of(second)) == without_times(metrics_of(alone))
     assert metrics_of(first)[0]["train_loss"] != metrics_of(second)[0]["train_loss"]
 
 
@@ -178,14 +171,22 @@ def interrupt(monkeypatch):
         "--optimizer adam --lr 0.001 --growth random",
         "--dense",
         "--prune threshold",
+        "--growth random --density 0.1 --lr 0.05 --sparse-init linear",
         "--sparse-init snip --layer-density fc1=0.02 --dense-layers last",
     ],
 )
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(run, interrupt, tmp_path, modes):
+def test_a_run_resumed_by_its_folder_alone_is_bitwise_the_uninterrupted_one(
+    run, interrupt, tmp_path, monkeypatch, modes
+):
     whole = run(*modes.split(), place="whole")
     interrupt(run, *modes.split())
+    folder = run_folder(tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
     torch.rand(7)
-    assert_same_run(run(*modes.split(), "--resume", run_folder(tmp_path / "runs")), whole)
+    main.main(["--resume", str(folder)])
+    assert sorted(os.listdir()) == ["runs", "whole"]
+    assert run_folder(tmp_path / "runs") == folder
+    assert_same_run(folder, whole)
 
 
 @pytest.mark.parametrize("init", ["snip", "grasp", "synflow"])
@@ -220,37 +221,6 @@ def test_layers_have_densities_of_their_own(run):
     assert densities == {"fc1.weight": 4704 / 235200, "fc2.weight": 1500 / 30000}
 
 
-def assert_same_run(folder, whole):
-    assert_equal(checkpoint_of(folder), checkpoint_of(whole), ignored=("seconds", "args"))
-    assert without_seconds(metrics_of(folder)) == without_seconds(metrics_of(whole))
-
-
-def test_a_killed_run_goes_on_exactly(run, tmp_path):
-    command = [sys.executable, str(FOLDER / "main.py"), *DIGITS, "--epochs", "30", "--max-threads", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 100
-        while not list(tmp_path.glob("runs/*/checkpoint.pt")) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    killed = run_folder(tmp_path / "runs")
-    assert checkpoint_of(killed)["epoch"] < 30
-    assert_same_run(run("--epochs", "30", "--resume", killed), run("--epochs", "30", place="whole"))
-
-
-def test_a_run_goes_on_with_its_own_arguments(run, interrupt, tmp_path, monkeypatch):
-    argv = ("--growth", "random", "--density", "0.1", "--lr", "0.05", "--sparse-init", "linear")
-    whole = run(*argv, place="whole")
-    interrupt(run, *argv)
-    folder = run_folder(tmp_path / "runs")
-    monkeypatch.chdir(tmp_path)
-    main.main(["--resume", str(folder), "--max-threads", "1"])
-    assert sorted(os.listdir()) == ["runs", "whole"]
-    assert run_folder(tmp_path / "runs") == folder
-    assert_same_run(folder, whole)
-
-
 def test_a_run_that_began_from_a_checkpoint_goes_on(run, interrupt, tmp_path):
     save_release_1_0(tmp_path / "old.pt")
     argv = ("--sparse-init", "resume", "--resume", tmp_path / "old.pt")
@@ -270,7 +240,7 @@ def test_a_longer_run_has_a_folder_of_its_own(run):
     folder = run()
     longer = run("--epochs", "4", "--resume", folder, place="longer")
     assert [record.get("epoch") for record in metrics_of(longer)] == [1, 2, 3, 4, None]
-    assert without_seconds(metrics_of(longer)[:3]) == without_seconds(metrics_of(folder)[:3])
+    assert without_times(metrics_of(longer)[:3]) == without_times(metrics_of(folder)[:3])
 
 
 # Every flag
@@ -455,20 +425,6 @@ def test_sparse_kernels_train_resume_and_are_measured(run):
     assert epochs[2]["train_loss"] < epochs[0]["train_loss"]
 
 
-@pytest.mark.parametrize(
-    ("flags", "advice"),
-    [
-        (["--dense"], "leave out --dense"),
-        (["--amp", "bf16"], "leave out --amp and --fp16"),
-        (["--compile"], "leave out --compile"),
-    ],
-)
-def test_what_sparse_kernels_cannot_do_is_refused(run, capsys, flags, advice):
-    with pytest.raises(SystemExit):
-        run("--sparse-backend", "cpu", *flags)
-    assert advice in capsys.readouterr().err
-
-
 # Starting from weights that exist
 
 
@@ -514,9 +470,3 @@ def test_cifar_files_train_a_convolutional_network(run, tmp_path, monkeypatch):
     folder = run("--data", "cifar", "--model", "alexnet-s", "--batch-size", "30", "--epochs", "2")
     assert active_weights(folder) == [round(0.05 * 5_066_784)] * 2
     assert metrics_of(folder)[-1]["test_total"] == 20
-
-
-def test_apex_is_absent_where_it_has_no_such_optimizer(monkeypatch):
-    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
-    monkeypatch.setitem(sys.modules, "apex.fp16_utils", types.ModuleType("apex.fp16_utils"))
-    assert training.find_apex() is None

@@ -13,7 +13,7 @@ from torch import nn
 
 from sparselearning import CosineDecay, Masking
 from sparselearning.experiments.data.in_memory import share
-from sparselearning.experiments.run.training import Precision
+from sparselearning.experiments.run.precision import Precision
 from sparselearning.functions import FunctionError
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import Whole, unsharded

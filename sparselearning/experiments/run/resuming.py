@@ -1,89 +1,56 @@
-"""Stop and go on: signals, and the checkpoints of a run between its epochs and inside them.
+"""Checkpoints of a run, at the end of its epochs and inside them, and how it resumes from one.
 
-A checkpoint inside an epoch holds its progress: the steps done, their losses, and the order of the images. A run that
-goes on from it computes what the uninterrupted one would have, to the bit on a CPU.
+A checkpoint inside an epoch holds the progress of that epoch: the steps done, their losses, and the order of the
+images. A run that resumes from it computes what the uninterrupted run would have; on a CPU it is the same to the bit.
 """
 
 import argparse
 import logging
 import shutil
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from sparselearning import checkpoint
+from sparselearning.core import Masking
 from sparselearning.experiments.run import folder as run_folder
+from sparselearning.experiments.run.arguments import goes_on
 from sparselearning.experiments.run.folder import RunFolder
+from sparselearning.experiments.run.stopping import Stopped, StopRequests
 from sparselearning.experiments.run.training import Progress, check_weights
 from sparselearning.processes import distributed
-from sparselearning.processes.sharded import is_sharded, reshard, shard_of, unsharded
+from sparselearning.processes.sharded import Whole, is_sharded, reshard, shard_of, unsharded
 
 Batch = TypeVar("Batch")
+Found = tuple[Path, dict[str, Any]]  # a checkpoint, and what it holds
 
 logger = logging.getLogger(__name__)
 
 
-class Stopped(KeyboardInterrupt):
-    """The signal `number` asked the run to stop; `hint` says how it goes on."""
+def find(args: argparse.Namespace) -> Found | None:
+    """Return the checkpoint that `args.resume` means, or None for a new run; `args.resume` becomes its path, or None.
 
-    def __init__(self, number: int, hint: str = "the same command with --resume auto goes on from the last checkpoint"):
-        super().__init__(f"stopped by {signal.Signals(number).name}; {hint}")
-        self.number = number
-
-
-@contextmanager
-def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Call `handler` on SIGTERM and SIGINT; Python allows that in the main thread alone."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def stop_at_once(number: int, frame: Any) -> NoReturn:
-    """Stop where the program is; a handler of signals."""
-    raise Stopped(number)
-
-
-def end_stopped(program: str, stop: KeyboardInterrupt) -> NoReturn:
-    """Say in one line how the run goes on, and exit with 128 + the signal's number, as a shell and schedulers do."""
-    if not isinstance(stop, Stopped):
-        stop = Stopped(signal.SIGINT)
-    if distributed.rank() == 0:
-        print(f"{program}: {stop}", file=sys.stderr)
-    sys.exit(128 + stop.number)
-
-
-def find(args: argparse.Namespace) -> tuple[Path, dict[str, Any]] | None:
-    """Return the checkpoint that `args.resume` means, and what it holds; None for a new run.
-
-    A folder means the newest good checkpoint in it; 'auto' the run folder of these arguments. All processes get
-    the same.
+    A folder means the newest good checkpoint in it; 'auto' means that of the run folder of these arguments. All
+    processes get the same.
 
     Raises:
         FileNotFoundError, CheckpointError: if there is none, or none that can be read; with 'auto' a new run begins.
+        CheckpointError: if the run is to go on, and the checkpoint is of a run with other arguments.
     """
-    if not args.resume:
-        return None
-    if distributed.rank():
+    found = None
+    if args.resume and distributed.rank():
         path = distributed.from_first(None)
-        return None if path is None else (path, checkpoint.read(path))
-    found = _find(args)
-    distributed.from_first(found and found[0])
+        found = None if path is None else (path, checkpoint.read(path))
+    elif args.resume:
+        found = _find(args)
+        distributed.from_first(found and found[0])
+    args.resume = found and str(found[0])
+    if found and goes_on(args):
+        run_folder.check_same_run(args.resume, found[1].get("args", {}), args)
     return found
 
 
@@ -101,61 +68,33 @@ def _find(args):
     return None
 
 
-class StopRequests:
-    """Notes SIGTERM and SIGINT, so that a run ends between two steps, all its processes between the same two.
+def parts_of_checkpoint(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    precision: Any,
+    masking: Masking | None,
+    sharded: bool = False,
+) -> dict[str, Any]:
+    """Return what the checkpoints of a run hold, by the names it has there; None is left out.
 
-    with StopRequests() as stop:
-        ...
-        if stop.requested(): ...
-
-    Of a single process a second signal ends at once.
+    Args:
+        optimizer: torch's, not the one that Apex puts around it.
+        sharded: whether the weights are sharded (FSDP2); their checkpoint holds whole ones.
     """
-
-    def __init__(self):
-        self.noted = 0
-        self._travelling: tuple[Any, torch.Tensor] | None = None
-
-    def __enter__(self):
-        self._handling = handled(self._note)
-        self._handling.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self._handling.__exit__(*error)
-
-    def _note(self, number, frame):
-        # torchrun passes a signal on that the terminal has sent to all.
-        if self.noted and not distributed.in_process_group():
-            raise Stopped(number)
-        self.noted = number
-
-    def requested(self) -> int:
-        """Return the number of the signal to stop for, or 0.
-
-        All processes call it equally often and get the same answer: what one of them had noted at the call
-        before, for the answer travels while a step is computed.
-        """
-        if not distributed.in_process_group():
-            return self.noted
-        answer = 0
-        if self._travelling is not None:
-            work, number = self._travelling
-            work.wait()
-            answer = int(number)
-        number = torch.tensor(self.noted)
-        self._travelling = dist.all_reduce(number, dist.ReduceOp.MAX, async_op=True), number
-        return answer
+    parts = dict(model=model, optimizer=optimizer, mask=masking)
+    parts = {name: Whole(part) if sharded else part for name, part in parts.items() if part is not None}
+    return {**parts, "scheduler": scheduler, "precision": precision}
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run: at the end of an epoch, every `args.checkpoint_every` steps, and when it stops.
+    """Writes the checkpoints of a run: after an epoch, every `args.checkpoint_every` steps, and when the run stops.
 
-    The last `args.keep` stay. Of several processes the first writes; all call the same methods.
+    The last `args.keep` checkpoints stay. All processes call the same methods; the first one writes.
 
     Args:
-        parts: what `checkpoint.save` takes.
-        model: the model in `parts`, whose gradients a stop during evaluation has to keep, for growth may read them.
-        steps_per_epoch: number of steps.
+        parts: what `checkpoint.save` takes; see `parts_of_checkpoint`.
+        model: the model in `parts`. A stop during an evaluation keeps its gradients, which growth may read after it.
     """
 
     def __init__(
@@ -175,14 +114,14 @@ class Checkpoints:
         self.steps_per_epoch = steps_per_epoch
 
     def after_step(self, epoch: int, progress: Progress) -> None:
-        """Write a checkpoint if it is time.
+        """Write a checkpoint if one is due.
 
         Raises:
             Stopped: if the run was asked to stop, after a checkpoint was written.
         """
         number = self.stop.requested()
         if progress.steps == self.steps_per_epoch:
-            return  # the checkpoint of the whole epoch is near
+            return  # the checkpoint of the whole epoch comes soon
         step = (epoch - 1) * self.steps_per_epoch + progress.steps
         every = self.args.checkpoint_every
         if number or (every and step % every == 0):
@@ -206,7 +145,7 @@ class Checkpoints:
             yield batch
 
     def after_epoch(self, epoch: int, copies: Iterable[str] = ()) -> None:
-        """Write the checkpoint of a whole epoch, and the same under the names `copies`.
+        """Write the checkpoint of a whole epoch, and copies of it under the names `copies`.
 
         Raises:
             Stopped: if the run was asked to stop.
@@ -229,7 +168,7 @@ class Checkpoints:
         others = distributed.gather(here)[1:]
         if not self.folder.writes:
             for part in self.parts.values():
-                part.state_dict()  # hands the first process its shards
+                part.state_dict()  # sends this process's shards to the first one
             return
         try:
             checkpoint.save(
@@ -241,15 +180,23 @@ class Checkpoints:
             raise OSError(f"The checkpoint cannot be written: {error}. {self.folder.kept()} {hint}") from error
 
 
-def take(path: Path, state: dict[str, Any], parts: dict[str, Any], model: nn.Module) -> tuple[int, Progress | None]:
-    """Load a checkpoint of `Checkpoints`; return the epoch to go on with, and its progress if it had begun.
+def take(
+    args: argparse.Namespace, found: Found | None, parts: dict[str, Any], model: nn.Module
+) -> tuple[int, Progress | None, list[dict[str, Any]] | None]:
+    """Load the checkpoint that `find` found, if the run goes on.
 
-    Each process gets its own generators back, if there are as many as there were.
+    Each process gets its own random-number generators back, if there are as many processes as before.
+
+    Returns:
+        The epoch to train next, its progress if it had begun, and the records of the epochs before it, which
+        `RunFolder` takes; (args.start_epoch, None, None) for a new run.
 
     Raises:
         CheckpointError: as `checkpoint.restore`.
     """
-    saved = checkpoint.restore(path, state, **parts)
+    if found is None or not goes_on(args):
+        return args.start_epoch, None, None
+    saved = checkpoint.restore(*found, **parts)
     others = saved.get("processes", [])
     rank = distributed.rank()
     if rank and len(others) == distributed.processes() - 1:
@@ -261,4 +208,4 @@ def take(path: Path, state: dict[str, Any], parts: dict[str, Any], model: nn.Mod
         if (gradient := (saved.get("gradients") or {}).get(name)) is not None:
             weight.grad = shard_of(gradient, weight) if is_sharded(weight) else gradient.to(weight.device)
     progress = saved.get("progress")
-    return saved["epoch"] + 1, progress and Progress(**progress)
+    return saved["epoch"] + 1, Progress(**progress) if progress else None, saved["metrics"]

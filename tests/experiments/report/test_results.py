@@ -297,7 +297,7 @@ def test_features_of_different_models_are_refused(call):
     features.save({"relu1": torch.ones(4, 10)}, "sparse.npz")
     status, _, err = call("dense.npz", "sparse.npz", "--out", "new", name="plot_feature_histograms")
     assert status == 2
-    assert "1 layers with 3 channels against 1 layers with 4 channels" in err
+    assert "1 layers with 3 channels and 1 layers with 4 channels" in err
     assert not Path("new").exists()
 
 

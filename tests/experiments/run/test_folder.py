@@ -5,9 +5,11 @@ import json
 import logging
 
 import pytest
+import torch
 
+from sparselearning import checkpoint
 from sparselearning.checkpoint import CheckpointError
-from sparselearning.experiments.run.folder import RunFolder, check_same_run
+from sparselearning.experiments.run.folder import RunFolder, check_same_run, defaults_of_run
 
 
 @pytest.fixture
@@ -111,3 +113,29 @@ def test_a_run_goes_on_with_its_arguments_longer_or_elsewhere(args):
     check_same_run("c.pt", {"lr": 0.1, "gone": 3}, args)  # of a version with other arguments
     with pytest.raises(CheckpointError, match=r"^c\.pt is of a run with lr=0\.1 model=lenet5, not lr=1 model=vgg-d\."):
         check_same_run("c.pt", vars(args), changed(args, lr=1, model="vgg-d"))
+
+
+def test_a_resumed_run_inherits_the_arguments_of_its_run(args, tmp_path):
+    begun = changed(args, bench=True, start_epoch=2, data_dir="images", max_threads=1, sparse_init="snip")
+    folder = RunFolder(begun)
+    checkpoint.save(folder.checkpoint, model=torch.nn.Linear(1, 1), args=vars(begun))
+    inherited = {**vars(begun), "run_dir": str(tmp_path)}
+    for name in ("bench", "resume"):
+        del inherited[name]
+    assert defaults_of_run(str(folder.path), "constant") == inherited
+    assert defaults_of_run(str(folder.checkpoint), "constant") == inherited
+    assert defaults_of_run("auto", "constant") == {}
+    assert defaults_of_run(str(folder.checkpoint), "resume") == {}, "a new run begins from its weights"
+    assert defaults_of_run(str(folder.checkpoint), "resume", "weights.pt") == inherited
+    (folder.path / "args.json").unlink()
+    del inherited["run_dir"]
+    assert defaults_of_run(str(folder.path), "constant") == inherited, "a checkpoint that was copied elsewhere"
+    with pytest.raises(OSError, match="There is no checkpoint"):
+        defaults_of_run(str(tmp_path / "none"), "constant")
+
+
+def test_a_resumed_run_does_not_begin_again_from_the_nonzeros_that_it_began_with(args):
+    begun = changed(args, sparse_init="resume", resume="old.pt")
+    assert "sparse_init" not in defaults_of_run(str(RunFolder(begun).path), "constant")
+    begun = changed(args, sparse_init="resume", pretrained_weights="old.pt", lr=1)
+    assert defaults_of_run(str(RunFolder(begun).path), "constant")["sparse_init"] == "resume"

@@ -1,6 +1,7 @@
 """A run stopped at any step goes on as if it had not been: signals, --resume auto, damaged and absent checkpoints."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,17 +15,18 @@ from launch import run as run_processes
 from script import (
     FOLDER,
     assert_equal,
+    assert_same_run,
     checkpoint_of,
+    draw_nothing,
     load_main,
     metrics_of,
     run_folder,
-    without_seconds,
+    without_times,
 )
 
 from sparselearning import checkpoint
 from sparselearning.experiments.data import in_memory as datasets
-from sparselearning.experiments.report import plots
-from sparselearning.experiments.run import resuming
+from sparselearning.experiments.run.stopping import Stopped, StopRequests
 from sparselearning.experiments.run.training import Progress
 from sparselearning.processes import distributed
 from sparselearning.sparse import available
@@ -38,8 +40,7 @@ main = load_main()
 def run(tmp_path, monkeypatch, caplog):
     """Make a run on the digits in this process, without its pictures; return its folder."""
     caplog.set_level("INFO")
-    monkeypatch.setattr(plots, "plot_curves", lambda *_: None)
-    monkeypatch.setattr(plots, "plot_density", lambda *_: None)
+    draw_nothing(monkeypatch)
 
     def run(*argv, place="runs"):
         main.main([*DIGITS, "--run-dir", str(tmp_path / place), *map(str, argv)])
@@ -83,11 +84,6 @@ def stop(run, monkeypatch, capsys):
         return said(capsys)
 
     return stop
-
-
-def assert_same_run(folder, whole):
-    assert_equal(checkpoint_of(folder), checkpoint_of(whole), ignored=("seconds", "args"))
-    assert without_seconds(metrics_of(folder)) == without_seconds(metrics_of(whole))
 
 
 # Signals
@@ -160,10 +156,10 @@ def interruptible():
 
 @pytest.mark.usefixtures("interruptible")
 def test_the_second_signal_ends_at_once():
-    with resuming.StopRequests() as stop:
+    with StopRequests() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.requested() == signal.SIGINT
-        with pytest.raises(resuming.Stopped):
+        with pytest.raises(Stopped):
             signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
@@ -173,7 +169,7 @@ def test_a_thread_other_than_the_main_one_leaves_signals_alone():
     seen = []
 
     def work():
-        with resuming.StopRequests():
+        with StopRequests():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)
@@ -214,7 +210,7 @@ def test_auto_begins_a_run_that_has_no_checkpoint_and_says_so(run, caplog):
 
 def test_auto_goes_on_with_each_of_several_seeds(run, tmp_path):
     def results():
-        return {folder.name: without_seconds(metrics_of(folder)) for folder in (tmp_path / "runs").iterdir()}
+        return {folder.name: without_times(metrics_of(folder)) for folder in (tmp_path / "runs").iterdir()}
 
     for argv in ((), ("--resume", "auto")):
         with pytest.raises(ValueError, match="too many values"):
@@ -233,13 +229,14 @@ def test_the_last_k_checkpoints_are_kept(run):
     assert steps == [10, 8, 6, 5]
 
 
-@pytest.mark.parametrize("back", [1, 2, 3])
-def test_a_run_goes_on_from_any_kept_checkpoint_to_the_bit(run, back):
-    more = "--growth", "random"
-    whole = run(*more, place="whole")
-    folder = run(*more, "--checkpoint-every", "2", "--keep", "4")
-    assert_same_run(run(*more, "--resume", folder / f"checkpoint.{back}.pt"), whole)
-    assert not list(folder.glob(".*"))
+def test_a_run_goes_on_from_any_kept_checkpoint_to_the_bit(run, tmp_path):
+    more = "--growth", "random", "--checkpoint-every", "2", "--keep", "4"
+    whole = run(*more)
+    for back in (1, 2, 3):
+        copy = shutil.copytree(whole, tmp_path / f"from {back}" / whole.name)
+        assert run(*more, "--resume", copy / f"checkpoint.{back}.pt", place=f"from {back}") == copy
+        assert_same_run(copy, whole)
+        assert not list(copy.glob(".*"))
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(run, caplog):
@@ -366,9 +363,9 @@ def train_two(place, stop_at, *more):
         Progress.add = signalling
     try:
         folder = script.run(script.parse_arguments(given))
-    except resuming.Stopped as stop:
+    except Stopped as stop:
         return str(stop)
-    return without_seconds(folder.metrics)
+    return without_times(folder.metrics)
 
 
 @pytest.mark.parametrize("stop_at", [2, STEPS])

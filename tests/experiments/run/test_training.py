@@ -10,10 +10,10 @@ from helpers import masked, mlp
 from torch import nn
 from torch.nn import functional as F
 
+from sparselearning.experiments.run.precision import Precision
 from sparselearning.experiments.run.training import (
     Evaluation,
     NotFinite,
-    Precision,
     evaluate,
     progress_bar,
     seed_generators,
@@ -76,10 +76,10 @@ def test_an_epoch_is_the_loop_by_hand(l1, report_every):
 def test_a_masking_is_stepped_like_an_optimizer():
     model = classifier()
     optimizer, scheduler = optimizers(model)
-    mask = masked(model, optimizer, density=0.3)
-    train_epoch(model, batches(), mask, scheduler, Precision("none", CPU))
-    assert mask.steps == 5
-    assert all(not layer.weight[~layer.mask].any() for layer in mask.layers)
+    masking = masked(model, optimizer, density=0.3)
+    train_epoch(model, batches(), masking, scheduler, Precision("none", CPU))
+    assert masking.steps == 5
+    assert all(not layer.weight[~layer.mask].any() for layer in masking.layers)
 
 
 def test_l1_counts_active_and_dense_weights_but_no_biases():
@@ -125,27 +125,14 @@ def test_weights_that_are_not_finite_after_the_last_step_are_noticed():
 def test_fp16_skips_a_step_that_overflows_and_lowers_the_scale():
     model = classifier()
     optimizer, scheduler = optimizers(model)
-    mask = masked(model, optimizer, density=0.3)
+    masking = masked(model, optimizer, density=0.3)
     precision = Precision("fp16", CPU)
     before = [parameter.clone() for parameter in model.parameters()]
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)  # no gradient survives this scale
-    train_epoch(model, batches(1), mask, scheduler, precision)
+    train_epoch(model, batches(1), masking, scheduler, precision)
     assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
-    assert mask.steps == 0
+    assert masking.steps == 0
     assert precision.scaler.get_scale() == 2.0**125
-
-
-def test_precision_keeps_the_loss_scale():
-    precision, other = Precision("fp16", CPU), Precision("fp16", CPU)
-    precision.scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
-    other.load_state_dict(precision.state_dict())
-    assert other.scaler.get_scale() == 512.0
-
-
-@pytest.mark.parametrize(("amp", "dtype"), [("none", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_precision_decides_what_a_layer_computes_in(amp, dtype):
-    with Precision(amp, CPU).autocast():
-        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
 
 
 def test_an_evaluation_is_the_mean_over_images_not_batches():
