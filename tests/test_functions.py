@@ -10,6 +10,8 @@ from sparselearning import Masking, Updates, network_wide
 from sparselearning.functions import FunctionError
 from sparselearning.grow import GROWTH_FUNCTIONS
 
+TENTH = Updates(density=lambda step: 0.1)
+
 # At the door
 
 
@@ -72,12 +74,14 @@ def test_masks_are_as_before_when_a_function_fails():
         raise RuntimeError("mine")
 
     model = mlp(20, 30, 10)
-    masking = masked(model, growth_mode=fails)
+    masking = masked(model, growth_mode=fails, updates=TENTH)
     train(model, masking)
     before = snapshot(masking)
     with pytest.raises(RuntimeError, match="mine"):
         masking.at_end_of_epoch()
     assert same(before, masking.masks)
+    assert masking.total_nonzero == masking.baseline_nonzero == 180
+    masking.check()
     train(model, masking)
     assert_masks_hold(masking)
 
@@ -140,9 +144,6 @@ def test_a_function_that_breaks_a_pattern_is_named_and_changes_nothing(argument,
     assert str(refused.value).startswith(f"{argument}={named}")
     assert f"does not keep the pattern '{pattern}' of fc1.weight" in str(refused.value)
     assert same(before, masking.masks)
-
-
-TENTH = Updates(density=lambda step: 0.1)
 
 
 @pytest.mark.parametrize(

@@ -104,11 +104,19 @@ def test_equal_settings_make_equal_schedules():
         (lambda: StepDensity(1.0, 1.1, 5), r"Expected the density end in \(0, 1\], got 1.1"),
         (lambda: CosineDecay(0.5, 0), "Expected T_max of at least 1 step, got 0"),
         (lambda: LinearDecay(0.5, -3), "Expected T_max of at least 1 step, got -3"),
+        (lambda: Updates(every=-1), "Expected every to be a number of steps, 0 or more, got -1"),
+        (lambda: Updates(first=2.5), "Expected first to be a number of steps, 0 or more, got 2.5"),
+        (lambda: Updates(last=-3), "Expected last to be a number of steps, 0 or more, got -3"),
     ],
 )
 def test_impossible_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_density_that_cannot_be_called_is_refused():
+    with pytest.raises(TypeError, match=r"Expected density to be a function of the step, .* got 0\.1"):
+        Updates(density=0.1)
 
 
 # What a Masking takes
