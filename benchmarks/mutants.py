@@ -3,7 +3,7 @@
     make mutants                                                # all files that pyproject.toml names
     python benchmarks/mutants.py sparselearning/schedules.py    # one file of them
     python benchmarks/mutants.py --only apportion               # functions whose name contains this
-    python benchmarks/mutants.py --again tests/test_updates.py  # try the survivors again, with all tests of these files
+    python benchmarks/mutants.py --again tests/test_budget.py  # try the survivors again, with all tests of these files
 
 The changes are those of mutmut (https://mutmut.readthedocs.io): another operator or number, an argument left out, a
 branch always taken, and so on. The text of error messages and the `strict` of a zip do not change. mutmut's own runner

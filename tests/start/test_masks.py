@@ -1,4 +1,4 @@
-"""The first masks: drawn at random or taken from nonzero weights; and densities that are refused."""
+"""The first masks: drawn at random or read from the weights; and densities that are refused."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The weights of a module that become sparse layers, and their names."""
+"""Which weights of a module become sparse layers, and what they are called."""
 
 import pytest
 import torch
