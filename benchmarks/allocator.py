@@ -1,9 +1,9 @@
-"""Training steps on a CPU with freed memory returned to the system, as glibc does, and kept for the next step.
+"""Training steps on a CPU, with freed memory returned to the system (as glibc does) and kept for the next step.
 
     python benchmarks/allocator.py
 
-Each measurement is a process of its own, for the setting cannot be taken back; the two kinds take turns. Dense
-networks, and on the sparse kernels a network and a layer.
+Each measurement runs in its own process, because the setting cannot be undone; the two kinds take turns. Measured are
+dense networks, and a network and a layer on the sparse kernels.
 """
 
 import json
@@ -21,7 +21,8 @@ from torch.nn.functional import cross_entropy
 
 from sparselearning import Masking, models
 from sparselearning.native.allocator import keep_freed_memory
-from sparselearning.sparse import SparseConv2d, interface, ops
+from sparselearning.sparse import SparseConv2d, interface
+from sparselearning.sparse.memory_order import in_order
 
 LAYER = "conv 64@32"
 CASES = [
@@ -60,7 +61,7 @@ def main():
 
 
 def measure(name, images, sparse, keep, threads):
-    """Return the median milliseconds of a step, its page faults, and the most memory the process had, in MB."""
+    """Return the median milliseconds of a step, its page faults, and the peak memory of the process in MB."""
     torch.set_num_threads(threads)
     if keep:
         keep_freed_memory()
@@ -84,7 +85,7 @@ def measure(name, images, sparse, keep, threads):
 def model_step(name, images, sparse):
     """Return a training step of a network."""
     model = models.build(name)
-    x = torch.randn(images, *((1, 28, 28) if name == "lenet5" else (3, 32, 32)))
+    x = torch.randn(images, *common.input_shape(name))
     y = torch.randint(10, (images,))
     if not sparse:
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
@@ -101,10 +102,10 @@ def model_step(name, images, sparse):
 
 
 def layer_step(images):
-    """Return a pass through one sparse convolution, and back."""
+    """Return a forward and backward pass of one sparse convolution."""
     layer = torch.nn.Conv2d(64, 64, 3, padding=1)
     prune(layer, 0.05)
-    return both(SparseConv2d.from_dense(layer), ops.in_order(torch.randn(images, 64, 32, 32), True))
+    return both(SparseConv2d.from_dense(layer), in_order(torch.randn(images, 64, 32, 32), True))
 
 
 if __name__ == "__main__":

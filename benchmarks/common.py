@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating rounds, peak memory, a count of synchronisations, a report."""
+"""Shared by the benchmarks: alternating rounds, peak memory, a count of synchronisations, a report."""
 
 import argparse
 import ctypes
@@ -28,7 +28,7 @@ MODELS = ("lenet300-100", "vgg-d", "wrn-16-8", "resnet50")
 
 
 def parse(description: str | None, rounds: int, **more: tuple[Any, str]) -> argparse.Namespace:
-    """Return the arguments that every benchmark takes, and `more`: name=(default, meaning).
+    """Return the arguments that every benchmark takes, and those of `more`, given as name=(default, meaning).
 
     `rounds` is the default of --rounds; with --quick it is 2.
     """
@@ -49,8 +49,13 @@ def parse(description: str | None, rounds: int, **more: tuple[Any, str]) -> argp
 
 
 def build(name: str, device: str | torch.device = "cpu") -> torch.nn.Module:
-    """Return one of MODELS, freshly initialised."""
+    """Return a newly initialised network: resnet50, or a key of models.MODELS."""
     return (resnet50() if name == "resnet50" else models.build(name)).to(device)
+
+
+def input_shape(name: str) -> tuple[int, int, int]:
+    """Return the shape [C, H, W] of the images of a network that `build` makes."""
+    return (3, 224, 224) if name == "resnet50" else models.INPUT_SHAPES[name]
 
 
 def alternate(
@@ -61,10 +66,10 @@ def alternate(
     prepare: Callable[[], Any] = lambda: None,
     least: float = 0.0,
 ) -> dict[str, list[float]]:
-    """Return the seconds per call of each kind, one figure a round; the kinds take turns, so that load hits all.
+    """Return the seconds per call of each kind, one number per round; the kinds take turns, so that load affects all.
 
-    A turn is `calls` calls, and more until `least` seconds are over. Every kind is called once before, unmeasured, as
-    is `prepare` before every turn.
+    A turn is `calls` calls, and more until `least` seconds have passed. `prepare` runs unmeasured before every turn,
+    and every kind is called once, unmeasured, before the first round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for call in kinds.values():
@@ -86,19 +91,19 @@ def alternate(
 
 
 def wait(device: str) -> None:
-    """Wait until a GPU has done what was asked of it."""
+    """Wait until a GPU has finished its work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
-    """Return median, quartiles and best."""
+    """Return the median, the quartiles and the best."""
     low, median, high = np.percentile(seconds, [25, 50, 75]).tolist()
     return dict(median=median, low=low, high=high, best=min(seconds))
 
 
 def ratio(seconds: list[float], others: list[float]) -> float:
-    """Return the median over rounds of one kind's time over the other's in the same round."""
+    """Return the median over rounds of the ratio of one kind's time to the other's in the same round."""
     return statistics.median(one / other for one, other in zip(seconds, others, strict=True))
 
 
@@ -109,11 +114,18 @@ def show(label: str, seconds: Mapping[str, list[float]]) -> None:
         logging.info("%-32s %-28s %9.3f ms  (%.3f to %.3f)", label, kind, s["median"], s["low"], s["high"])
 
 
+def log_ratios(label: str, row: Mapping[str, Any]) -> None:
+    """Log the ratios of a row, whose names have the form "this / that"."""
+    for name, value in row.items():
+        if " / " in name:
+            logging.info("%-32s %s = %.3f", label, name, value)
+
+
 def peak_memory(call: Callable[[], Any], device: str) -> int:
-    """Return the bytes that a call needs at its worst moment, beside those in use before it.
+    """Return the peak number of bytes that a call uses in addition to those in use before it.
 
     Raises:
-        OSError: on a CPU where the kernel does not tell (it is Linux that does).
+        OSError: for a CPU, if the operating system is not Linux, which alone tells the peak.
     """
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
@@ -121,7 +133,7 @@ def peak_memory(call: Callable[[], Any], device: str) -> int:
         call()
         return torch.cuda.max_memory_allocated(device) - before
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the highest use so far
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _status("VmRSS")
     call()
     return _status("VmHWM") - before
@@ -143,7 +155,7 @@ def save(args: argparse.Namespace, benchmark: str, rows: list[dict[str, Any]]) -
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Return what the figures were measured on."""
+    """Return the hardware, the versions and the commit that numbers were measured with."""
     found = dict(
         processor=_processor(),
         cores=os.cpu_count(),
@@ -167,7 +179,7 @@ def _processor():
 
 
 def commit() -> str:
-    """Return the commit that is checked out, and whether anything but results was changed."""
+    """Return the commit that is checked out, with "-dirty" if files other than results were changed."""
     here = Path(__file__).parent
     changed = _git(here, "status", "--porcelain", "--untracked-files=no", "--", ":/", f":!{RESULTS.name}")
     return (_git(here, "describe", "--always") or "unknown") + ("-dirty" if changed else "")
@@ -180,10 +192,10 @@ def _git(folder, *arguments):
 
 
 class Synchronisations(TorchFunctionMode):
-    """Counts where the host would wait if the tensors in it were on a GPU, on a machine that has none.
+    """Counts how often the host would wait for a GPU, on a machine that has none.
 
-    Inside, tensors say that they are on a GPU, so that code takes its path for devices; what is asked to be put
-    there stays on the CPU. Every read of a value or of a number of entries counts.
+    Inside the context, tensors report that they are on a GPU, so that code takes its path for devices, while everything
+    stays on the CPU. Every read of a value, or of a size that depends on values, counts.
     """
 
     READS = (

@@ -1,12 +1,12 @@
-"""One epoch of main.py's loop, dense and sparse, against the same network in a minimal loop.
+"""One epoch of main.py's loop, dense and sparse, compared with a minimal loop for the same network.
 
     python benchmarks/epoch.py
     python benchmarks/epoch.py --quick
 
-The minimal loop is what one would write by hand for one network and nothing else: images normalised once and kept as
-floats, a permutation, forward, backward, a fused step; no report, schedule or augmentation. main.py augments CIFAR-10,
-and the minimal loop does not. Images are random, of the size of MNIST and CIFAR-10. An epoch leaves out evaluation and
-checkpoint; a sparse epoch of MNIST ends with an update of the masks, of CIFAR-10 there is a part of an epoch only.
+The minimal loop is what one would write by hand for a single network: images normalised once and kept as floats, a
+permutation, forward, backward, a fused step; no report, no schedule, no augmentation (main.py augments CIFAR-10).
+Images are random, of the size of MNIST and CIFAR-10. An epoch has no evaluation and no checkpoint. A sparse epoch of
+MNIST ends with an update of the masks; for CIFAR-10 only a part of an epoch is measured.
 """
 
 import logging
@@ -22,7 +22,8 @@ from sparselearning.experiments.run.training import train_epoch
 
 DENSITY = 0.05
 BATCH = 100
-# Model -> shape of an image, images of an epoch (MNIST keeps 54,000 for training), statistics of a pixel.
+# Shape of an image, mean and standard deviation of pixels; {model: (images per epoch, data set)}. MNIST trains on
+# 54,000.
 MNIST = ((1, 28, 28), (0.1307,), (0.3081,))
 CIFAR = ((3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 IMAGES = {"lenet300-100": (54_000, MNIST), "lenet5": (54_000, MNIST), "vgg-d": (1_000, CIFAR), "wrn-16-8": (300, CIFAR)}
@@ -36,7 +37,7 @@ def main():
 
 
 def measure(args, name):
-    """Return a row: epochs of one network in the three loops."""
+    """Return a row: the time of an epoch of one network in each of the three loops."""
     count, (shape, mean, std) = IMAGES[name]
     count = count // 20 if args.quick else count
     images = torch.randint(256, (count, *shape), dtype=torch.uint8, device=args.device)
@@ -81,9 +82,7 @@ def measure(args, name):
     }
     for kind, rate in row["images per second"].items():
         logging.info("%-32s %-28s %9.0f images/s", name, kind, rate)
-    for what, value in row.items():
-        if " / " in what:
-            logging.info("%-32s %s = %.3f", name, what, value)
+    common.log_ratios(name, row)
     return row
 
 
@@ -93,7 +92,7 @@ def sgd(model):
 
 
 def minimal_epoch(name, split, mean, std, precision):
-    """Return a loop written for one network."""
+    """Return an epoch of a loop written for one network."""
     model = common.build(name, split.images.device)
     optimizer = sgd(model)
     mean, std = (torch.tensor(values, device=split.images.device).view(-1, 1, 1) for values in (mean, std))

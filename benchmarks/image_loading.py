@@ -1,10 +1,10 @@
-"""Images per second and core: read, decoded, cut and resized for training, without any network.
+"""Images per second and core that are read, decoded, cropped and resized for training, without a network.
 
     python benchmarks/image_loading.py
     python benchmarks/image_loading.py --data DIR     with the photographs of DIR/train
 
-Generated images are noise that is as hard to decode as photographs of ImageNet's mean size, 110 KB at 500x375.
-"Full" decodes the whole image at its size before it cuts. Seconds are of the process's CPU time, one thread.
+Without --data the images are generated noise, which is as expensive to decode as photographs of ImageNet's mean size
+(110 KB at 500x375). "Full" decodes the whole image at full size before it crops. Seconds are CPU time of one thread.
 """
 
 import io
@@ -41,7 +41,7 @@ def main():
 
 
 def measure(args, size, files, shards, count):
-    """Return a row: images per second of each way to load, for one size of crop."""
+    """Return a row: the images per second of each kind of loading, for one crop size."""
     loaders = {
         "files": Photographs(files, size, train=True),
         "shards": Photographs(shards, size, train=True),
@@ -69,7 +69,7 @@ def measure(args, size, files, shards, count):
 
 
 class FullDecode(Photographs):
-    """The same images, decoded at their full size."""
+    """The same images, decoded at full size."""
 
     def _decode(self, encoded, random):
         image = Image.open(io.BytesIO(encoded)).convert("RGB")  # draft() has no effect any more
@@ -90,7 +90,7 @@ def generate(folder, count):
 
 
 def pack(source, folder, count):
-    """Write the first images of a source into one shard; return its folder."""
+    """Write the first `count` images of a source into one shard; return its folder."""
     with tarfile.open(folder / "train.tar", "w") as tar:
         for i in range(count):
             for name, content in ((f"{i:06d}.jpg", source.read(i)), (f"{i:06d}.cls", str(source.labels[i]).encode())):

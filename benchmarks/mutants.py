@@ -1,17 +1,17 @@
-"""Change the library in small ways, one at a time, and see whether a test notices: mutation testing.
+"""Mutation testing: change the library in small ways, one at a time, and find changes that no test notices.
 
     make mutants                                                # all files that pyproject.toml names
     python benchmarks/mutants.py sparselearning/schedules.py    # one file of them
     python benchmarks/mutants.py --only apportion               # functions whose name contains this
-    python benchmarks/mutants.py --again tests/test_updates.py  # what survived, once more, by all tests of these files
+    python benchmarks/mutants.py --again tests/test_budget.py  # try the survivors again, with all tests of these files
 
 The changes are those of mutmut (https://mutmut.readthedocs.io): another operator or number, an argument left out, a
-branch always taken, ...; text of error messages and the `strict` of a zip are left alone. Its runner skips functions
-with decorators and collects the tests again for every change, so the changes are tried here: pytest collects once, and
-each change is made in a fork of that process, in the code of the function, and met by the tests that call the function,
-the fastest first, for 8 seconds.
+branch always taken, and so on. The text of error messages and the `strict` of a zip do not change. mutmut's own runner
+skips functions with decorators and collects the tests again for every change. Here pytest collects once; each change is
+made in a fork of that process, in the code of the function, and the tests that call the function run, the fastest
+first, for 8 seconds.
 
-Writes benchmarks/results/mutants.json, with those that no test noticed. Linux, Python 3.11.
+Writes benchmarks/results/mutants.json with the changes that no test noticed. Needs Linux and Python 3.11.
 """
 
 import argparse
@@ -45,9 +45,9 @@ from mutmut.mutation.mutators import mutation_operators
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "benchmarks" / "results" / "mutants.json"
-MESSAGES = ("raise", "logger.", "warnings.warn")  # how statements begin that only say something
-MEMORY = 12 << 30  # bytes that a change may ask for
-SECONDS_EACH = 8  # of tests; a change that the fastest do not notice in that time survived
+MESSAGES = ("raise", "logger.", "warnings.warn")  # beginnings of statements that only give messages
+MEMORY = 12 << 30  # bytes that a changed function may allocate
+SECONDS_EACH = 8  # seconds of tests per change; a change that they do not notice survives
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Mutant:
         return self.function.file, self.function.name, "\n".join(self.diff())
 
     def make(self) -> None:
-        """Change the function in this process, for all who hold it."""
+        """Change the function in this process, for all that hold a reference to it."""
         live = self.function.live
         namespace = dict(live.__globals__)
         exec(compile(self.source, self.function.file, "exec"), namespace)
@@ -107,7 +107,7 @@ def _unwrapped(held: Any) -> FunctionType:
 
 
 def mutants_of(function: Function) -> Iterator[Mutant]:
-    """Yield the function with each change that mutmut would make, one at a time."""
+    """Yield a mutant for each change that mutmut would make to the function."""
     seen = {_without_strict(function.source(function.node))}
     for node in _changeable(function.node):
         for kind, operator in mutation_operators:
@@ -119,7 +119,7 @@ def mutants_of(function: Function) -> Iterator[Mutant]:
 
 
 def _without_strict(source: str) -> str:
-    """Return the source without the `strict` of a zip, which only guards parts that are as long as each other."""
+    """Return the source without the `strict` of a zip, which never matters where the lengths are equal."""
     return re.sub(r",\s*(strict=\w+)?\s*\)", ")", source)
 
 
@@ -136,12 +136,12 @@ def _only_speaks(node):
 
 
 class Trial:
-    """A pytest plugin that runs the tests once for each mutant, instead of once."""
+    """A pytest plugin that runs the tests once for each mutant."""
 
     def __init__(self, functions: list[Function], log: Any, again: set[tuple[str, str, str]] | None = None):
         self.functions = functions
         self.log = log
-        self.again = again  # file, function and change of those to try; None: all
+        self.again = again  # keys of the mutants to try; None tries all
         self.seconds_each = SECONDS_EACH if again is None else math.inf
         self.outcome: dict[int, str] = {}
         self.failed: list[str] = []
@@ -167,7 +167,7 @@ class Trial:
         return True
 
     def _measure(self):
-        """Return the seconds of each test, and the tests that call each function."""
+        """Return the duration of each test in seconds, and the tests that call each function."""
         reading, writing = os.pipe()
         if not os.fork():
             seconds, callers = [], defaultdict(list)
@@ -204,7 +204,7 @@ class Trial:
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
 
     def _try(self, mutant, order, seconds):
-        """Return 'survived', 'timeout', or 'killed' and by which test."""
+        """Return 'survived', 'timeout', or 'killed by' with the name of the test."""
         reading, writing = os.pipe()
         child = os.fork()
         if not child:
@@ -219,7 +219,9 @@ class Trial:
                     if time.process_time() - started > self.seconds_each:
                         break
                     limit = int(time.process_time() + 5 + 20 * seconds[i]) + 1
-                    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))  # a hard one stays
+                    resource.setrlimit(
+                        resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY)
+                    )  # a hard limit could not be raised
                     self._run(i)
                     if self.failed:
                         os.write(writing, self.failed[0].encode())
@@ -241,8 +243,8 @@ def main():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutants"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", default=settings["files"])
-    parser.add_argument("--only", default="", help="functions whose name contains this; nothing is written then")
-    parser.add_argument("--again", nargs="+", metavar="TESTS", help="files of tests for the changes that survived")
+    parser.add_argument("--only", default="", help="try only functions whose name contains this, and write no file")
+    parser.add_argument("--again", nargs="+", metavar="TESTS", help="test files to try on the changes that survived")
     args = parser.parse_args()
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
@@ -261,13 +263,13 @@ def main():
 
 
 def survivors() -> set[tuple[str, str, str]]:
-    """Return file, function and change of what no test has noticed so far."""
+    """Return the keys of the mutants that no test has noticed so far."""
     found = json.loads(OUT.read_text())["survived"]
     return {(file, one["function"], "\n".join(one["change"])) for file, rows in found.items() for one in rows}
 
 
 def write_again(trial: Trial) -> None:
-    """Take the changes that a test notices now off the list, and those that the code no longer allows."""
+    """Remove from the list the changes that a test notices now, and those that no longer exist in the code."""
     result = json.loads(OUT.read_text())
     outcomes = {mutant.key(): trial.outcome[i] for i, mutant in enumerate(trial.mutants)}
     tried = {(function.file, function.name) for function in trial.functions}
@@ -291,7 +293,7 @@ def write_again(trial: Trial) -> None:
 
 
 def write(trial: Trial, files: list[str]) -> None:
-    """Write how many changes of each file no test noticed, and which."""
+    """Write the number of changes of each file that no test noticed, and the changes."""
     result = json.loads(OUT.read_text()) if OUT.is_file() else {"files": {}, "survived": {}}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     for file in files:

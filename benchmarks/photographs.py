@@ -1,9 +1,9 @@
-"""A short run of imagenet/main.py on photographs: trained by two processes, killed, resumed, evaluated, benchmarked.
+"""A short run of imagenet/main.py on photographs: two processes train it; it is killed, resumed and evaluated.
 
     python benchmarks/photographs.py DIR       where DIR holds train/<class>/<image> and val/<class>/<image>
 
-Writes results/photographs-cpu.json: accuracy per epoch, where the run was killed, what one process evaluates its
-checkpoint to, images per second.
+Writes results/photographs-cpu.json: the accuracy per epoch, the step at which the run was killed, the accuracy of its
+checkpoint when one process evaluates it, and the images per second of training and inference.
 """
 
 import argparse
@@ -27,7 +27,7 @@ KEPT = ("epoch", "steps", "train_loss", "valid_accuracy", "valid_accuracy_5", "a
 
 
 def main():
-    """Make the runs and save their figures."""
+    """Make the runs and save their numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="DIR", help="photographs")
     parser.add_argument("--epochs", type=int, default=12, help="epochs to train (default: %(default)s)")
@@ -59,7 +59,7 @@ def main():
 
 
 def kill_inside_epoch(command, place, epoch):
-    """Start a run, kill all its processes after the first checkpoint inside an epoch, and return which that is."""
+    """Start a run, kill all its processes after a checkpoint inside `epoch`, and return epoch and step of the last."""
     started = subprocess.Popen(command)
     while True:
         time.sleep(0.2)

@@ -1,10 +1,10 @@
-"""Where the time of one masked training step goes, and that of one update of the masks.
+"""Profiles of one masked training step and of one update of the masks.
 
     python benchmarks/profiled.py
     python benchmarks/profiled.py --model resnet50
 
-Prints the operators by their own time: of a step by torch.profiler, of an update by cProfile on a CPU, where numpy
-selects, and by torch.profiler on a GPU.
+Prints the operators with the most time of their own: those of a step from torch.profiler, those of an update from
+torch.profiler on a GPU and from cProfile on a CPU, where numpy selects the weights.
 """
 
 import cProfile
@@ -18,32 +18,31 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def main():
-    """Profile, print."""
+    """Profile and print."""
     args = common.parse(
         __doc__, rounds=1, model=("vgg-d", f"one of {', '.join(common.MODELS)}"), images=(100, "images of the step")
     )
     name = "lenet300-100" if args.quick else args.model
     on_gpu = args.device.startswith("cuda")
     model = common.build(name, args.device)
-    _, mask = masked(model, OPTIMIZERS["SGD fused"])
-    size = {"lenet300-100": (1, 28, 28), "resnet50": (3, 224, 224)}.get(name, (3, 32, 32))
-    inputs = torch.randn(args.images, *size, device=args.device)
+    masking = masked(model, OPTIMIZERS["SGD fused"])
+    inputs = torch.randn(args.images, *common.input_shape(name), device=args.device)
     labels = torch.randint(10, (len(inputs),), device=args.device)
 
     def train():
-        mask.zero_grad()
+        masking.zero_grad()
         F.cross_entropy(model(inputs).float(), labels).backward()
-        mask.step()
+        masking.step()
 
     train()
     print_operators(train, on_gpu)
-    mask.truncate_weights()
+    masking.truncate_weights()
     train()
-    print_operators(mask.truncate_weights, on_gpu) if on_gpu else print_functions(mask.truncate_weights)
+    print_operators(masking.truncate_weights, on_gpu) if on_gpu else print_functions(masking.truncate_weights)
 
 
 def print_operators(call, on_gpu):
-    """Print torch's operators by their own time."""
+    """Print torch's operators, sorted by the time of their own."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as found:
         call()
@@ -52,7 +51,7 @@ def print_operators(call, on_gpu):
 
 
 def print_functions(call):
-    """Print Python's functions by their own time."""
+    """Print Python's functions, sorted by the time of their own."""
     profiler = cProfile.Profile()
     profiler.runcall(call)
     pstats.Stats(profiler).sort_stats("tottime").print_stats(15)

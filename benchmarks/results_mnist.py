@@ -1,13 +1,13 @@
-"""Every method on MNIST: test error at several densities, mean and standard error over seeds.
+"""Test error of every method on MNIST at several densities, with mean and standard error over seeds.
 
     python benchmarks/results_mnist.py
     python benchmarks/results_mnist.py --models lenet300-100 --methods set rigl --densities 0.05 --seeds 1 --epochs 10
     python benchmarks/results_mnist.py --report
 
 Runs mnist_cifar/main.py in two processes of one thread each, LeNet-300-100 and the first seed first. Every finished run
-is a line of results/methods_mnist.csv; those that are there are not repeated, so that an interrupted sweep goes on.
-At the end, and with --report alone, it writes the tables of all runs to results/methods_mnist.md, and a picture for
-each model and number of epochs, results/methods_mnist-<model>-<epochs>.png.
+adds a line to results/methods_mnist.csv. Runs that are in the file are not repeated, so an interrupted sweep continues.
+At the end, or at once with --report, it writes the tables of all runs to results/methods_mnist.md and one picture per
+model and number of epochs to results/methods_mnist-<model>-<epochs>.png.
 """
 
 import argparse
@@ -31,20 +31,19 @@ from sparselearning.methods import METHODS
 from sparselearning.start.distributions import DISTRIBUTIONS
 
 SCRIPT = Path(__file__).parent.parent / "mnist_cifar" / "main.py"
-RESULTS = Path(__file__).parent / "results"
 KEY = ["model", "method", "density", "seed", "epochs"]
 COLUMNS = [*KEY, "test_accuracy", "active_weights", "exploration_rate", "seconds", "commit", "torch"]
 FIRST_SEED = 17
-DECAY_STEPS = 25000  # between two decays of the learning rate in 100 epochs; shorter runs decay after the same share
+DECAY_STEPS = 25000  # steps between two decays of the learning rate in 100 epochs; proportional in shorter runs
 DENSE = "dense"
 WRITING = threading.Lock()
 
-# At the default learning rate a dense LeNet-5 now and then stays at chance. One of 1% does not learn from weights that
-# were initialised for a dense network and drawn at random; those that a score has chosen pass the signal as they are.
+# At the default learning rate a dense LeNet-5 sometimes stays at chance. At a density of 1% it does not learn if masks
+# are drawn at random on weights initialised for a dense network; weights chosen by a score pass the signal on.
 FLAGS = {"lenet300-100": [], "lenet5": ["--lr", "0.05", "--rescale"]}
 
-# Test accuracy in %. Sparse momentum and dense: Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/1907.04840; the
-# others as compared there, after Mostafa & Wang 2019.
+# Test accuracy in %. Sparse momentum and dense are from Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/1907.04840;
+# the others are quoted there from Mostafa & Wang 2019.
 PUBLISHED = {
     "lenet300-100": {
         "Sparse momentum": {0.01: 97.53, 0.02: 98.20, 0.03: 98.30, 0.04: 98.42, 0.05: 98.53, 0.1: 98.67},
@@ -74,15 +73,15 @@ def parse_arguments():
         nargs="+",
         type=float,
         default=[0.05, 0.01, 0.1, 0.02],
-        help="in this order (default: %(default)s)",
+        help="densities in the order of the runs (default: %(default)s)",
     )
-    add("--seeds", type=int, default=3, help=f"how many, from {FIRST_SEED} on (default: %(default)s)")
+    add("--seeds", type=int, default=3, help=f"number of seeds, from {FIRST_SEED} on (default: %(default)s)")
     add("--epochs", type=int, default=100, help="default: %(default)s")
     add("--workers", type=int, default=2, help="processes at a time (default: %(default)s)")
     add("--data-dir", help="folder of the data files (default: that of main.py)")
     add("--run-dir", type=Path, default=Path("runs/results_mnist"), help="folder of the runs (default: %(default)s)")
-    add("--csv", type=Path, default=RESULTS / "methods_mnist.csv", help="results (default: %(default)s)")
-    add("--report", action="store_true", help="write tables and pictures of what is there, and end")
+    add("--csv", type=Path, default=common.RESULTS / "methods_mnist.csv", help="results (default: %(default)s)")
+    add("--report", action="store_true", help="only write tables and pictures of the finished runs")
     return parser.parse_args()
 
 
@@ -104,7 +103,7 @@ def main():
 
 
 def sweep(args):
-    """Return what is to be run, in order: a dict for each run."""
+    """Return a dict for each run of the sweep, in the order to run them."""
     return [
         dict(model=model, method=method, density=1.0 if method == DENSE else density, seed=seed, epochs=args.epochs)
         for model in args.models
@@ -120,12 +119,12 @@ def key(row):
 
 
 def read(path):
-    """Return the rows of the CSV file, none if there is no file."""
+    """Return the rows of the CSV file; an empty list if there is no file."""
     return list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
 
 
 def train(args, work):
-    """Make one run and append it to the CSV file; return a line that says how it went."""
+    """Make one run and append it to the CSV file; return a line for the log."""
     kind = ["--dense"] if work["method"] == DENSE else ["--method", work["method"], "--density", str(work["density"])]
     place = args.run_dir / "-".join(str(work[name]) for name in KEY)
     command = [sys.executable, str(SCRIPT), "--data", "mnist", "--model", work["model"], *kind, "--device", "cpu"]
@@ -153,7 +152,7 @@ def train(args, work):
 
 
 def flags(model, method):
-    drawn = method != DENSE and METHODS[method].sparse_init in DISTRIBUTIONS and METHODS[method].inactive == "zero"
+    drawn = method != DENSE and METHODS[method].sparse_init in DISTRIBUTIONS and METHODS[method].weights == "zero"
     return [flag for flag in FLAGS[model] if flag != "--rescale" or drawn]
 
 
@@ -168,7 +167,7 @@ def append(path, row):
 
 
 def report(args):
-    """Write the tables and the pictures of all runs, those of one model and number of epochs together."""
+    """Write a table and a picture of all runs for each model and number of epochs."""
     groups = {}
     for row in read(args.csv):
         groups.setdefault((row["model"], int(row["epochs"])), []).append(row)
@@ -205,7 +204,7 @@ def explored(row):
 
 
 def summarise(rows, measure):
-    """Return (method, density) -> what `measure` finds, one per seed, methods in the order of their table."""
+    """Return {(method, density): values of `measure`, one per seed}, in the order of the table of methods."""
     cells = {}
     for row in rows:
         cells.setdefault((row["method"], float(row["density"])), []).append(measure(row))
@@ -240,7 +239,7 @@ def show(values, seeds):
 
 
 def point(method, density, errors):
-    """Return a point of the picture; its bar is the standard error."""
+    """Return a point of the picture, with the standard error as its bar."""
     numbers = statistics([1 - error / 100 for error in errors])
     mean, error = numbers["mean"], numbers["standard_error"]
     interval = None if error is None else (mean - error, mean + error)

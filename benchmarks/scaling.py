@@ -1,12 +1,12 @@
-"""How the time and memory of an update grow with the number of weights, and with the density.
+"""Growth of the time and memory of an update with the number of weights and with the density.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --largest 1e8
     python benchmarks/scaling.py --quick
 
-Layers of at most 2^26 weights with random weights and momenta, no gradients. The exponent is the slope of a line
-through the logarithms: 1 is linear. Memory is what an update needs beside weights, momenta and masks. The last row
-is one layer of a third of the largest number of weights, for the memory grows with the largest layer.
+Layers have at most 2^26 weights, with random weights and momenta and no gradients. The exponent is the slope of a line
+fitted to the logarithms; 1 means linear. Memory is what an update uses beside weights, momenta and masks. It grows with
+the largest layer: the last row is a single layer with a third of the largest number of weights.
 """
 
 import gc
@@ -41,17 +41,17 @@ def main():
 def measure(args, size, density, largest_layer=LAYER):
     """Return a row: the update of a network of `size` weights."""
     gc.collect()
-    mask = network(args.device, size, density, largest_layer)
-    memory = common.peak_memory(mask.truncate_weights, args.device)
+    masking = network(args.device, size, density, largest_layer)
+    memory = common.peak_memory(masking.truncate_weights, args.device)
     rounds = args.rounds if size < 1e8 else 2
     seconds = common.alternate(
-        {"update": mask.truncate_weights}, rounds, device=args.device, prepare=lambda: rewrite(mask)
+        {"update": masking.truncate_weights}, rounds, device=args.device, prepare=lambda: rewrite(masking)
     )
     common.show(f"{size:.3g} weights, density {density}", seconds)
     logging.info("%-32s peak extra memory %.2f GiB, %.2f bytes per weight", "", memory / 2**30, memory / size)
     return {
         "weights": size,
-        "layers": len(mask.layers),
+        "layers": len(masking.layers),
         "density": density,
         "seconds": common.summary(seconds["update"]),
         "peak extra bytes": memory,
@@ -60,29 +60,29 @@ def measure(args, size, density, largest_layer=LAYER):
 
 
 def network(device, size, density, largest_layer):
-    """Return masks on layers without gradients, whose momentum is random."""
+    """Return a Masking of layers without gradients, with random momenta."""
     parts = -(-size // largest_layer)
     sizes = [size // parts] * (parts - 1)
     weights = nn.ParameterList(torch.empty(1, n, device=device) for n in [*sizes, size - sum(sizes)])
     optimizer = torch.optim.SGD(weights, lr=0.1, momentum=0.9)
-    mask = Masking(optimizer, CosineDecay(0.5, 100))
-    mask.add_module(weights, density)
-    rewrite(mask)
+    masking = Masking(optimizer, CosineDecay(0.5, 100))
+    masking.add_module(weights, density)
+    rewrite(masking)
     for weight in weights:
         optimizer.state[weight]["momentum_buffer"] = torch.randn_like(weight)
-    return mask
+    return masking
 
 
 @torch.no_grad()
-def rewrite(mask):
+def rewrite(masking):
     """Give all active weights new values, as training would."""
-    for layer in mask.layers:
+    for layer in masking.layers:
         layer.weight.normal_()
-    mask.apply_mask()
+    masking.apply_mask()
 
 
 def log_exponent(rows, what):
-    """Log the exponent of the time in `what`, a column of the rows."""
+    """Log the exponent of the time as a power of `what`, a column of the rows."""
     times = [row["seconds"]["median"] for row in rows]
     exponent = np.polyfit(np.log([row[what] for row in rows]), np.log(times), 1)[0]
     logging.info("seconds = constant * %s ^ %.3f", what, exponent)

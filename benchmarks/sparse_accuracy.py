@@ -1,11 +1,11 @@
-"""LeNet-5 on MNIST, trained with masks and on sparse kernels: test error and time.
+"""Test error and time of LeNet-5 on MNIST, trained with masks and on sparse kernels.
 
     python benchmarks/sparse_accuracy.py --data DIR
     python benchmarks/sparse_accuracy.py --data DIR --quick
 
-Exact sparse momentum (dense kernels, dense momentum) and weights="sparse", the same seeds and settings: SGD with
-momentum 0.9 and cosine learning rate from 0.1, weight decay 5e-4, batch 100, density 0.05. The test set is read once
-per run, at the end. Printed last: mean test error +- standard error, and seconds of training.
+Compares exact sparse momentum (weights="zero": dense kernels, dense momentum) with weights="sparse", with the same
+seeds and settings: SGD with momentum 0.9 and cosine learning rate from 0.1, weight decay 5e-4, batch 100, density 0.05.
+The test set is read once per run, at the end. Printed last: mean test error +- standard error, and seconds of training.
 """
 
 import logging

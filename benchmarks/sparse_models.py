@@ -1,11 +1,11 @@
-"""Whole sparse networks after `sparselearning.sparse.convert`, and training on the sparse backend.
+"""Whole sparse networks: inference after `sparselearning.sparse.convert`, and training on the sparse kernels.
 
     python benchmarks/sparse_models.py
     python benchmarks/sparse_models.py --quick
 
-Inference: images per second of the dense model (the faster of contiguous and channels_last, float32) and of the
-converted one. Training: steps of masked training (dense kernels) and of weights="sparse". Weights are random, at
-the density given; the kinds take turns, and a ratio is the median over rounds, printed last.
+Inference: time of the dense model (the faster of contiguous and channels_last, float32) and of the converted one.
+Training: time of a step of masked training (weights="zero", dense kernels) and of weights="sparse". Weights are random,
+at the given density. The kinds take turns; a ratio is the median over rounds, printed last.
 """
 
 import copy
@@ -42,7 +42,7 @@ def main():
 
 
 def masked(name, density, weights="zero"):
-    """Return a model with masks on it, its optimizer and the Masking."""
+    """Return a model, its optimizer and a Masking of it."""
     torch.manual_seed(0)
     model = build(name)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -52,11 +52,11 @@ def masked(name, density, weights="zero"):
 
 
 def measure_inference(args, name, batch):
-    """Return times, their ratio and the largest difference of outputs."""
+    """Return a row: the times, their ratio and the largest difference of outputs."""
     model = masked(name, args.density)[0]
     images = torch.randn(batch, 3, 32, 32)
     for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
-        norm.momentum = None  # plain averages: with those of three passes that fade the signal would fade too
+        norm.momentum = None  # plain averages: after three passes, running ones would still shrink the signal
     with torch.no_grad():
         for _ in range(3):
             model(torch.randn(32, 3, 32, 32))
@@ -81,7 +81,7 @@ def measure_inference(args, name, batch):
 
 
 def measure_training(args, name):
-    """Return times of one step of masked and of sparse training, and their ratio."""
+    """Return a row: the times of a step of masked and of sparse training, and their ratio."""
     images, labels = torch.randn(args.images, 3, 32, 32), torch.randint(10, (args.images,))
 
     def step_of(weights):

@@ -1,9 +1,9 @@
-"""The table and the bar chart of what sparse_layers.py and sparse_models.py measured.
+"""A table and a bar chart of the measurements of sparse_layers.py and sparse_models.py.
 
     python benchmarks/sparse_table.py
     python benchmarks/sparse_table.py --layers LAYERS.json --models MODELS.json --out NAME
 
-Files are taken from and written to results/: NAME.md and NAME.png.
+Reads from results/, and writes results/NAME.md and results/NAME.png.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from sparselearning.experiments.report import plots
 
 
 def main():
-    """Read, write the table, draw."""
+    """Read the measurements, write the table, draw the chart."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", default="sparse_layers-cpu.json", help="default: %(default)s")
     parser.add_argument("--models", default="sparse_models-cpu.json", help="default: %(default)s")
@@ -45,7 +45,7 @@ def main():
 
 
 def machine(report):
-    """Return what the figures were measured on, and how, in a sentence."""
+    """Return a sentence on the hardware and the rounds of a report."""
     m = report["machine"]
     return (
         f"{report['benchmark']}: {m['processor']}, {m.get('cpu_capability', 'AVX2')}, {m['cores']} cores, torch "
@@ -54,7 +54,7 @@ def machine(report):
 
 
 def layer_table(rows, part):
-    """Return a line per layer and number of threads: how many times faster than dense at each density, than a peer."""
+    """Return a table of speed-ups over dense by density, and over SparseProp; one line per layer and thread count."""
     densities = sorted({row["density"] for row in rows}, reverse=True)
     cells = {(row["layer"], row["threads"], row["density"]): row for row in rows}
     peer = f"{part}_over_sparseprop"
@@ -69,7 +69,7 @@ def layer_table(rows, part):
 
 
 def model_table(rows):
-    """Return a line per model, batch and number of threads."""
+    """Return a table of times and speed-ups; one line per model, batch and thread count."""
     lines = [
         [
             *(row[key] for key in ("model", "what", "batch", "threads")),
@@ -87,7 +87,7 @@ DENSE = ("contiguous_ms", "channels_last_ms", "masked_ms")
 
 
 def bars(rows):
-    """Return layer -> {series: speed-up} for the forward pass on one thread."""
+    """Return {layer: {series: speed-up}} for the forward pass on one thread."""
     chosen = [row for row in rows if row["threads"] == 1]
     return {
         layer: {f"density {row['density']:g}": row["forward"] for row in chosen if row["layer"] == layer}

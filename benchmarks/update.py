@@ -1,11 +1,12 @@
-"""What one update of the masks costs, beside sorting every layer.
+"""The cost of one update of the masks, compared with sorting every layer.
 
     python benchmarks/update.py
     python benchmarks/update.py --quick
 
-The library's sparse momentum against the same update as release 1.0 made it: a full sort of the magnitudes and one
-of the momentum per layer, and a count read from the device after each. Weights and masks are put back before every
-update. Seconds, the times that the host waits for the device, and the memory needed beside weights, momentum and masks.
+Compares sparse momentum in the library with the same update as release 1.0 made it: per layer a full sort of the
+magnitudes and one of the momentum, each followed by a read from the device. Weights and masks are restored before every
+update. Measured are seconds, how often the host waits for the device, and the memory used beside weights, momentum and
+masks.
 """
 
 import logging
@@ -33,25 +34,25 @@ def main():
 
 
 def measure(args, name, kind, density):
-    """Return a row: the two updates of one network."""
+    """Return a row: time, waits and memory of the two updates of one network."""
     model = common.build(name, args.device)
-    mask = Masking(OPTIMIZERS[kind](model.parameters()), CosineDecay(0.5, 10_000))
-    mask.add_module(model, density)
+    masking = Masking(OPTIMIZERS[kind](model.parameters()), CosineDecay(0.5, 10_000))
+    masking.add_module(model, density)
     for _ in range(3):
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter) * 1e-2
-        mask.step()
+        masking.step()
     model.zero_grad()
-    before = [(layer.weight.detach().clone(), layer.mask.clone()) for layer in mask.layers]
+    before = [(layer.weight.detach().clone(), layer.mask.clone()) for layer in masking.layers]
 
     @torch.no_grad()
     def put_back():
-        for layer, (weight, active) in zip(mask.layers, before, strict=True):
+        for layer, (weight, active) in zip(masking.layers, before, strict=True):
             layer.weight.copy_(weight)
             layer.mask.copy_(active)
             layer.nonzeros = int(active.count_nonzero())
 
-    kinds = {"library": mask.truncate_weights, "full sort": lambda: update_by_sorting(mask)}
+    kinds = {"library": masking.truncate_weights, "full sort": lambda: update_by_sorting(masking)}
     seconds = common.alternate(kinds, args.rounds, device=args.device, prepare=put_back)
     waits, memory = {}, {}
     for update, run in kinds.items():
@@ -67,8 +68,8 @@ def measure(args, name, kind, density):
         "model": name,
         "optimizer": kind,
         "density": density,
-        "layers": len(mask.layers),
-        "weights": sum(layer.mask.numel() for layer in mask.layers),
+        "layers": len(masking.layers),
+        "weights": sum(layer.mask.numel() for layer in masking.layers),
         "seconds": {update: common.summary(values) for update, values in seconds.items()},
         "synchronisations": waits,
         "peak extra bytes": memory,
@@ -80,24 +81,24 @@ def measure(args, name, kind, density):
 
 
 @torch.no_grad()
-def update_by_sorting(mask):
-    """Prune by magnitude, redistribute and grow by momentum, sorting all entries of every layer twice."""
+def update_by_sorting(masking):
+    """Prune by magnitude, redistribute and grow by momentum; sort all entries of every layer twice."""
     importance, removed = [], []
-    for layer in mask.layers:
-        momentum = mask.get_momentum_for_weight(layer.weight)
+    for layer in masking.layers:
+        momentum = masking.get_momentum_for_weight(layer.weight)
         importance.append(momentum[layer.mask].abs().mean().item())
         nonzeros = layer.mask.sum().item()
-        k = math.ceil(mask.prune_rate * nonzeros)
+        k = math.ceil(masking.prune_rate * nonzeros)
         _, order = torch.sort(layer.weight.abs().flatten())
         layer.mask.flatten()[order[: layer.mask.numel() - nonzeros + k]] = False
         removed.append(nonzeros - layer.mask.sum().item())
-    room = [int(0.99 * (layer.mask.numel() - layer.mask.sum().item())) for layer in mask.layers]
-    for layer, count in zip(mask.layers, apportion(sum(removed), importance, room), strict=True):
-        score = mask.get_momentum_for_weight(layer.weight).abs() * ~layer.mask
+    room = [int(0.99 * (layer.mask.numel() - layer.mask.sum().item())) for layer in masking.layers]
+    for layer, count in zip(masking.layers, apportion(sum(removed), importance, room), strict=True):
+        score = masking.get_momentum_for_weight(layer.weight).abs() * ~layer.mask
         _, order = torch.sort(score.flatten(), descending=True)
         layer.mask.flatten()[order[:count]] = True
         layer.nonzeros = layer.mask.sum().item()
-    for layer in mask.layers:
+    for layer in masking.layers:
         layer.weight.mul_(layer.mask)
 
 

@@ -4,10 +4,11 @@
     python get_results_from_logs.py --filter "model=lenet5 density=0.05" --all
     python get_results_from_logs.py --folder-path runs --csv results.csv --plot results.png
 
-Reads run folders of main.py and log files (*.log) of release 1.0. Prints mean, median, standard error and 95%
-interval of test accuracy, error and loss, all but the loss as fractions. The interval is Student's t for the mean of
-n runs, mean +- t(0.975, n - 1) * standard error; a single run has neither. Beside them are the mean FLOPs of inference
-and training relative to the dense network, and the fraction of weights that were active at any time (explored).
+Reads run folders of main.py and log files (*.log) of release 1.0. Prints mean, median, standard error and 95% interval
+of test accuracy and error (fractions) and of the test loss. The interval is Student's t for the mean of n runs,
+mean +- t(0.975, n - 1) * standard error; a single run has no standard error and no interval. The last columns are the
+mean FLOPs of inference and training relative to the dense network, and the fraction of weights that were ever active
+(explored).
 """
 
 import argparse
@@ -29,12 +30,12 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--folder-path", type=Path, default=Path("runs"), help="folder of runs or log files (default: ./runs)")
-    add("--recursive", action="store_true", help="look into the folders below, too")
-    add("--agg-config", action="store_true", help="take runs of the same arguments together across folders")
-    add("--filter", default="", metavar="TERMS", help="key=value terms, separated by spaces, that must all hold")
-    add("--all", action="store_true", help="list the individual results, too")
-    add("--csv", type=Path, metavar="FILE", help="write the statistics, one configuration a line")
-    add("--plot", type=Path, metavar="FILE", help="draw accuracy against density, 95%% intervals as error bars")
+    add("--recursive", action="store_true", help="also search the folders below")
+    add("--agg-config", action="store_true", help="group runs with the same arguments across folders")
+    add("--filter", default="", metavar="TERMS", help="key=value terms separated by spaces; runs must match all")
+    add("--all", action="store_true", help="also list the individual results")
+    add("--csv", type=Path, metavar="FILE", help="write the statistics, one line per configuration")
+    add("--plot", type=Path, metavar="FILE", help="draw accuracy against density, with 95%% intervals as error bars")
     return parser.parse_args(argv)
 
 
@@ -64,7 +65,7 @@ def report(args):
 
 
 def choose(folder, recursive, terms):
-    """Return the runs in `folder` that match all terms; say on stderr which could not be read."""
+    """Return the runs in `folder` that match all terms; name unreadable runs on stderr."""
     runs = []
     for path in find(folder, recursive):
         try:
@@ -72,7 +73,7 @@ def choose(folder, recursive, terms):
         except ResultsError as error:
             print(f"left out: {error}", file=sys.stderr)
     if not runs:
-        raise ResultsError(f"No run in {folder}. Pass --folder-path FOLDER, or --recursive to look below it.")
+        raise ResultsError(f"No run in {folder}. Pass --folder-path FOLDER, or --recursive to search below it.")
     chosen = [run for run in runs if all(same(run.args.get(key), value) for key, value in terms)]
     if not chosen:
         known = ", ".join(sorted({key for run in runs for key in run.args}))
@@ -92,7 +93,7 @@ def parse_filter(text):
 
 
 def same(value, text):
-    """Tell whether `text` is how somebody would write `value`: 5e-4 is 0.0005."""
+    """Tell whether `text` denotes `value`; 5e-4 denotes 0.0005."""
     try:
         return str(value) == text or (not isinstance(value, bool) and float(value) == float(text))
     except (TypeError, ValueError):
@@ -104,7 +105,7 @@ def order(config):
 
 
 def varying_keys(configs):
-    """Return the arguments besides data, model and density that tell the configurations apart."""
+    """Return the arguments besides data, model and density that differ between the configurations."""
     keys = dict.fromkeys(key for config in configs for key in config if key not in ALWAYS_SHOWN)
     return [key for key in keys if len({str(config[key]) for config in configs if key in config}) > 1]
 
@@ -149,7 +150,7 @@ def say(number, what):
 
 
 def write_csv(lines, path):
-    """Write one line per configuration: its arguments, the number of runs, `accuracy_mean` and so on."""
+    """Write one line per configuration: its arguments, its number of runs, `accuracy_mean` and so on."""
     keys = list(dict.fromkeys(key for config, _, _ in lines for key in config))
     rows = []
     for config, runs, summary in lines:
@@ -163,12 +164,14 @@ def write_csv(lines, path):
 
 
 def write_plot(lines, path):
-    """Draw accuracy against density; what else tells configurations apart names the series."""
+    """Draw accuracy against density, one series per combination of the other differing arguments."""
     keys = varying_keys([config for config, _, _ in lines])
     rows = []
     for config, _, summary in lines:
         if "density" not in config:
-            raise ResultsError("--plot needs runs that say their density. Leave the others out with --filter.")
+            raise ResultsError(
+                "--plot needs runs with a density among their arguments. Leave out the others with --filter."
+            )
         names = [config.get("data"), config.get("model"), "dense" if config["density"] == 1 else None]
         names += [f"{key}={show(config[key])}" for key in keys if key in config]
         numbers = summary["accuracy"]

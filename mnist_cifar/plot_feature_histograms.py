@@ -5,8 +5,8 @@
     python plot_feature_histograms.py runs/<dense run>/features.npz runs/<sparse run>/features.npz --out pictures
 
 The specialisation of a channel is the share of its most frequent class in its total activation: 0.1 if it prefers none
-of 10 classes, 1 if it only reacts to one. Channels which together hold the lowest 5% of a layer's activation are left
-out. Prints the median per layer and writes feature_histograms.png.
+of 10 classes, 1 if it reacts to only one. The weakest channels, which together hold 5% of a layer's activation, are
+left out. Prints the median per layer and writes feature_histograms.png.
 """
 
 import argparse
@@ -27,16 +27,16 @@ def parse_arguments(argv=None):
 
 
 def load_both(dense_path, sparse_path):
-    """Return the activations of both runs, layer name -> [channels, classes].
+    """Return the activations of both runs, each {layer name: [channels, classes]}.
 
     Raises:
-        ValueError: if a file cannot be read, or they are not of the same model.
+        ValueError: if a file cannot be read, or the runs are not of the same model.
     """
     dense, sparse = features.load(dense_path), features.load(sparse_path)
     shapes = [{name: tuple(layer.shape) for name, layer in counts.items()} for counts in (dense, sparse)]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"{dense_path} and {sparse_path} are not of the same model: {describe(dense)} against {describe(sparse)}. "
+            f"{dense_path} and {sparse_path} are not of the same model: {describe(dense)} and {describe(sparse)}. "
             "Pass features of two runs with the same --model."
         )
     return dense, sparse
@@ -47,7 +47,7 @@ def describe(counts):
 
 
 def median_table(dense, sparse):
-    """Return the median specialisation per layer as text, with the number of channels that count."""
+    """Return a table of the median specialisation per layer, and the number of channels that are not left out."""
     rows = []
     for name in dense:
         row = [name]

@@ -172,7 +172,7 @@ class Masking(Layers):
         choose(new, module, density, sparse_init, batches)
         self.modules.append(module)
         self.layers += layers
-        self.kept_dense |= kept_dense
+        self._keep_dense(kept_dense)
         self._agree_and_count()
         distributed.check_agreement(self.masks.values())
         self.baseline_nonzero = self.total_nonzero + sum(layer.left_over for layer in self.layers)

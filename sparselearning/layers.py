@@ -216,6 +216,18 @@ class Layers:
             self.kept_dense[layer.name] = (layer.weight, "its mask was removed")
             logger.info("%s stays dense: %d weights.", layer.name, layer.mask.numel())
 
+    def _keep_dense(self, parameters):
+        """Note (parameter, reason) by name; each parameter once, and none that is masked by now."""
+        masked = {id(layer.weight) for layer in self.layers}
+        kept = {name: entry for name, entry in self.kept_dense.items() if id(entry[0]) not in masked}
+        known = {id(parameter) for parameter, _ in kept.values()}
+        for name, entry in parameters.items():
+            while name in kept and id(entry[0]) not in known:  # a second module may use the names of the first
+                name = f"{len(self.modules) - 1}.{name}"
+            if id(entry[0]) not in known:
+                kept[name] = entry
+        self.kept_dense = kept
+
     def _agree_and_count(self):
         """Give all processes the masks of the first, and count."""
         distributed.broadcast_masks(self.masks.values())

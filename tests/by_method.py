@@ -1,4 +1,4 @@
-"""Small networks that train by a method of the table, for tests."""
+"""Train small networks by a method of the table."""
 
 import torch
 from helpers import backward, mlp
@@ -15,7 +15,7 @@ def batch(seed=9):
 
 
 def begin(method, optimizer=torch.optim.SGD, widths=(20, 30, 10), density=0.2, **parts):
-    """Return a network, its optimizer and its Masking by this method, with `parts` taken otherwise."""
+    """Return a small network, its optimizer, and its Masking by a method of which `parts` replace some."""
     model = mlp(*widths)
     settings = dict(lr=0.1, momentum=0.9) if optimizer is torch.optim.SGD else dict(lr=0.01)
     optimizer = optimizer(model.parameters(), **settings)

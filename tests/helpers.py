@@ -9,7 +9,7 @@ from sparselearning import Masking
 
 
 def mlp(*widths):
-    """Linear layers of the given widths with ReLU between them, named fc1, fc2, ..."""
+    """Return linear layers of these widths, named fc1, fc2, ..., with ReLU between them."""
     model = nn.Sequential()
     for i, (n_in, n_out) in enumerate(pairwise(widths), start=1):
         model.add_module(f"fc{i}", nn.Linear(n_in, n_out))
@@ -19,28 +19,28 @@ def mlp(*widths):
 
 
 def sgd(*modules, **settings):
-    """SGD with momentum on the parameters of these modules."""
+    """Return SGD with momentum for the parameters of these modules."""
     parameters = [parameter for module in modules for parameter in module.parameters()]
     return torch.optim.SGD(parameters, **({"lr": 0.1, "momentum": 0.9} | settings))
 
 
-def masked(model, optimizer=None, density=0.2, sparse_init="constant", pattern=None, **modes):
-    """A Masking on the model; its optimizer is SGD with momentum unless given."""
+def masked(model, optimizer=None, density=0.2, sparse_init="constant", pattern=None, rescale=False, **modes):
+    """Return a Masking on the model; its optimizer is SGD with momentum unless one is given."""
     optimizer = optimizer or sgd(model)
     modes = {"prune_rate_decay": None, "prune_rate": 0.5} | modes
     masking = Masking(optimizer, **modes)
-    masking.add_module(model, density, sparse_init, pattern=pattern)
+    masking.add_module(model, density, sparse_init, pattern=pattern, rescale=rescale)
     return masking
 
 
 def batch_for(model, size=8):
-    """Random inputs for a model whose first layer is linear."""
+    """Return random inputs for a model whose first layer is linear."""
     first = next(module for module in model.modules() if isinstance(module, nn.Linear))
     return torch.randn(size, first.in_features, dtype=first.weight.dtype)
 
 
 def backward(model, inputs=None):
-    """Clear the gradients and fill them with those of a loss that no weight leaves alone."""
+    """Clear the gradients, then fill them with those of a loss that depends on every weight."""
     model.zero_grad()
     output = model(batch_for(model) if inputs is None else inputs)
     (output.float() - 1).square().mean().backward()
@@ -54,7 +54,7 @@ def train(model, stepper, steps=3, inputs=None):
 
 
 def assert_masks_hold(masking):
-    """Inactive weights are exactly zero, and the counts say what the masks hold."""
+    """Assert that inactive weights are exactly zero and that the counts are those of the masks."""
     for layer in masking.layers:
         inactive = layer.weight[~layer.mask]
         assert torch.equal(inactive, torch.zeros_like(inactive)), f"{layer.name} has inactive weights that are not zero"
@@ -63,17 +63,17 @@ def assert_masks_hold(masking):
 
 
 def snapshot(masking):
-    """Copies of the masks, by name."""
+    """Return copies of the masks by name."""
     return {name: mask.clone() for name, mask in masking.masks.items()}
 
 
 def same(masks, others):
-    """Whether two dicts of tensors are equal to the bit."""
+    """Tell whether two dicts hold the same tensors, bit for bit."""
     return masks.keys() == others.keys() and all(torch.equal(masks[name], others[name]) for name in masks)
 
 
 def layer_with(weight, mask=None, momentum=None, prune_rate=0.5, **modes):
-    """A Masking on one linear layer that holds the given weights, mask and momentum, ready for an update."""
+    """Return a Masking on one linear layer with these weights, mask and momentum, ready for an update."""
     layer = nn.Linear(len(weight[0]), len(weight), bias=False)
     masking = masked(layer, density=1.0, prune_rate=prune_rate, **modes)
     with torch.no_grad():
@@ -89,7 +89,7 @@ def layer_with(weight, mask=None, momentum=None, prune_rate=0.5, **modes):
 
 
 def two_layers(first, second, prune_rate=0.5):
-    """A Masking on two linear layers with these weights, all active, ready for an update."""
+    """Return a Masking on two linear layers with these weights, all active, ready for an update."""
     model = mlp(len(first), 1, len(second))
     with torch.no_grad():
         model.fc1.weight.copy_(torch.tensor([first]))
@@ -101,17 +101,17 @@ def two_layers(first, second, prune_rate=0.5):
 
 
 def pruned(function, masking):
-    """The mask that a prune function leaves of the only layer, as a list."""
+    """Return the mask that a prune function leaves of the only layer, as a list."""
     layer = masking.layers[0]
     return function(masking, layer.mask, layer.weight, layer.name).tolist()
 
 
 def grown(function, masking, count):
-    """The mask of the only layer when a growth function has added `count` weights, as a list."""
+    """Return the mask of the only layer after a growth function added `count` weights, as a list."""
     layer = masking.layers[0]
     return function(masking, layer.name, layer.mask, count, layer.weight).tolist()
 
 
 def flat(masks):
-    """Masks by name as a list of flat lists."""
+    """Return masks by name as a list of flat lists."""
     return [mask.flatten().tolist() for mask in masks.values()]

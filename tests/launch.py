@@ -1,4 +1,4 @@
-"""Run a function in several processes that talk through Gloo, for tests."""
+"""Run a function in several processes that communicate through Gloo."""
 
 import io
 import multiprocessing
@@ -18,7 +18,7 @@ context.set_forkserver_preload(
 
 
 def run(function, processes, *arguments):
-    """Call `function(*arguments)` in each process, seeded alike; return what they return, by rank.
+    """Call `function(*arguments)` in each process, with the same seed; return the results by rank.
 
     Raises:
         RuntimeError: with the traceback, if it raised in one of them.

@@ -1,4 +1,4 @@
-"""A small network with patterns on its layers, for tests."""
+"""Train a small network whose layers have patterns."""
 
 import torch
 from helpers import assert_masks_hold, sgd, train

@@ -1,4 +1,4 @@
-"""Masks hold on weights of every dtype and layout, and on a model that is moved, copied or changed after add_module."""
+"""Masks hold on weights of any dtype and layout, and on a model that is moved, copied or changed after add_module."""
 
 import copy
 import pickle

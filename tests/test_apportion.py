@@ -1,4 +1,4 @@
-"""apportion: golden examples, and laws against exact fractions."""
+"""apportion divides a total: golden examples, and laws against exact fractions."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""How many weights each layer loses and gets: small enough to count on fingers."""
+"""How many weights each layer loses and gets, on examples small enough to count by hand."""
 
 import math
 
@@ -8,11 +8,11 @@ from helpers import assert_masks_hold, masked, mlp, same, sgd, snapshot, train
 
 from sparselearning import Masking
 from sparselearning.grow import GROWTH_FUNCTIONS
-from sparselearning.schedules import CubicDensity, StepDensity
+from sparselearning.schedules import CubicDensity, StepDensity, Updates
 
 
 def network(active, *widths, **modes):
-    """A network whose first layer has so many active weights, its second so many, ..."""
+    """Return a Masking on linear layers of which layer i has active[i] active weights, after one step."""
     model = mlp(*widths)
     weights = {name: weight for name, weight in model.named_parameters() if weight.dim() > 1}
     masks = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in weights.items()}
@@ -43,7 +43,7 @@ def to_fc2(masking, name, weight, mask):
     ("density", "expected"), [(0.2, [20, 60]), (0.05, [5, 15]), (0.1, [10, 30]), (1.0, [200, 200])]
 )
 def test_layers_gain_and_lose_in_proportion_to_what_they_have(density, expected):
-    masking = network([10, 30], 10, 20, 10, density_schedule=lambda step: density)
+    masking = network([10, 30], 10, 20, 10, updates=Updates(density=lambda step: density))
     masking.at_end_of_epoch()
     assert counts(masking) == expected
     assert masking.baseline_nonzero == sum(expected)
@@ -53,7 +53,7 @@ def test_layers_gain_and_lose_in_proportion_to_what_they_have(density, expected)
 def test_blocks_are_gained_and_lost_whole(density, expected):
     model = mlp(10, 20, 10)
     modes = dict(growth_mode="random", redistribution_mode="none", prune_rate=0.0)
-    masking = Masking(sgd(model), None, density_schedule=lambda step: density, **modes)
+    masking = Masking(sgd(model), None, updates=Updates(density=lambda step: density), **modes)
     masking.add_module(model, {"fc1": 0.08, "fc2": 0.12}, pattern="block:2x2")
     train(model, masking, 1)
     with torch.no_grad():
@@ -74,8 +74,7 @@ def test_the_density_follows_its_schedule_to_the_weight(schedule, prune_rate, re
         density=schedule(0),
         prune_rate=prune_rate,
         redistribution_mode=redistribution,
-        prune_every_k_steps=1,
-        density_schedule=schedule,
+        updates=Updates(every=1, density=schedule),
     )
     for step in range(1, 12):
         train(model, masking, 1)
@@ -86,8 +85,8 @@ def test_the_density_follows_its_schedule_to_the_weight(schedule, prune_rate, re
 @pytest.mark.parametrize("prune_mode", ["threshold", "adaptive_threshold", "sign_flip", lambda _, mask, *more: mask])
 def test_the_density_falls_whatever_a_function_prunes(prune_mode):
     model = mlp(20, 30, 10)
-    schedule = StepDensity(1.0, 0.5, 1)
-    masking = masked(model, None, 1.0, prune_mode=prune_mode, prune_rate=0.0, density_schedule=schedule)
+    updates = Updates(density=StepDensity(1.0, 0.5, 1))
+    masking = masked(model, None, 1.0, prune_mode=prune_mode, prune_rate=0.0, updates=updates)
     train(model, masking, 1)
     smallest = torch.cat([layer.weight.abs().flatten() for layer in masking.layers]).sort().values[:400]
     masking.at_end_of_epoch()
@@ -101,8 +100,8 @@ def test_the_density_falls_whatever_a_function_prunes(prune_mode):
 
 def test_layers_fall_in_proportion_and_none_gives_each_back_what_it_lost():
     model = mlp(20, 30, 10)
-    schedule = StepDensity(1.0, 0.5, 1)
-    masking = masked(model, None, 1.0, prune_rate=0.3, redistribution_mode="none", density_schedule=schedule)
+    updates = Updates(density=StepDensity(1.0, 0.5, 1))
+    masking = masked(model, None, 1.0, prune_rate=0.3, redistribution_mode="none", updates=updates)
     train(model, masking, 1)
     masking.at_end_of_epoch()
     assert masking.name2removed == {"fc1.weight": 300 + 90, "fc2.weight": 150 + 45}
@@ -133,7 +132,7 @@ def test_a_nearly_dense_layer_that_is_as_important_as_the_others_is_pruned_in_fu
 
 
 @pytest.mark.parametrize("none", [math.nan, -1.0, torch.tensor(math.nan)])
-def test_importance_that_is_no_number_or_negative_counts_as_none(none):
+def test_nan_or_negative_importance_counts_as_zero(none):
     masking = network([10, 30], 10, 20, 10, redistribution_mode=lambda m, name, w, mask: none if "fc1" in name else 2.0)
     masking.at_end_of_epoch()
     assert masking.name2variance == {"fc1.weight": 0.0, "fc2.weight": 1.0}
@@ -218,7 +217,7 @@ def test_layers_whose_units_differ_grow_as_many_as_they_lost():
     assert counts(masking) == [80, 10]
 
 
-def test_growth_that_grows_too_much_is_made_up_for_by_the_next_update():
+def test_the_next_update_makes_up_for_growth_that_added_too_much():
     def generous(masking, name, new_mask, total_regrowth, weight):
         return new_mask | (torch.rand_like(weight) < 2 * total_regrowth / new_mask.numel())
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, when written and when loaded; resuming is exact; nothing in a file is executed."""
+"""Checkpoints are written and loaded whole or not at all; resuming is exact; nothing in a file is executed."""
 
 import copy
 import os
@@ -20,7 +20,7 @@ from sparselearning.checkpoint import CheckpointError
 
 
 def parts_of(widths=(8, 16, 4), optimizer="SGD", **settings):
-    """Everything a run saves, on a small network."""
+    """Return all that a run saves, for a small network."""
     model = nn.Sequential(nn.Dropout(0.2), mlp(*widths))
     how = dict(lr=0.1, momentum=0.9) if optimizer == "SGD" else dict(lr=0.01)
     optimizer = getattr(torch.optim, optimizer)(model.parameters(), **how)
@@ -30,7 +30,7 @@ def parts_of(widths=(8, 16, 4), optimizer="SGD", **settings):
 
 
 def run(parts, epochs, steps=5):
-    """Train on inputs from the global generator, move the masks after each epoch."""
+    """Train on inputs from the global generator and move the masks after each epoch."""
     for _ in range(epochs):
         for _ in range(steps):
             train(parts["model"], parts["mask"], 1, torch.randn(6, 8))
@@ -84,7 +84,7 @@ def test_generators_of_torch_numpy_and_python_go_on(tmp_path):
 
 
 def assert_refused_unchanged(path, parts, message):
-    """Loading raises with `message` and leaves parts and generators alone."""
+    """Assert that loading raises `message` and changes neither parts nor generators."""
     before, generators = frozen(parts), copy.deepcopy(checkpoint.random_state())
     with pytest.raises(CheckpointError, match=message):
         checkpoint.load(path, **parts)
@@ -175,7 +175,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_is_no_checkpoint_is_refused_unexecuted(tmp_path, monkeypatch, damage):
+def test_a_file_that_is_not_a_checkpoint_is_refused_and_not_executed(tmp_path, monkeypatch, damage):
     monkeypatch.setenv("PROOF", str(tmp_path / "executed"))
     DAMAGE[damage](tmp_path / "c.pt")
     with pytest.raises(CheckpointError, match=r"c\.pt is (damaged or )?not a checkpoint") as refusal:
@@ -186,7 +186,7 @@ def test_what_is_no_checkpoint_is_refused_unexecuted(tmp_path, monkeypatch, dama
 
 
 class Unwritable:
-    """Fails half-way through, as a full disk would."""
+    """Fails while it is being written, as a full disk would."""
 
     def state_dict(self):
         return {"a": torch.zeros(10), "b": lambda: None}
@@ -220,14 +220,14 @@ def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path):
     assert os.listdir(tmp_path) == ["c.pt"]
 
 
-def test_a_folder_that_is_none_is_an_os_error(tmp_path):
+def test_saving_into_a_file_instead_of_a_folder_is_an_os_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         checkpoint.save(tmp_path / "file" / "c.pt", epoch=1)
 
 
 def release_1_0(path, model, zipped):
-    """A checkpoint as release 1.0 wrote it, with torch 1.2's format unless `zipped`."""
+    """Write a checkpoint as release 1.0 did, in the format of torch 1.2 unless `zipped`."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     train(model, optimizer, 1, torch.randn(4, 8))
     state = {"epoch": 5, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}

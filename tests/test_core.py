@@ -1,4 +1,4 @@
-"""Masking in training: steps, updates, what is on and off, and extremes of size and density."""
+"""Masking in training: steps, whole updates, defaults, and extremes of size and density."""
 
 import copy
 import logging
@@ -10,15 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparselearning import CosineDecay, Masking
+from sparselearning import CosineDecay, Masking, Updates
 from sparselearning.grow import GROWTH_FUNCTIONS
 from sparselearning.selection import add_highest, drop_lowest
+from sparselearning.weights.zeros import Zeros
 
 T, F = True, False
 
 
 def test_a_training_loop_keeps_the_number_of_weights_and_moves_them():
-    """The usage of the README."""
+    """Train as the README does."""
     model = mlp(20, 30, 10)
     masking = Masking(sgd(model), CosineDecay(0.5, T_max=20))
     masking.add_module(model, density=0.1)
@@ -77,10 +78,12 @@ def test_a_prune_rate_of_one_moves_everything():
 
 
 @pytest.mark.parametrize("growth_mode", GROWTH_FUNCTIONS)
-@pytest.mark.parametrize("widths", [(20, 30, 10), (1, 1, 1)])
-def test_a_full_network_stays_full(growth_mode, widths):
+@pytest.mark.parametrize(("widths", "weights"), [((20, 30, 10), "kept"), ((1, 1, 1), "zero")])
+def test_a_full_network_stays_full(growth_mode, widths, weights):
     model = mlp(*widths)
-    masking = masked(model, density=1.0, growth_mode=growth_mode, inactive="kept")
+    if "dense" in growth_mode:
+        weights = "kept"
+    masking = masked(model, density=1.0, growth_mode=growth_mode, weights=weights)
     for _ in range(3):
         train(model, masking, 1)
         masking.at_end_of_epoch()
@@ -88,7 +91,7 @@ def test_a_full_network_stays_full(growth_mode, widths):
     assert masking.density == masking.exploration_rate == 1
 
 
-def test_all_weights_active_is_dense_training():
+def test_training_with_all_weights_active_is_dense_training():
     dense, model = mlp(6, 5, 4), mlp(6, 5, 4)
     model.load_state_dict(dense.state_dict())
     masking = masked(model, density=1.0)
@@ -192,7 +195,7 @@ def test_operations_in_any_order_keep_counts_and_zeros(operations, density):
 
 
 class Narrow:
-    """An optimizer wrapper as old ones are: methods without arguments."""
+    """An old optimizer wrapper, whose methods take no arguments."""
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
@@ -206,7 +209,7 @@ class Narrow:
         self.optimizer.zero_grad()
 
 
-def test_a_wrapper_whose_methods_take_nothing():
+def test_an_optimizer_wrapper_without_optional_arguments_works():
     model = mlp(6, 5)
     wrapper = Narrow(sgd(model))
     masking = masked(model, wrapper)
@@ -244,7 +247,9 @@ def test_what_is_not_asked_for_is_off(make, caplog):
     masking = make(nn.Sequential(nn.Embedding(20, 10), nn.Linear(10, 30), nn.Linear(30, 5)))
     assert list(masking.masks) == ["1.weight", "2.weight"]
     assert masking.total_nonzero == masking.baseline_nonzero == round(0.05 * 450)
-    assert (masking.reset_state, masking.pull, masking.prune_threshold) == (False, 0.0, 0.001)
+    held = masking.held
+    assert (held.kind, held.regrown, held.reset_state, held.pull) == ("zero", "zero", False, 0.0)
+    assert masking.prune_threshold == 0.001
     assert masking.redistribution_mode == ("nonzeros" if make is of_modes else "none")
     assert not caplog.records
 
@@ -256,5 +261,18 @@ def test_what_is_asked_for_is_on(make, caplog):
     assert caplog.records
     with pytest.raises(RuntimeError, match="fp16=True expects"):
         make(mlp(20, 30, 10), fp16=True)
-    with pytest.raises(ValueError, match="Unknown sparse_backend 'tpu'"):
-        make(mlp(20, 30, 10), sparse_backend="tpu")
+    with pytest.raises(
+        ValueError, match=r"Unknown weights 'ternary'\. Choose one of 'zero', 'kept', 'soft', 'sparse'\."
+    ):
+        make(mlp(20, 30, 10), weights="ternary")
+
+
+def test_settings_that_exclude_each_other_are_refused():
+    with pytest.raises(ValueError, match=r"Say updates=Updates\(every=k\), or prune_every_k_steps=k without updates"):
+        masked(mlp(5, 5), prune_every_k_steps=3, updates=Updates(every=3))
+    with pytest.raises(TypeError, match=r"Expected weights to be one of 'zero', .* got 3"):
+        masked(mlp(5, 5), weights=3)
+    held = Zeros(pull=0.1)
+    masked(mlp(5, 5), weights=held)
+    with pytest.raises(ValueError, match="This Zeros holds the weights of another Masking"):
+        masked(mlp(5, 5), weights=held)

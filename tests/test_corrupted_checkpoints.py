@@ -1,4 +1,4 @@
-"""Damaged checkpoints, by chance and by intent: each is refused with one line, or loads what was saved."""
+"""Checkpoints damaged by chance or by intent: each is refused with one line, or loads what was saved."""
 
 import io
 import os
@@ -26,7 +26,7 @@ def examples(request):
 
 @pytest.fixture
 def files(tmp_path):
-    """Two checkpoints of one run, as bytes."""
+    """Return two checkpoints of one run, as bytes."""
     model = nn.Sequential(mlp(8, 16, 4), nn.BatchNorm1d(4))
     masking = masked(model)
     contents = []
@@ -39,7 +39,7 @@ def files(tmp_path):
 
 
 class Command:
-    """A pickle that makes a folder when it is loaded."""
+    """A pickle that calls a function when it is loaded."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -60,7 +60,7 @@ def flip_bits(draw, content, other):
 
 
 def zero_a_block(draw, content, other):
-    """What a file system leaves of a block that it had not written."""
+    """Zero one block, as a file system leaves one that it had not written yet."""
     start = draw.randrange(len(content))
     return content[:start] + bytes(len(content[start : start + 512])) + content[start + 512 :]
 
@@ -76,7 +76,7 @@ def append(draw, content, other):
 
 
 def join_two(draw, content, other):
-    """The beginning of one file with the end of another, as when one is written over the other."""
+    """Join the beginning of one file with the end of another, as when one is written over the other."""
     cut = draw.randrange(len(content))
     return content[:cut] + other[cut:]
 
@@ -95,7 +95,7 @@ def archive_of(entries):
 
 
 def swap_members(draw, content, other):
-    """Tensors in each other's place, in an archive that is whole otherwise."""
+    """Exchange two tensors, in an archive that is otherwise whole."""
     entries = members(content)
     data = [name for name in entries if "/data/" in name]
     pairs = [
@@ -119,14 +119,14 @@ def leave_a_member_out(draw, content, other):
 
 
 def flip_the_bits_of_a_member(draw, content, other):
-    """A change that the archive's own checksums do not show."""
+    """Change a member and the archive's own checksum with it."""
     entries = members(content)
     name = draw.choice(sorted(entries))
     return archive_of(entries | {name: flip_bits(draw, entries[name], b"") if entries[name] else b"x"})
 
 
 def write_a_pickle_with_code(draw, content, other):
-    """A pickle that would run code, bare or in an archive, at the top or deep inside."""
+    """Write a pickle that would run code, bare or in an archive, at the top or deep inside."""
     proof = os.environ["PROOF"]
     command = draw.choice([
         Command(os.mkdir, proof),
@@ -182,7 +182,7 @@ def test_every_corrupted_checkpoint_is_refused_or_whole(files, tmp_path, monkeyp
 
 
 def test_the_checks_are_what_refuses(files, tmp_path):
-    """Tensors in each other's place are a sound archive, and torch alone loads them."""
+    """An archive with two tensors exchanged is sound, and torch alone would load it."""
     path = tmp_path / "c.pt"
     for number in range(20):
         path.write_bytes(swap_members(random.Random(number), *files))

@@ -1,4 +1,4 @@
-"""Same seed, same masks: on any number of threads, with torch's deterministic algorithms, and where scores tie."""
+"""The same seed gives the same masks, on any number of threads and with torch's deterministic algorithms."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("growth", [name for name in GROWTH_FUNCTIONS if "dense" not in name])  # of inactive="kept"
+@pytest.mark.parametrize("growth", [name for name in GROWTH_FUNCTIONS if "dense" not in name])  # of weights="kept"
 def test_the_same_seed_gives_the_same_masks(growth):
     assert same(masks_after_training(growth), masks_after_training(growth))
 

@@ -1,8 +1,8 @@
-"""The one list that every method passes, with its own pattern and with every pattern that it can keep.
+"""What holds for every method, with its own pattern and with every pattern that it can keep.
 
-Exact counts after each update, inactive weights zero, the pattern valid, a resumed run bitwise the uninterrupted one,
-two processes that agree, a step that does little more than a dense one, and a run of main.py --method NAME. A method
-joins by being in its table; what cannot go together is refused with one line.
+Counts are exact after each update, inactive weights are zero, the pattern holds, a resumed run is bitwise the
+uninterrupted one, two processes agree, a step does little more than a dense one, and main.py --method NAME runs. A
+method is tested because it is in the table; combinations that make no sense are refused with one line.
 """
 
 import copy
@@ -19,7 +19,7 @@ from work import work_of
 
 from sparselearning import Masking
 from sparselearning.experiments.report import plots
-from sparselearning.functions import is_network_wide
+from sparselearning.functions import is_marked
 from sparselearning.grow import GROWTH_FUNCTIONS
 from sparselearning.methods import METHODS, find_method
 from sparselearning.patterns import of_fan_in, pattern_for
@@ -30,14 +30,15 @@ WIDTHS, SIZE, DENSITY = (20, 40, 10), 1200, 0.2
 
 
 def refusal(method, pattern):
-    """What is said of a combination that makes no sense; nothing of the others."""
+    """Return the error for a combination that makes no sense; None for the others."""
     parts, units_differ = METHODS[method], pattern == "neuron"
     prune, grow = PRUNE_FUNCTIONS[parts.prune], GROWTH_FUNCTIONS[parts.growth]
-    if getattr(prune, "single_weights", False) and pattern in ("block:2x4", "neuron"):
+    if is_marked(prune, "single_weights") and pattern in ("block:2x4", "neuron"):
         return f"prune_mode='{parts.prune}' moves single weights, and the pattern '{pattern}' does not let it"
     if parts.density_schedule != "constant" and (pattern.startswith("fan-in") or units_differ):
         return f"The pattern '{pattern}' keeps the density of each layer"
-    if units_differ and (parts.redistribution != "none" or is_network_wide(prune) or is_network_wide(grow)):
+    across = any(is_marked(function, "network_wide") for function in (prune, grow))
+    if units_differ and (parts.redistribution != "none" or across):
         return "The units of pattern 'neuron' have 20, 40 weights in different layers"
     if parts.start_density == 1 and pattern == "2:4":
         return r"Expected a density of at most 0\.5, which is all that the pattern '2:4' holds, got 1"
@@ -50,27 +51,27 @@ OWN = [(method, METHODS[method].pattern) for method in METHODS]
 
 
 def begin(method, pattern, **parts):
-    """A small network, its optimizer and its masks by this method."""
+    """Return a small network, its optimizer and its Masking by this method."""
     return by_method.begin(method, widths=WIDTHS, density=DENSITY, pattern=pattern, **parts)
 
 
 def counted(masking):
-    """The number of active weights, with those that neurons given up left over: less than one a neuron."""
+    """Return the number of active weights, and of those that could not be placed after neurons were removed."""
     left_over = [layer.left_over for layer in masking.layers]
     assert all(count < len(layer.mask) for count, layer in zip(left_over, masking.layers, strict=True))
     return masking.total_nonzero + sum(left_over)
 
 
 def due(masking, step, at_first):
-    """The number of weights that are to be active after an update at `step`, the nearest in units."""
-    if masking.density_schedule is None:
+    """Return how many weights an update at `step` is to leave active, in whole units."""
+    if masking.updates.density is None:
         return at_first
     unit = masking.layers[0].pattern.size
-    return round(masking.density_schedule(step) * SIZE / unit) * unit
+    return round(masking.updates.density(step) * SIZE / unit) * unit
 
 
 def assert_pattern_holds(mask, pattern, most):
-    """By the definition of the pattern, for `mask` as outputs x inputs; `most` inputs at the start of a neuron."""
+    """Assert the definition of a pattern on a mask [outputs, inputs]; a neuron started with `most` inputs."""
     rows = mask.flatten(1).int()
     inputs = rows.sum(1)
     if pattern == "2:4":
@@ -110,7 +111,7 @@ def test_counts_are_exact_inactive_weights_zero_and_the_pattern_holds(method, pa
         masking.check()
         for layer in masking.layers:
             assert_pattern_holds(layer.mask, pattern, most[layer.name])
-    assert counts == (at_first if masking.density_schedule is None else round(DENSITY * SIZE))
+    assert counts == (at_first if masking.updates.density is None else round(DENSITY * SIZE))
     assert masking.density <= masking.exploration_rate <= 1
 
 
@@ -133,7 +134,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(method, pattern):
 
 
 def replicas():
-    """Train by every method in one of several processes, with data and generator of its own."""
+    """Train by every method in one of several processes, each with its own data and random numbers."""
     rank = torch.distributed.get_rank()
     states = {}
     for method, pattern in KEPT:
@@ -165,7 +166,7 @@ MORE_WORK = {  # operations, entries per weight and Python calls that masks may 
 
 
 def training_step(method=None, pattern=None):
-    """Return a function that makes a step of training, whose masks move in none of them."""
+    """Return a function that makes one step of training, in which no masks move."""
     model = mlp(784, 300, 100)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     inputs, labels = torch.randn(100, 784), torch.arange(100)
@@ -187,7 +188,7 @@ def training_step(method=None, pattern=None):
 @pytest.mark.parametrize(("method", "pattern"), OWN)
 def test_a_step_does_little_more_than_a_dense_one_and_waits_for_no_device(method, pattern):
     parts = METHODS[method]
-    kind = "pulled" if parts.pull else "zero" if parts.inactive == "zero" else "copied"
+    kind = "pulled" if parts.pull else "zero" if parts.weights == "zero" else "copied"
     operations, entries, waits, calls = work_of(training_step(method, pattern)) - work_of(training_step())
     most_operations, passes, most_calls = MORE_WORK[kind]
     assert waits == 0

@@ -1,4 +1,4 @@
-"""FLOPs: hand counts of small networks, published ones of ResNet-50, and the formulas of training."""
+"""FLOPs: small networks counted by hand, ResNet-50 as published, and the formulas for training."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from torch import nn
 from sparselearning import Masking, models
 from sparselearning.experiments.run.costs import relative_flops
 from sparselearning.flops import Flops, dense_gradients, forward_flops
+from sparselearning.grow import gradient_growth, momentum_growth, random_growth
 from sparselearning.methods import METHODS
 from sparselearning.models.resnet import RESNETS
 from sparselearning.start.distributions import divide, erdos_renyi_kernel
@@ -55,10 +56,12 @@ def test_lenet300_100_costs_two_for_each_weight():
 def test_training_as_in_the_appendix_of_rigl():
     flops, densities = Flops({"fc.weight": 1000}), {"fc.weight": 0.2}
     f_S, f_D = 200, 1000
-    assert flops.training(densities, dense_gradients("random", 100)) == pytest.approx(3 * f_S / (3 * f_D))
-    assert flops.training(densities, dense_gradients("momentum", 100)) == pytest.approx((2 * f_S + f_D) / (3 * f_D))
+    assert flops.training(densities, dense_gradients(random_growth, 100)) == pytest.approx(3 * f_S / (3 * f_D))
+    assert flops.training(densities, dense_gradients(momentum_growth, 100)) == pytest.approx(
+        (2 * f_S + f_D) / (3 * f_D)
+    )
     rigl = (3 * f_S * 100 + 2 * f_S + f_D) / (100 + 1)
-    assert flops.training(densities, dense_gradients("gradient", 100)) == pytest.approx(rigl / (3 * f_D))
+    assert flops.training(densities, dense_gradients(gradient_growth, 100)) == pytest.approx(rigl / (3 * f_D))
     assert flops.training({}, 1.0) == flops.inference({}) == 1
     # Top-KAST: the gradient of twice as many weights as are active.
     assert flops.training(densities, 0.0, {"fc.weight": 0.4}) == pytest.approx((2 * 200 + 400) / 3000)
@@ -66,7 +69,7 @@ def test_training_as_in_the_appendix_of_rigl():
 
 @pytest.mark.parametrize(("method", "share"), SHARES.items())
 def test_a_method_costs_what_its_steps_need(method, share):
-    """At a density of 0.2, of f_D / 3: two f_S, and the gradient of the weights."""
+    """At a density of 0.2 a step costs two f_S and the gradient of the weights, relative to 3 f_D."""
     model = mlp(20, 30, 10)
     settings = dict(batches=[(torch.randn(8, 20), torch.arange(8))], sparse_init="constant", start_density=None)
     if METHODS[method].density_schedule != "constant":

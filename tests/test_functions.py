@@ -1,4 +1,4 @@
-"""What a user's prune, redistribute and grow functions may do, and what is said of those that do something else."""
+"""Prune, redistribute and grow functions of a user: what they may do, and which errors they meet."""
 
 import functools
 
@@ -6,9 +6,11 @@ import pytest
 import torch
 from helpers import assert_masks_hold, masked, mlp, same, sgd, snapshot, train
 
-from sparselearning import Masking, network_wide
+from sparselearning import Masking, Updates, network_wide
 from sparselearning.functions import FunctionError
 from sparselearning.grow import GROWTH_FUNCTIONS
+
+TENTH = Updates(density=lambda step: 0.1)
 
 # At the door
 
@@ -66,19 +68,20 @@ def test_a_growth_function_may_set_the_value_of_new_weights():
 # What it returns
 
 
-def fails(masking, name, new_mask, total_regrowth, weight):
-    new_mask[:] = True
-    raise RuntimeError("mine")
-
-
 def test_masks_are_as_before_when_a_function_fails():
+    def fails(masking, name, new_mask, total_regrowth, weight):
+        new_mask[:] = True
+        raise RuntimeError("mine")
+
     model = mlp(20, 30, 10)
-    masking = masked(model, growth_mode=fails)
+    masking = masked(model, growth_mode=fails, updates=TENTH)
     train(model, masking)
     before = snapshot(masking)
     with pytest.raises(RuntimeError, match="mine"):
         masking.at_end_of_epoch()
     assert same(before, masking.masks)
+    assert masking.total_nonzero == masking.baseline_nonzero == 180
+    masking.check()
     train(model, masking)
     assert_masks_hold(masking)
 
@@ -146,16 +149,20 @@ def test_a_function_that_breaks_a_pattern_is_named_and_changes_nothing(argument,
 @pytest.mark.parametrize(
     ("pattern", "modes", "message"),
     [
-        ("fan-in", dict(density_schedule=lambda step: 0.1), "The pattern 'fan-in' keeps the density of each layer"),
-        ("neuron", dict(density_schedule=lambda step: 0.1), "The pattern 'neuron' keeps the density of each layer"),
-        ("block:1x2", dict(prune_mode="sign_flip"), "prune_mode='sign_flip' moves single weights"),
-        ("2:4", dict(growth_mode="momentum_neuron"), "growth_mode='momentum_neuron' moves single weights"),
+        (
+            "fan-in",
+            dict(updates=TENTH),
+            "The pattern 'fan-in' keeps the density of each layer",
+        ),
         (
             "neuron",
-            dict(redistribution_mode="nonzeros"),
-            "The units of pattern 'neuron' have 4, 8 weights in different",
+            dict(updates=TENTH),
+            "The pattern 'neuron' keeps the density of each layer",
         ),
-        ("neuron", dict(prune_mode="global_magnitude"), "The units of pattern 'neuron' have 4, 8 weights in different"),
+        ("block:1x2", dict(prune_mode="sign_flip"), "prune_mode='sign_flip' moves single weights"),
+        ("2:4", dict(growth_mode="momentum_neuron"), "growth_mode='momentum_neuron' moves single weights"),
+        ("neuron", dict(redistribution_mode="nonzeros"), "The units of pattern 'neuron' have 4, 8 weights"),
+        ("neuron", dict(prune_mode="global_magnitude"), "The units of pattern 'neuron' have 4, 8 weights"),
     ],
 )
 def test_what_a_pattern_cannot_do_is_refused_at_the_door(pattern, modes, message):

@@ -1,4 +1,4 @@
-"""Hypothesis looks for a network, a setting or a moment at which an invariant does not hold."""
+"""Hypothesis searches for a network, a setting or a moment at which an invariant fails."""
 
 import copy
 
@@ -9,16 +9,16 @@ from hypothesis import event, given, reject, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparselearning import CosineDecay, LinearDecay, Masking
+from sparselearning import CosineDecay, LinearDecay, Masking, Updates
+from sparselearning.functions import FunctionError
 from sparselearning.grow import GROWTH_FUNCTIONS
-from sparselearning.methods import METHODS
+from sparselearning.methods import METHODS, WEIGHTS
 from sparselearning.prune import PRUNE_FUNCTIONS
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
 from sparselearning.schedules import CubicDensity, SoftDensity, StepDensity
 from sparselearning.sparse import available
 from sparselearning.start.distributions import DISTRIBUTIONS
 from sparselearning.start.scores import SCORES
-from sparselearning.weights.dense_copy import INACTIVE
 from sparselearning.weights.regrowth import START_VALUES
 
 EXAMPLES = [100, pytest.param(10_000, marks=pytest.mark.slow)]
@@ -42,7 +42,7 @@ DECAYS = {
 
 @st.composite
 def weights(draw, shapes):
-    """A module of weights of any shapes, dtype and layout, some of them all equal, and parameters that stay dense."""
+    """Return a module with weights of any shape, dtype and layout, some all equal, and parameters that stay dense."""
     dtype = draw(st.sampled_from(DTYPES))
     module = nn.Module()
     for i, shape in enumerate(draw(st.lists(shapes, min_size=1, max_size=5))):
@@ -58,7 +58,7 @@ def weights(draw, shapes):
 
 @st.composite
 def layers(draw):
-    """Linear and convolution layers, which can train on sparse kernels."""
+    """Return linear and convolution layers, which can train on sparse kernels."""
     sizes = st.integers(1, 6)
     drawn = draw(st.lists(st.tuples(sizes, sizes, st.integers(0, 3)), min_size=1, max_size=4))
     made = [nn.Conv2d(inputs, outputs, kernel) if kernel else nn.Linear(inputs, outputs)
@@ -80,12 +80,11 @@ def fill_gradients(module):
 
 
 class Settings:
-    """Draws what a Masking can be given, and makes one; `density(step)` is what an update leaves."""
+    """Draws the arguments of a Masking and makes one."""
 
     def __init__(self, data, sparsely, pattern, most):
         self.data, self.most = data, most
-        self.kind = dict(sparse_backend="cpu") if sparsely else {}
-        self.inactive = "zero" if sparsely or pattern else self.one_of(INACTIVE)
+        self.weights = "sparse" if sparsely else "zero" if pattern else self.one_of(WEIGHTS.keys() - {"sparse"})
         self.schedule = None
 
     def one_of(self, table):
@@ -96,7 +95,7 @@ class Settings:
 
     def mode(self, table):
         # Those that compare inactive weights need them to be kept.
-        return self.one_of(name for name in table if "dense" not in name or self.inactive != "zero")
+        return self.one_of(name for name in table if "dense" not in name or self.weights in ("kept", "soft"))
 
     def draw_schedule(self, density):
         least = min(density, self.most / 2)
@@ -114,15 +113,17 @@ class Settings:
 
     def masking(self, optimizer, density):
         self.schedule = self.draw_schedule(density)
+        every, first = self.data.draw(st.integers(0, 3)), self.data.draw(st.integers(0, 2))
+        reset, pull = self.data.draw(st.booleans()), self.data.draw(st.sampled_from([0.0, 1e-3]))
         return Masking(
             optimizer, DECAYS[self.one_of(DECAYS)](self.fraction(0)), prune_mode=self.mode(PRUNE_FUNCTIONS),
             growth_mode=self.mode(GROWTH_FUNCTIONS), redistribution_mode=self.mode(REDISTRIBUTION_FUNCTIONS),
-            prune_every_k_steps=self.data.draw(st.integers(0, 3)), density_schedule=self.schedule,
-            first_update=self.data.draw(st.integers(0, 2)), reset_state=self.data.draw(st.booleans()),
-            regrown=self.one_of(START_VALUES), rescale=self.inactive == "zero" and self.data.draw(st.booleans()),
-            pull=self.data.draw(st.sampled_from([0.0, 1e-3])),
-            inactive=self.inactive, **self.kind,
+            updates=Updates(every, first, density=self.schedule),
+            weights=WEIGHTS[self.weights](regrown=self.one_of(START_VALUES), reset_state=reset, pull=pull),
         )  # fmt: skip
+
+    def rescale(self):
+        return self.weights not in ("kept", "soft") and self.data.draw(st.booleans())
 
 
 def saved_and_loaded(module, masking):
@@ -157,12 +158,13 @@ def check_any(data):
     try:
         if method is None:
             masking = drawn.masking(optimizer, density)
-            masking.add_module(module, density, drawn.one_of(DISTRIBUTIONS), **where)
+            masking.add_module(module, density, drawn.one_of(DISTRIBUTIONS), rescale=drawn.rescale(), **where)
         else:
+            held = dict(weights="sparse") if sparsely else {}
             masking = Masking.from_method(
-                method, module, optimizer, STEPS, density, prune_every_k_steps=1, **where, **drawn.kind
+                method, module, optimizer, STEPS, density, prune_every_k_steps=1, **where, **held
             )
-    except ValueError as error:  # parts that exclude each other, which they say
+    except (ValueError, FunctionError) as error:  # parts that exclude each other, which they say
         if not any(word in str(error) for word in ("pattern", "inactive", "leaves none")):
             raise
         reject()
@@ -171,13 +173,13 @@ def check_any(data):
 
 
 def follow(data, module, masking, density, size):
-    """Train, and hold the masks to their invariants after every step."""
-    constant = masking.density_schedule is None
+    """Train, and check the invariants after every step."""
+    constant = masking.updates.density is None
     exact = all(layer.pattern.most is None and layer.pattern.size == 1 for layer in masking.layers)
     if constant and exact:
         assert masking.total_nonzero == max(round(density * size), len(masking.layers))
     storages = [weight.data_ptr() for weight in module.parameters() if weight.requires_grad and weight.dim() > 1]
-    moves = masking.sparse_training.active
+    moves = masking.held.kind == "sparse"
     moment, at = data.draw(st.sampled_from(sorted(MOMENTS)), label="moment"), data.draw(st.integers(0, STEPS))
     for step in range(STEPS):
         if step == at:

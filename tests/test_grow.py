@@ -85,7 +85,7 @@ def test_global_momentum_grows_the_largest_of_the_network():
 
 
 def paths_by_hand(mask):
-    """The CH3-L3p scores as loops over all paths."""
+    """Return the CH3-L3p scores by loops over all paths."""
     outputs, inputs = mask.shape
     nodes = [("in", u) for u in range(inputs)] + [("out", v) for v in range(outputs)]
     linked = {(("out", v), ("in", u)) for v in range(outputs) for u in range(inputs) if mask[v, u]}

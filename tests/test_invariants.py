@@ -1,4 +1,4 @@
-"""What always holds: counts, zeros, who steps and owns a weight; and that NaN never reaches a selection."""
+"""What always holds of counts, zeros and owners of weights; NaN never reaches a selection."""
 
 import gc
 
@@ -64,7 +64,7 @@ def test_check_notices_another_optimizer():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["weight", "momentum_buffer"])
 @pytest.mark.parametrize("growth", ["momentum", "random"])
-def test_an_update_with_a_number_that_is_none_is_refused(bad, where, growth):
+def test_an_update_with_nan_or_infinity_is_refused(bad, where, growth):
     masking = masked(mlp(20, 30, 10), growth_mode=growth)
     train(masking.modules[0], masking, steps=1)
     layer = masking.layers[1]
@@ -79,7 +79,7 @@ def test_an_update_with_a_number_that_is_none_is_refused(bad, where, growth):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("modes", [dict(growth_mode="gradient"), dict(prune_mode="magnitude_gradient")])
-def test_an_update_that_reads_a_gradient_that_is_none_is_refused(bad, modes):
+def test_an_update_that_reads_a_nan_or_infinite_gradient_is_refused(bad, modes):
     masking = masked(mlp(20, 30, 10), **modes)
     train(masking.modules[0], masking, steps=1)
     masking.layers[1].weight.grad[0, 0] = bad
@@ -101,15 +101,15 @@ def test_an_update_that_reads_no_gradient_asks_for_none():
 
 
 @pytest.mark.skipif(not available(), reason="built without sparse kernels")
-def test_a_momentum_on_sparse_kernels_is_looked_at():
-    masking = masked(mlp(20, 30, 10), sparse_backend="cpu")
+def test_the_momentum_on_sparse_kernels_is_checked():
+    masking = masked(mlp(20, 30, 10), weights="sparse")
     train(masking.modules[0], masking, steps=1)
     masking.optimizer.state[masking.modules[0].fc2.value]["momentum_buffer"][0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"momentum_buffer of fc2\.weight\. The masks stay"):
         masking.at_end_of_epoch()
 
 
-def test_large_finite_weights_are_no_infinite_ones():
+def test_large_finite_weights_do_not_count_as_infinite():
     masking = masked(mlp(20, 30), growth_mode="random", redistribution_mode="none")
     with torch.no_grad():
         masking.layers[0].weight.fill_(3e38)
@@ -148,7 +148,7 @@ def test_check_notices_a_mask_on_another_device():
         masking.check()
 
 
-def test_every_gradient_that_is_read_is_looked_at():
+def test_every_gradient_that_a_function_reads_is_checked():
     @network_wide
     def grow(masking, total):
         for layer in masking.layers:
@@ -188,7 +188,7 @@ def test_a_second_masking_takes_what_the_first_left_dense():
     second.check()
 
 
-def test_a_masking_that_nobody_holds_is_no_second_one():
+def test_a_masking_that_nobody_holds_does_not_count_as_a_second_one():
     model = mlp(6, 5, 4)
     gc.disable()
     try:

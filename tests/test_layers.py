@@ -1,4 +1,4 @@
-"""The sparse layers of a Masking: what it shows of them, which become dense again, and what is saved."""
+"""The sparse layers of a Masking: the views of them, their removal, and what is saved."""
 
 import logging
 
@@ -20,13 +20,12 @@ def test_counts_are_read_per_layer_and_in_total():
 
 def test_counts_are_logged(caplog):
     with caplog.at_level(logging.INFO, logger="sparselearning"):
-        masking = masked(mlp(20, 30, 10), density=0.1, verbose=True)
+        masked(mlp(20, 30, 10), density=0.1, verbose=True)
     assert caplog.messages == [
         "fc1.weight: 60 of 600 active, density 0.1000",
         "fc2.weight: 30 of 300 active, density 0.1000",
         "Prune rate: 0.5000. Active weights: 90.",
     ]
-    masking.remove_weight("fc2.weight")
 
 
 def test_exploration_counts_every_weight_once():
@@ -75,10 +74,12 @@ def test_remove_type():
     masking.at_end_of_epoch()  # nothing to do
 
 
-def test_removed_weights_train_densely():
+def test_removed_weights_train_densely(caplog):
     model = mlp(20, 30, 10)
     masking = masked(model)
-    masking.remove_weight("fc2.weight")
+    with caplog.at_level(logging.INFO, logger="sparselearning"):
+        masking.remove_weight("fc2.weight")
+    assert caplog.messages == ["fc2.weight stays dense: 300 weights."]
     train(model, masking)
     assert (model.fc2.weight != 0).all()
     assert_masks_hold(masking)
@@ -99,7 +100,7 @@ def test_masks_of_another_model_are_refused_and_only_differences_named():
     assert same(before, masking.masks)
 
 
-def test_a_state_of_the_first_format_knows_no_history():
+def test_a_state_without_history_begins_with_its_masks():
     masking = masked(mlp(6, 5, 4), density=0.5)
     state = masking.state_dict()
     for entry in state["layers"].values():

@@ -1,4 +1,4 @@
-"""The masks hold in loops that know nothing of them: the optimizer's own step, scalers, schedulers, trainers."""
+"""The masks hold in loops that do not know them: the optimizer's own step, scalers, schedulers, trainers."""
 
 import copy
 
@@ -14,7 +14,7 @@ from sparselearning.selection import add_highest
 
 
 def pair(**modes):
-    """Two equal models, each with a Masking of equal masks."""
+    """Return two equal models and a Masking for each, with equal masks."""
     model = mlp(20, 30, 10)
     masking = masked(model, **modes)
     twin = copy.deepcopy(model)
@@ -171,7 +171,7 @@ def test_a_compiled_model_shares_the_storage_and_follows_the_masks():
 
 
 def apex(model):
-    """Apex's wrapper around SGD, whose loss scale adapts."""
+    """Return Apex's wrapper around SGD, with a loss scale that adapts."""
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     return FP16Optimizer(sgd, dynamic_loss_scale=True, dynamic_loss_args={"init_scale": 128.0})
 
@@ -209,7 +209,7 @@ def test_apex_master_weights_are_masked_with_their_fp16_copies():
 
 
 def updated_under_apex(**modes):
-    """Masks of a half-precision model, after one step and one update."""
+    """Return a Masking on a half-precision model, after one step and one update."""
     model = mlp(20, 30, 10).half()
     optimizer = apex(model)
     masking = masked(model, optimizer, **modes)

@@ -1,4 +1,4 @@
-"""The table of methods; test_every_method.py has what all of them hold."""
+"""The table of methods; test_every_method.py shows what holds for all of them."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from by_method import STEPS, batch, begin, go_on
 from helpers import mlp, same, sgd, snapshot
 
 from sparselearning import Masking
-from sparselearning.methods import METHODS, find_method, masking_arguments
-from sparselearning.schedules import Constant, CosineDecay, CubicDensity
+from sparselearning.methods import arguments_of, find_method
+from sparselearning.schedules import Constant, CosineDecay, CubicDensity, Updates
 from sparselearning.selection import add_highest
 from sparselearning.start.scores import grasp, snip, synflow
 
@@ -70,25 +70,30 @@ def test_parts_that_do_not_fit_are_refused(parts, message):
     assert str(refused.value).startswith(message)
 
 
-def test_a_method_is_the_arguments_of_masking():
-    assert masking_arguments(find_method("rigl", prune_rate=0.2), density=0.05, total_steps=1000) == dict(
+def test_a_method_is_the_arguments_of_masking_and_of_add_module():
+    parts = dict(prune_rate=0.2, verbose=True, dense=["last"])
+    of_masking, of_module = arguments_of("rigl", density=0.05, total_steps=1000, parts=parts)
+    held = of_masking.pop("weights")
+    assert (held.kind, vars(held)) == ("zero", dict(regrown="zero", reset_state=True, pull=0.0))
+    assert of_masking == dict(
         prune_rate_decay=CosineDecay(0.2, 750, eta_min=0.0),
         prune_mode="magnitude",
         growth_mode="gradient",
         redistribution_mode="none",
-        prune_every_k_steps=100,
-        density_schedule=None,
-        first_update=0,
-        last_update=750,
-        reset_state=True,
-        regrown="zero",
-        rescale=False,
-        pull=0.0,
-        inactive="zero",
+        updates=Updates(every=100, first=0, last=750),
+        verbose=True,
     )
-    gradual = masking_arguments(METHODS["gmp"], density=0.05, total_steps=1000)
-    assert gradual["density_schedule"] == CubicDensity(1.0, 0.05, 0, 750)
-    assert gradual["prune_rate_decay"] == Constant(0.0)
+    sparse_init = "erdos_renyi_kernel"
+    assert of_module == dict(
+        density=0.05, sparse_init=sparse_init, pattern="unstructured", rescale=False, dense=["last"]
+    )
+
+
+def test_a_method_that_changes_the_density_begins_with_its_own():
+    of_masking, of_module = arguments_of("gmp", density=0.05, total_steps=1000, parts={})
+    assert of_masking["updates"] == Updates(100, 0, 750, density=CubicDensity(1.0, 0.05, 0, 750))
+    assert of_masking["prune_rate_decay"] == Constant(0.0)
+    assert of_module["density"] == 1.0
 
 
 def test_a_method_begins_with_its_density():

@@ -1,4 +1,4 @@
-"""Training keeps patterns: with every function that can keep them, and what becomes of the weights afterwards."""
+"""Training keeps patterns with every function that can keep them, and the trained weights can be packed."""
 
 import copy
 import itertools
@@ -11,8 +11,8 @@ from patterned import PATTERNS, assert_pattern_holds, move, sparse
 from test_update_matrix import without_aliases
 from torch import nn
 
-from sparselearning import network_wide
-from sparselearning.functions import is_network_wide
+from sparselearning import Updates, network_wide
+from sparselearning.functions import is_marked
 from sparselearning.grow import GROWTH_FUNCTIONS
 from sparselearning.prune import PRUNE_FUNCTIONS
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
@@ -28,13 +28,14 @@ MODES = [modes for modes in MODES if not APART & set(modes.values())]
 
 
 def refusal(pattern, prune_mode, growth_mode, redistribution_mode):
-    """What is said of a combination that makes no sense; nothing of the others."""
+    """Return the error for a combination that makes no sense; None for the others."""
     single = ("SET", "threshold", "adaptive_threshold")
     if growth_mode == "momentum_neuron":
         return f"growth_mode='momentum_neuron' moves single weights, and the pattern '{pattern}' does not let it"
     if prune_mode in single and pattern in ("block:4x2", "neuron"):
         return f"prune_mode='{prune_mode}' moves single weights, and the pattern '{pattern}' does not let it"
-    across = is_network_wide(PRUNE_FUNCTIONS[prune_mode]) or is_network_wide(GROWTH_FUNCTIONS[growth_mode])
+    functions = PRUNE_FUNCTIONS[prune_mode], GROWTH_FUNCTIONS[growth_mode]
+    across = any(is_marked(function, "network_wide") for function in functions)
     if pattern == "neuron" and (across or redistribution_mode != "none"):
         return "The units of pattern 'neuron' have 8, 24, 32 weights in different layers, so none can move from one"
 
@@ -58,7 +59,7 @@ def test_an_update_keeps_pattern_and_counts_or_says_what_cannot_be(pattern, mode
         assert masking.total_nonzero + lacking == masking.baseline_nonzero == total
 
 
-def test_own_functions_know_nothing_of_patterns():
+def test_own_functions_keep_patterns_without_knowing_them():
     def grow(masking, name, new_mask, total_regrowth, weight):
         return add_highest(masking.get_momentum_for_weight(weight).abs(), new_mask, total_regrowth)
 
@@ -82,7 +83,7 @@ def test_the_density_follows_a_schedule_in_units(pattern, start, prune_mode):
     def density(step):
         return max(start - step / 50, 0.05)
 
-    model, masking = sparse(pattern, density=start, prune_mode=prune_mode, density_schedule=density)
+    model, masking = sparse(pattern, density=start, prune_mode=prune_mode, updates=Updates(density=density))
     unit, size = masking.layers[0].pattern.size, masking.total_nonzero + masking.total_zero
     for update in range(1, 12):
         move(model, masking)
@@ -90,14 +91,14 @@ def test_the_density_follows_a_schedule_in_units(pattern, start, prune_mode):
         assert masking.total_nonzero == round(density(2 * update) * size / unit) * unit
 
 
-def test_a_density_above_the_pattern_s_is_refused():
-    model, masking = sparse("2:4", density_schedule=lambda step: 0.6)
-    with pytest.raises(ValueError, match=r"asks for a density of 0\.6, which is more than the pattern holds"):
+def test_a_density_above_what_the_pattern_holds_is_refused():
+    model, masking = sparse("2:4", updates=Updates(density=lambda step: 0.6))
+    with pytest.raises(ValueError, match=r"asks for a density of 0\.6, more than the pattern can hold"):
         move(model, masking)
 
 
 def test_a_constant_fan_in_is_that_of_the_checkpoint():
-    """The scores of another batch divide the weights among layers otherwise; a resumed run has no scores at all."""
+    """The scores of another batch divide the weights differently among layers; a resumed run has no scores at all."""
     _, masking = sparse("fan-in")
     state = copy.deepcopy(masking.state_dict())
     again, other = sparse("fan-in", density=0.1)
@@ -133,7 +134,7 @@ def test_compiled_steps_keep_the_pattern():
 
 
 def trained(pattern, **on):
-    """A linear layer of 64 inputs and 32 outputs after three updates."""
+    """Return a linear layer of 64 inputs and 32 outputs after three updates."""
     model = nn.Linear(64, 32, **on)
     masking = masked(model, density=0.5, pattern=pattern)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Patterns by hand: what grows and leaves, which masks training starts with, and what does not fit."""
+"""Patterns by hand: which weights grow and leave, which masks training starts with, and what is refused."""
 
 import copy
 
@@ -15,7 +15,7 @@ from sparselearning.selection import add_highest, add_highest_jointly, drop_lowe
 
 
 def carrying(text, rows, most=None):
-    """A mask from rows of 0 and 1, with its pattern."""
+    """Return a mask from rows of 0 and 1, with its pattern."""
     mask = torch.tensor(rows).bool()
     pattern = pattern_for(text, mask.shape)
     if pattern.even:
@@ -73,7 +73,7 @@ def test_ablation_gives_up_the_neuron_with_the_fewest_salient_weights():
 
 
 def slow_growth(score, mask, k, most, group):
-    """The k best inactive entries, one after the other, each if its group has room."""
+    """Add the k best inactive entries, one after the other, where the group has room."""
     grown = [list(row) for row in mask]
     entries = [(-score[i][j], i, j) for i in range(len(mask)) for j in range(len(mask[0])) if not mask[i][j]]
     for _, i, j in sorted(entries):

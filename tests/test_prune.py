@@ -1,4 +1,4 @@
-"""The prune functions on examples small enough to check by eye, and what holds for all of them."""
+"""The prune functions on examples small enough to check by eye, and a law for all of them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The redistribute functions: what importance a layer gets."""
+"""The importance that redistribute functions give a layer, by hand."""
 
 import pytest
 import torch

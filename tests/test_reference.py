@@ -1,4 +1,4 @@
-"""The library equals a slow loop written from the equations, bit for bit, for 50 steps."""
+"""The library equals a slow loop written from the equations, bit for bit, over 50 steps."""
 
 import copy
 
@@ -14,7 +14,7 @@ STEPS, EVERY = 50, 5
 
 
 class SlowMasking:
-    """Sparse momentum by reference.update, on weights copied to lists and back."""
+    """Sparse momentum by reference.update, with weights copied to lists and back."""
 
     def __init__(self, weights, masks, momentum):
         self.weights, self.masks, self.momentum = weights, masks, momentum
@@ -42,7 +42,7 @@ def adam_momentum(optimizer):
 
 
 def linear():
-    """An input that is always zero (columns of equal momentum) and neurons of equal weights: many ties."""
+    """Return a network and inputs with many ties: inputs that are always zero, and neurons of equal weights."""
     model = mlp(12, 16, 10, 4)
     with torch.no_grad():
         for weight in (model.fc1.weight, model.fc2.weight, model.fc3.weight):

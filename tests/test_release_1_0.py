@@ -1,6 +1,6 @@
-"""Release 1.0: its names and signatures are here, and functions written for it run unchanged.
+"""The names and signatures of release 1.0 work, and functions written for it run unchanged.
 
-What it did wrong is named beside the tests that would have failed on it.
+Its defects are named beside the tests that would have failed on it.
 """
 
 import math
@@ -44,22 +44,22 @@ pytestmark = pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8"
 
 
 def largest_momentum(masking, name, weight, mask):
-    """A Python number, by way of the optimizer's state and a byte index."""
+    """Return a Python number, read from the optimizer's state with a byte index."""
     return masking.optimizer.state[weight]["momentum_buffer"][mask.byte()].abs().max().item()
 
 
 def gradient_variance(masking, name, weight, mask):
-    """A 0-d tensor, by way of the gradient."""
+    """Return a 0-d tensor, read from the gradient."""
     return torch.var(weight.grad[mask.byte()])
 
 
 def share_of_layer(masking, name, weight, mask):
-    """From the counts of the layer and the network."""
+    """Return a number from the counts of the layer and of the network."""
     return masking.name2nonzeros[name] / (masking.total_nonzero + masking.total_zero) + masking.name2variance[name]
 
 
 def smallest_in_place(masking, mask, weight, name):
-    """Sort everything, edit the mask in place through .data and a flat view."""
+    """Sort all weights and edit the mask in place, through .data and a flat view."""
     count = math.ceil(masking.name2prune_rate[name] * masking.name2nonzeros[name])
     if count == 0:
         return weight.data != 0.0
@@ -71,7 +71,7 @@ def smallest_in_place(masking, mask, weight, name):
 
 
 def beyond_a_threshold(masking, mask, weight, name):
-    """A new mask of floats."""
+    """Return a new mask of floats."""
     cut = weight.data[mask.byte()].abs().median().item()
     return (weight.data.abs() > cut).float()
 
@@ -85,7 +85,7 @@ def largest_in_place(masking, name, new_mask, total_regrowth, weight):
 
 
 def coin_flips(masking, name, new_mask, total_regrowth, weight):
-    """A new mask of bytes, about as many as asked for."""
+    """Return a new mask of bytes, with about as many new weights as asked for."""
     free = (new_mask == 0).sum().item()
     if free == 0:
         return new_mask
@@ -93,7 +93,7 @@ def coin_flips(masking, name, new_mask, total_regrowth, weight):
 
 
 def row_by_row(masking, name, new_mask, total_regrowth, weight):
-    """Edit one row after the other; fewer than asked for, from what was pruned here."""
+    """Edit one row after the other; the number comes from what was pruned here, not from what was asked for."""
     for i in range(new_mask.shape[0]):
         new_mask[i] = new_mask[i] | (torch.rand(new_mask.shape[1:]) < masking.name2removed[name] / new_mask.numel())
     return new_mask

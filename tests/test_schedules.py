@@ -8,7 +8,7 @@ from helpers import assert_masks_hold, masked, mlp, same, snapshot, train
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparselearning.schedules import Constant, CosineDecay, CubicDensity, LinearDecay, SoftDensity, StepDensity
+from sparselearning.schedules import Constant, CosineDecay, CubicDensity, LinearDecay, SoftDensity, StepDensity, Updates
 
 rates = st.floats(0, 1)
 lengths = st.integers(1, 10_000)
@@ -104,11 +104,19 @@ def test_equal_settings_make_equal_schedules():
         (lambda: StepDensity(1.0, 1.1, 5), r"Expected the density end in \(0, 1\], got 1.1"),
         (lambda: CosineDecay(0.5, 0), "Expected T_max of at least 1 step, got 0"),
         (lambda: LinearDecay(0.5, -3), "Expected T_max of at least 1 step, got -3"),
+        (lambda: Updates(every=-1), "Expected every to be a number of steps, 0 or more, got -1"),
+        (lambda: Updates(first=2.5), "Expected first to be a number of steps, 0 or more, got 2.5"),
+        (lambda: Updates(last=-3), "Expected last to be a number of steps, 0 or more, got -3"),
     ],
 )
 def test_impossible_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_density_that_cannot_be_called_is_refused():
+    with pytest.raises(TypeError, match=r"Expected density to be a function of the step, .* got 0\.1"):
+        Updates(density=0.1)
 
 
 # What a Masking takes
@@ -128,13 +136,13 @@ def test_a_schedule_that_leaves_its_range_is_refused(rate):
 
 
 @pytest.mark.parametrize("density", [0, -0.1, 1.5, math.nan])
-def test_a_density_that_is_none_is_refused(density):
+def test_a_scheduled_density_outside_its_range_is_refused(density):
     model = mlp(20, 30, 10)
-    masking = masked(model, density_schedule=lambda step: density)
+    masking = masked(model, updates=Updates(density=lambda step: density))
     train(model, masking, 1)
     before = snapshot(masking)
     with pytest.raises(
-        ValueError, match=rf"Expected a density in \(0, 1\] at step 1, got {density} of density_schedule"
+        ValueError, match=rf"Expected a density in \(0, 1\] at step 1, got {density} of the density schedule"
     ):
         masking.at_end_of_epoch()
     assert same(before, masking.masks)
@@ -160,7 +168,7 @@ def test_prune_every_k_steps_moves_the_masks_by_itself(k):
 
 def test_masks_stay_before_the_first_update():
     model = mlp(20, 30, 10)
-    masking = masked(model, prune_every_k_steps=1, first_update=3)
+    masking = masked(model, updates=Updates(every=1, first=3))
     first = snapshot(masking)
     train(model, masking, 2)
     assert same(masking.masks, first)
@@ -170,7 +178,7 @@ def test_masks_stay_before_the_first_update():
 
 def test_the_last_update_comes_once():
     model = mlp(10, 20, 10)
-    masking = masked(model, growth_mode="random", last_update=2)
+    masking = masked(model, growth_mode="random", updates=Updates(last=2))
     train(model, masking, 2)  # arrives
     before = snapshot(masking)
     masking.at_end_of_epoch()
@@ -180,7 +188,7 @@ def test_the_last_update_comes_once():
 def test_the_schedule_arrives_at_the_last_update():
     model = mlp(20, 30, 10)
     schedule = CubicDensity(1.0, 0.1, 0, 7)
-    masking = masked(model, None, 1.0, prune_every_k_steps=5, density_schedule=schedule, last_update=7)
+    masking = masked(model, None, 1.0, updates=Updates(every=5, last=7, density=schedule))
     counts = []
     for _ in range(12):
         train(model, masking, 1)
@@ -189,20 +197,35 @@ def test_the_schedule_arrives_at_the_last_update():
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("updates", "expected"),
     [
-        (dict(prune_every_k_steps=3), [(3, True), (2, True), (1, True), (3, True)]),
-        (dict(prune_every_k_steps=1), [(1, True)] * 4),
-        (dict(last_update=2), [(2, False), (1, False), (math.inf, False), (math.inf, False)]),
-        (dict(prune_every_k_steps=3, last_update=2), [(2, True), (1, True), (1, True), (3, True)]),
-        ({}, [(math.inf, False)] * 4),
+        (Updates(every=3), [(3, True), (2, True), (1, True), (3, True)]),
+        (Updates(every=1), [(1, True)] * 4),
+        (Updates(last=2), [(2, False), (1, False), (math.inf, False), (math.inf, False)]),
+        (Updates(every=3, last=2), [(2, True), (1, True), (1, True), (3, True)]),
+        (Updates(), [(math.inf, False)] * 4),
     ],
 )
-def test_the_next_update_is_foreseen(settings, expected):
-    model = mlp(4, 4)
-    masking = masked(model, growth_mode="random", **settings)
-    foreseen = [masking._update_ahead()]
-    for _ in range(3):
+def test_the_steps_until_the_next_update_are_known(updates, expected):
+    assert [updates.ahead(step) for step in range(4)] == expected
+
+
+def test_the_distance_of_updates_can_be_changed_in_training():
+    """As users of release 1.0 do."""
+    model = mlp(20, 30, 10)
+    masking = masked(model, updates=Updates(first=4, density=Constant(0.2)))
+    assert masking.prune_every_k_steps == 0
+    masking.prune_every_k_steps = 3
+    assert masking.prune_every_k_steps == 3
+    moved = []
+    for _ in range(9):
+        before = snapshot(masking)
         train(model, masking, 1)
-        foreseen.append(masking._update_ahead())
-    assert foreseen == expected
+        moved.append(not same(before, masking.masks))
+    assert moved == [False] * 5 + [True, False, False, True]
+    before = snapshot(masking)
+    masking.at_end_of_epoch()
+    assert same(before, masking.masks)
+    masking.prune_every_k_steps = 0
+    masking.at_end_of_epoch()
+    assert not same(before, masking.masks)

@@ -1,4 +1,4 @@
-"""drop_lowest and add_highest, alone and jointly: golden examples, and laws against slow loops."""
+"""drop_lowest and add_highest, on one mask and on several: golden examples, and laws against slow loops."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ T, F = True, False
 
 @pytest.fixture(params=["cpu", "device"], autouse=True)
 def path(request, monkeypatch):
-    """Run every test through the selection for CPUs and through the one that never waits for a device."""
+    """Run every test with the selection for CPUs and with the one that never waits for a device."""
     if request.param == "device":
         monkeypatch.setattr(selection, "_mark_lowest_on_cpu", selection._mark_lowest_on_device)
 

@@ -1,4 +1,4 @@
-"""Nothing in the package executes what it reads, but functions that the user names; nothing is fetched unchecked."""
+"""The package executes nothing that it reads, except functions that the user names, and checks what it downloads."""
 
 import ast
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_no_address_in_the_code_is_plain_http():
 
 @pytest.fixture
 def fetched(monkeypatch, tmp_path):
-    """What would be downloaded: (address, hash)."""
+    """Return what would be downloaded: (address, hash)."""
     from torchvision.datasets import utils
 
     seen = []

@@ -1,6 +1,6 @@
-"""Every prune x growth x redistribution x init keeps the number of active weights and the inactive ones at zero.
+"""Every prune x growth x redistribution x init keeps the number of active weights, and inactive weights at zero.
 
-The functions come from their tables, so a new one is tested by being there.
+The functions come from their tables, so a new one is tested as soon as it is there.
 """
 
 import itertools
@@ -10,7 +10,7 @@ import torch
 from helpers import assert_masks_hold, masked, snapshot, train
 from torch import nn
 
-from sparselearning.functions import is_network_wide
+from sparselearning.functions import is_marked
 from sparselearning.grow import GROWTH_FUNCTIONS
 from sparselearning.prune import PRUNE_FUNCTIONS
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
@@ -18,7 +18,7 @@ from sparselearning.start.distributions import DISTRIBUTIONS
 
 
 def without_aliases(table):
-    """The keys of a table, the first of several for the same function."""
+    """Return the keys of a table, and of several keys for one function the first."""
     return list({function: name for name, function in reversed(table.items())}.values())[::-1]
 
 
@@ -33,7 +33,7 @@ FREE_COUNT = {"adaptive_threshold", "sign_flip", "dense_magnitude", "global_dens
 
 
 def network(density):
-    """A convolution and two linear layers; a part of its weights is zero, for `resume`."""
+    """Return a convolution and two linear layers; some of the weights are zero, for `resume`."""
     model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 5))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -52,7 +52,7 @@ def test_an_update_conserves_the_active_weights(prune, growth, redistribution):
             prune_mode=prune,
             growth_mode=growth,
             redistribution_mode=redistribution,
-            inactive="kept" if "dense_magnitude" in prune + growth else "zero",
+            weights="kept" if "dense_magnitude" in prune + growth else "zero",
         )
         masking.prune_threshold = 0.5  # among these weights: a threshold that adapts would take long to come here
         total, first = masking.total_nonzero, snapshot(masking)
@@ -73,15 +73,15 @@ def test_an_update_conserves_the_active_weights(prune, growth, redistribution):
 LAYERWISE = [
     (prune, growth)
     for prune, growth in itertools.product(PRUNE_FUNCTIONS, GROWTH_FUNCTIONS)
-    if not is_network_wide(GROWTH_FUNCTIONS[growth])
+    if not is_marked(GROWTH_FUNCTIONS[growth], "network_wide")
 ]
 
 
 @pytest.mark.parametrize(("prune", "growth"), LAYERWISE)
 def test_without_redistribution_every_layer_keeps_its_count(prune, growth):
     model = network(1.0)
-    inactive = "kept" if "dense_magnitude" in prune + growth else "zero"
-    masking = masked(model, prune_mode=prune, growth_mode=growth, redistribution_mode="none", inactive=inactive)
+    weights = "kept" if "dense_magnitude" in prune + growth else "zero"
+    masking = masked(model, prune_mode=prune, growth_mode=growth, redistribution_mode="none", weights=weights)
     counts = masking.name2nonzeros
     for _ in range(3):
         train(model, masking, steps=1, inputs=torch.randn(8, 2, 8))

@@ -1,4 +1,4 @@
-"""How much a piece of code does, in counts that are the same on every machine: no clock."""
+"""How much work a piece of code does, in counts that are the same on every machine."""
 
 import importlib.util
 import sys

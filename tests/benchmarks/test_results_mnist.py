@@ -1,4 +1,4 @@
-"""benchmarks/results_mnist.py: what it runs, what it skips, and its table."""
+"""benchmarks/results_mnist.py: the runs it makes, the runs it skips, and its table."""
 
 import argparse
 import importlib.util

@@ -1,4 +1,4 @@
-"""Runs of main.py with --pattern keep it, and go on with it."""
+"""Runs of main.py with --pattern keep the pattern, also when they are resumed."""
 
 import pytest
 import torch

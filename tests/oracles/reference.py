@@ -1,4 +1,4 @@
-"""Sparse momentum as slow loops over Python numbers, written from the equations as the docstring of core.py has them.
+"""Sparse momentum as slow loops over Python numbers, written from the equations in the docstring of core.py.
 
     k_i = ceil(p_i * nnz_i)                      how many to remove in layer i
     r_i = mean(|M_i| over active) / sum_j        importance of layer i
@@ -14,21 +14,21 @@ from fractions import Fraction
 
 
 def drop_lowest(score, mask, k):
-    """Drop the k active entries of lowest score, the earlier of equals first."""
+    """Drop the k active entries of lowest score; of equal ones the earlier goes first."""
     candidates = sorted((score[i], i) for i in range(len(mask)) if mask[i])
     dropped = {i for _, i in candidates[:k]}
     return [active and i not in dropped for i, active in enumerate(mask)]
 
 
 def add_highest(score, mask, k):
-    """Add the k inactive entries of highest score, the earlier of equals first."""
+    """Add the k inactive entries of highest score; of equal ones the earlier comes first."""
     candidates = sorted((-score[i], i) for i in range(len(mask)) if not mask[i])
     added = {i for _, i in candidates[:k]}
     return [active or i in added for i, active in enumerate(mask)]
 
 
 def apportion(total, shares, capacity):
-    """Largest remainders in exact fractions; a part whose quota exceeds its room is filled, the rest shared anew."""
+    """Divide by largest remainders, in exact fractions; a part whose quota exceeds its room is filled before."""
     counts = [0] * len(shares)
     unfilled = [i for i, room in enumerate(capacity) if room > 0]
     while total:
@@ -53,7 +53,7 @@ def apportion(total, shares, capacity):
 
 
 def update(weights, momenta, masks, prune_rate):
-    """One update of the masks of a network."""
+    """Return the masks of a network after one update."""
     layers = range(len(masks))
     nonzeros = [sum(mask) for mask in masks]
     strength = [

@@ -1,4 +1,4 @@
-"""Which parameters are made sparse: of every kind of layer the weights, and none of its biases and norms."""
+"""Which parameters become sparse: the weights of every kind of layer; biases, norms and embeddings stay dense."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from sparselearning.start.maskable import maskable_parameters
 
 
 class FirstOutput(nn.Module):
-    """The output of a recurrent or attention layer without its state."""
+    """Returns the output of a recurrent or attention layer without its state."""
 
     def __init__(self, layer, *, self_attention=False):
         super().__init__()
@@ -85,7 +85,7 @@ def test_these_layers_stay_dense(layer):
 
 
 class Odd(nn.Module):
-    """Two weights, and parameters of every other kind."""
+    """Has two weights, and a parameter of every kind that stays dense."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The first masks: drawn at random, or those that the weights show; and densities that cannot be."""
+"""The first masks: drawn at random or read from the weights; and densities that are refused."""
 
 import copy
 

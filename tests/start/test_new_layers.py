@@ -1,4 +1,4 @@
-"""Which weights of a module become sparse layers, and how they are called."""
+"""Which weights of a module become sparse layers, and what they are called."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Weights that keep their values while they are inactive."""
+"""Inactive weights that keep their values and are trained, in a dense copy."""
 
 import pytest
 import torch
@@ -8,18 +8,20 @@ from sparselearning import Masking
 from sparselearning.functions import FunctionError
 from sparselearning.grow import dense_magnitude_growth, global_dense_magnitude_growth
 from sparselearning.prune import dense_magnitude_prune, global_dense_magnitude_prune
+from sparselearning.selection import add_highest
+from sparselearning.weights.dense_copy import dense_weight
 
 T, F = True, False
 
 
-def kept(weight, mask, inactive):
-    """A masking on one linear layer with these weights, of which those outside the mask are kept."""
+def kept(weight, mask, weights):
+    """Return a linear layer and its Masking, which keeps the weights outside the mask."""
     layer = torch.nn.Linear(len(weight[0]), len(weight), bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(weight))
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, weight_decay=0.1)
     modes = dict(prune_mode="dense_magnitude", growth_mode="dense_magnitude", redistribution_mode="none")
-    masking = Masking(optimizer, None, **modes, inactive=inactive)
+    masking = Masking(optimizer, None, **modes, weights=weights)
     masking.add_module(layer, 1.0, {"weight": torch.tensor(mask)})
     return layer, masking
 
@@ -56,7 +58,7 @@ def test_the_largest_of_a_layer_and_of_the_network():
         model.fc1.weight.copy_(torch.tensor([[0.1, -0.9, 0.3]]))
         model.fc2.weight.copy_(torch.tensor([[0.8], [-0.7], [0.2]]))
     given = {"fc1.weight": torch.tensor([[T, F, T]]), "fc2.weight": torch.tensor([[F], [T], [F]])}
-    masking = masked(model, sparse_init=given, prune_rate=0.0, inactive="kept")
+    masking = masked(model, sparse_init=given, prune_rate=0.0, weights="kept")
     layers = [(name, layer.mask, layer.master) for name, layer in zip(masking.masks, masking.layers, strict=True)]
     # Two of the first layer's and one of the second's: 0.9 and 0.3, and 0.8.
     pruned = [dense_magnitude_prune(masking, mask, weight, name) for name, mask, weight in layers]
@@ -89,15 +91,18 @@ def test_a_closure_would_see_the_dense_copy_and_is_refused(step):
         step(masking, lambda: 0.0)
 
 
-def test_modes_that_compare_inactive_weights_need_them_kept():
-    model = mlp(20, 30, 10)
-    masking = masked(model, prune_mode="dense_magnitude")
-    with pytest.raises(FunctionError, match="inactive='kept'"):
+@pytest.mark.parametrize("argument", ["prune_mode", "growth_mode"])
+def test_modes_that_compare_inactive_weights_need_them_kept(argument):
+    with pytest.raises(
+        FunctionError, match=r"compares the values of inactive weights: Masking\(\.\.\., weights='kept'\)"
+    ):
+        masked(mlp(20, 30, 10), **{argument: "dense_magnitude"})
+
+
+def test_an_own_function_that_asks_for_inactive_weights_needs_them_kept():
+    def grow(masking, name, new_mask, total_regrowth, weight):
+        return add_highest(dense_weight(masking, name).abs(), new_mask, total_regrowth)
+
+    masking = masked(mlp(20, 30), growth_mode=grow)
+    with pytest.raises(FunctionError, match=r"The values of inactive weights of fc1\.weight are not kept"):
         masking.at_end_of_epoch()
-
-
-def test_what_cannot_be_kept_is_refused():
-    with pytest.raises(ValueError, match=r"Unknown inactive 'gone'. Choose one of 'zero', 'kept', 'soft'."):
-        masked(mlp(5, 5), inactive="gone")
-    with pytest.raises(ValueError, match="leave out sparse_backend"):
-        masked(mlp(5, 5), inactive="kept", sparse_backend="cpu")

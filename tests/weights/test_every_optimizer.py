@@ -1,4 +1,4 @@
-"""Sparse momentum with every optimizer that keeps a momentum; the others are refused with what to do."""
+"""Sparse momentum runs with every optimizer that keeps a momentum; for the others the error says what to do."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The momentum of a weight, read from an optimizer's state."""
+"""What the optimizer keeps for a weight: its momentum, and its master copy."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from sparselearning.weights.optimizer import keeps_momentum, master_weights, mom
 
 
 def stepped(optimizer_type, gradients, **settings):
-    """A weight and its optimizer after one step per gradient."""
+    """Return an optimizer and its weight after one step per gradient."""
     weight = nn.Parameter(torch.zeros(2, 2))
     optimizer = optimizer_type([weight], lr=0.5, **settings)
     for gradient in gradients:
@@ -91,14 +91,14 @@ def test_without_momentum_the_error_names_what_works(name):
 
 
 class Wrapper:
-    """What holds an optimizer as `.optimizer`, as Apex and many others do."""
+    """Holds an optimizer as `.optimizer`, as the wrappers of Apex and many others do."""
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
 
 
 class SubclassingWrapper(torch.optim.Optimizer):
-    """A wrapper that is an Optimizer by name alone, as that of Accelerate: its hooks never run."""
+    """An Optimizer that only wraps another, as that of Accelerate: its own hooks never run."""
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
@@ -112,7 +112,7 @@ def test_the_optimizer_inside_wrappers_is_found():
 
 
 @pytest.mark.parametrize("wrong", [None, [], nn.Linear(1, 1), Wrapper(None)])
-def test_what_is_no_optimizer_is_refused(wrong):
+def test_anything_but_an_optimizer_is_refused(wrong):
     with pytest.raises(TypeError, match=f"Expected a torch.optim.Optimizer, got {type(wrong).__name__}"):
         torch_optimizer(wrong)
 
@@ -125,7 +125,7 @@ def test_master_weights_are_found_by_the_half_precision_weight():
     assert master_weights(Wrapper(None)) == {}
 
 
-def test_asking_for_master_weights_that_are_not_there_is_an_error():
+def test_missing_master_weights_are_an_error_where_they_are_required():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
     with pytest.raises(RuntimeError, match=r"fp16=True expects .* got SGD. With torch.amp .* leave fp16=False"):
         master_weights(optimizer, required=True)

@@ -1,4 +1,4 @@
-"""What weights start from: when they become active, and at the start; and what pulls them to zero."""
+"""The values that weights start from, at the beginning and when they become active; and the pull to zero."""
 
 import copy
 import math
@@ -10,6 +10,7 @@ from helpers import assert_masks_hold, batch_for, masked, mlp, sgd, snapshot, tr
 from torch import nn
 
 from sparselearning.sparse import available
+from sparselearning.weights.zeros import Zeros
 
 # When they become active
 
@@ -32,7 +33,7 @@ def test_the_state_of_regrown_weights_is_reset(optimizer, reset):
 
 def test_regrown_weights_are_drawn_as_torch_does():
     model = mlp(300, 200, 10)
-    masking = masked(model, density=0.3, prune_rate=0.3, regrown="random", growth_mode="random")
+    masking = masked(model, density=0.3, prune_rate=0.3, growth_mode="random", weights=Zeros(regrown="random"))
     before = snapshot(masking)
     masking.at_end_of_epoch()
     assert_masks_hold(masking)
@@ -45,7 +46,7 @@ def test_regrown_weights_are_drawn_as_torch_does():
 
 def test_an_unknown_start_value_is_refused():
     with pytest.raises(ValueError, match=r"Unknown regrown 'one'. Choose one of 'zero', 'random'."):
-        masked(mlp(5, 5), regrown="one")
+        Zeros(regrown="one")
 
 
 # At the start
@@ -96,16 +97,16 @@ def test_rescaling_leaves_weights_alone_that_have_their_norm_or_none():
 @pytest.mark.skipif(not available(), reason="built without sparse kernels")
 def test_sparse_kernels_begin_with_rescaled_weights():
     outputs = []
-    for backend in (None, "cpu"):
+    for weights in ("zero", "sparse"):
         torch.manual_seed(5)
-        model, _, masking = begin("set", rescale=True, sparse_backend=backend)
+        model, _, masking = begin("set", rescale=True, weights=weights)
         outputs.append(model(batch()[0]))
         assert_masks_hold(masking)
     torch.testing.assert_close(*outputs)
 
 
 def test_weights_that_are_active_for_their_magnitude_are_not_rescaled():
-    with pytest.raises(ValueError, match="With inactive='kept' weights are active for their magnitude"):
+    with pytest.raises(ValueError, match="With weights='kept' magnitudes decide what is active; leave out rescale"):
         begin("top_kast", rescale=True)
 
 
@@ -116,7 +117,7 @@ def test_a_pull_is_an_l1_term():
     model, twin = mlp(20, 30, 10), mlp(20, 30, 10)
     twin.load_state_dict(model.state_dict())
     inputs = torch.randn(8, 20)
-    plain, pulled = (masked(net, density=1.0, **kind) for net, kind in [(model, {}), (twin, dict(pull=0.01))])
+    plain, pulled = (masked(net, density=1.0, weights=Zeros(pull=pull)) for net, pull in [(model, 0.0), (twin, 0.01)])
     for net, masking, l1 in [(model, plain, 0.01), (twin, pulled, 0)]:
         net.zero_grad()
         weights = [layer.weight for layer in masking.layers]
@@ -132,7 +133,7 @@ def test_the_pull_is_as_strong_under_a_gradient_scaler():
         torch.manual_seed(4)
         model = mlp(6, 5)
         optimizer = sgd(model, fused=True)
-        masked(model, optimizer, density=0.5, pull=0.1)
+        masked(model, optimizer, density=0.5, weights=Zeros(pull=0.1))
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         scaler.scale(model(torch.ones(2, 6)).square().mean()).backward()
         scaler.step(optimizer)
@@ -142,4 +143,4 @@ def test_the_pull_is_as_strong_under_a_gradient_scaler():
 
 def test_an_infinite_pull_is_refused():
     with pytest.raises(ValueError, match="Expected a pull of at least 0, got inf"):
-        masked(mlp(5, 5), pull=math.inf)
+        Zeros(pull=math.inf)
