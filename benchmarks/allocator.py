@@ -21,7 +21,8 @@ from torch.nn.functional import cross_entropy
 
 from sparselearning import Masking, models
 from sparselearning.native.allocator import keep_freed_memory
-from sparselearning.sparse import SparseConv2d, interface, ops
+from sparselearning.sparse import SparseConv2d, interface
+from sparselearning.sparse.memory_order import in_order
 
 LAYER = "conv 64@32"
 CASES = [
@@ -104,7 +105,7 @@ def layer_step(images):
     """Return a forward and backward pass of one sparse convolution."""
     layer = torch.nn.Conv2d(64, 64, 3, padding=1)
     prune(layer, 0.05)
-    return both(SparseConv2d.from_dense(layer), ops.in_order(torch.randn(images, 64, 32, 32), True))
+    return both(SparseConv2d.from_dense(layer), in_order(torch.randn(images, 64, 32, 32), True))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from sparse_layers import CONVOLUTIONS, LINEARS, both, forward, prune
 from torch import nn
 
 from sparselearning.native import library
-from sparselearning.sparse import SparseConv2d, SparseLinear, ops
+from sparselearning.sparse import SparseConv2d, SparseLinear
+from sparselearning.sparse.memory_order import in_order, is_batch_last
 
 
 def main():
@@ -56,7 +57,7 @@ def linear(features, rows, density):
 
 def measure(args, builds, layer, sparse, inputs):
     """Return the ratios of one layer, forward and with its backward pass."""
-    x = ops.in_order(inputs, ops.is_batch_last(len(inputs)))
+    x = in_order(inputs, is_batch_last(len(inputs)))
     row = {}
     for part, call in (("forward", forward(sparse, x)), ("both", both(sparse, x))):
         calls = {name: by(build, call) for name, build in builds.items()}

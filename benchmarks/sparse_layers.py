@@ -19,7 +19,8 @@ import common
 import torch
 from torch import nn
 
-from sparselearning.sparse import SparseConv2d, SparseLinear, ops
+from sparselearning.sparse import SparseConv2d, SparseLinear
+from sparselearning.sparse.memory_order import in_order, is_batch_last
 
 CONVOLUTIONS = [(64, 32), (128, 16), (256, 8), (512, 4)]  # channels, height and width; 3x3, padding 1
 LINEARS = [1024, 4096]
@@ -60,7 +61,7 @@ def measure_convolution(args, channels, size, density):
     kinds = {
         "contiguous": (layer, x),
         "channels_last": (last, x.to(memory_format=torch.channels_last)),
-        "sparse": (sparse, ops.in_order(x, ops.is_batch_last(len(x)))),
+        "sparse": (sparse, in_order(x, is_batch_last(len(x)))),
         "from_nchw": (sparse, x),
     }
     return measure(args, f"conv {channels}@{size}", density, kinds)
@@ -72,7 +73,7 @@ def measure_linear(args, features, density):
     prune(layer, density)
     sparse = SparseLinear.from_dense(layer)
     x = torch.randn(args.rows, features)
-    ready = ops.in_order(x, ops.is_batch_last(len(x)))
+    ready = in_order(x, is_batch_last(len(x)))
     kinds = {"contiguous": (layer, x), "sparse": (sparse, ready), "from_nchw": (sparse, x)}
     return measure(args, f"linear {features}", density, kinds)
 

@@ -1,10 +1,11 @@
-"""Random images in the standard files of MNIST and CIFAR-10."""
+"""Random MNIST and CIFAR-10 files in their standard formats, and comparison of what was read."""
 
 import gzip
 import pickle
 import struct
 
 import numpy as np
+import torch
 
 from sparselearning.experiments.data.files import CIFAR_FILES, MNIST_FILES
 
@@ -57,3 +58,7 @@ def write_cifar_pickles(folder, count=4):
         }
         (place / name).write_bytes(pickle.dumps(content, protocol=4))
     return pixels, labels
+
+
+def same_split(first, second):
+    return torch.equal(first.images, second.images) and torch.equal(first.labels, second.labels)

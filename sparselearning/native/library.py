@@ -1,4 +1,4 @@
-"""The compiled library of this package: masks are applied and sparse layers computed by it."""
+"""The compiled library of this package, which applies masks and computes sparse layers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ import torch  # loads the OpenMP library whose threads the kernels run on
 from torch import Tensor
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
-FAILURES = {
+FAILURES = {  # by what a function returns: Status of kernels/interface.h
     1: (ValueError, "The indices of a sparse layer do not fit its shape; load a state_dict of the same layer."),
     2: (MemoryError, "The sparse kernels ran out of memory."),
     3: (ValueError, "A layer this large has no sparse kernel; leave it dense."),
 }
 
 
+class Machine(ctypes.Structure):
+    """What a function runs on."""
+
+    _fields_ = (("instruction_set", ctypes.c_int64), ("threads", ctypes.c_int64), ("fork", ctypes.c_void_p))
+
+
 class Library:
-    """A built library, loaded with ctypes; `instruction_set`, an index into INSTRUCTION_SETS, can be changed."""
+    """A built library, loaded with ctypes. `instruction_set` is an index into INSTRUCTION_SETS and can be changed."""
 
     def __init__(self, path: Path):
         self.functions = ctypes.CDLL(str(path))
@@ -39,25 +45,25 @@ class Library:
         return INSTRUCTION_SETS.index(name)
 
     def call(self, name: str, *arguments) -> None:
-        """Call a function on tensors (by address), integers and arrays, with the threads that torch may use.
+        """Call a function on tensors (passed by their addresses), structs and integers.
+
+        It runs on the threads that torch may use.
 
         Raises:
-            ValueError or MemoryError: as FAILURES says of the status that it returns.
+            ValueError, MemoryError: see FAILURES.
         """
-        arguments += (self.instruction_set, torch.get_num_threads(), self.fork)
-        status = getattr(self.functions, name)(*map(native, arguments))
+        machine = Machine(self.instruction_set, torch.get_num_threads(), self.fork)
+        status = getattr(self.functions, name)(ctypes.byref(machine), *map(native, arguments))
         if status:
             kind, message = FAILURES[status]
             raise kind(message)
 
 
 def native(argument):
-    """Return what ctypes takes for a tensor or an integer, and anything else as it is."""
+    """Return what ctypes takes for a tensor, a struct or an integer."""
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, (int, bool)):
-        return ctypes.c_int64(argument)
-    return argument
+    return ctypes.byref(argument) if isinstance(argument, ctypes.Structure) else ctypes.c_int64(argument)
 
 
 def load() -> Library | None:

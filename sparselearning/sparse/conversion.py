@@ -1,4 +1,4 @@
-"""Turn a trained sparse model into one that runs faster for it."""
+"""Turn a trained sparse model into one that runs faster because of its zeros."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from sparselearning.sparse import ops
+from sparselearning.sparse.batch_last import keep_order
 from sparselearning.sparse.dataflow import Dataflow, Seen
 from sparselearning.sparse.gpu import convert_pattern
-from sparselearning.sparse.interface import available
-from sparselearning.sparse.memory_order import keep_order
+from sparselearning.sparse.interface import DTYPES, available
+from sparselearning.sparse.memory_order import in_order, is_batch_last
 from sparselearning.sparse.modules import SparseConv2d, SparseLinear, SparseModule
 from sparselearning.sparse.report import LayerReport, Report, layers_of
 from sparselearning.sparse.trained import trained_to_dense
@@ -31,10 +32,11 @@ SECONDS_PER_LAYER = 0.05
 def convert(model: nn.Module, example_input: Any, layout: str = "unstructured") -> tuple[nn.Module, Report]:
     """Return a copy of `model` for inference that is no slower, and a report on its layers.
 
-    Each nn.Linear and nn.Conv2d becomes sparse where that is faster on the input it sees when the model runs on
-    `example_input` (a tensor, or a tuple of arguments); batch normalisation and ReLU after a layer are folded
-    into it. Times depend on the batch, so pass an example of the batch size to be served, and set
-    `torch.set_num_threads` first. Layers without zeros, and models on another device than a CPU, stay dense.
+    The function runs the model on `example_input` (a tensor, or a tuple of arguments) and measures each nn.Linear and
+    nn.Conv2d on an input like the one that it sees. A layer becomes sparse if that is faster. Batch normalisation and
+    ReLU after a layer are folded into it. Times depend on the batch, so pass an example of the batch size to be
+    served, and call `torch.set_num_threads` first. Layers without zeros stay dense, and so do models that are not on a
+    CPU.
 
     layout: 'unstructured' for the kernels of this package; '2:4' or 'bsr' for masks of that pattern on a GPU.
     """
@@ -99,19 +101,19 @@ def sparse_form(layer: nn.Linear | nn.Conv2d) -> SparseModule:
 
 
 def try_sparse(name, layer, seen: Seen, relu) -> tuple[LayerReport, SparseModule | None]:
-    """Return what a measurement says of `layer` on an input like `seen`, and its sparse form."""
+    """Measure `layer` dense and sparse on an input like `seen`; return a report, and its sparse form if it has one."""
     nan = float("nan")
     density = layer.weight.detach().count_nonzero().item() / layer.weight.numel()
     try:
         sparse = sparse_form(layer)
     except ValueError as error:
         return LayerReport(name, density, nan, nan, False, str(error)), None
-    if density == 1 or seen.dtype not in ops.DTYPES:
+    if density == 1 or seen.dtype not in DTYPES:
         note = "no zeros" if density == 1 else f"no kernels for {seen.dtype}"
         return LayerReport(name, density, nan, nan, False, note), None
     sparse.relu = relu is not None
     x = torch.ones(seen.shape, dtype=seen.dtype)
-    ready = x if x.dim() == 3 else ops.in_order(x, ops.is_batch_last(len(x)))
+    ready = x if x.dim() == 3 else in_order(x, is_batch_last(len(x)))
     after = relu or nn.Identity()
     choices = [lambda: after(layer(x)), lambda: sparse(ready)]
     if x.dim() == 4:
@@ -125,7 +127,7 @@ def try_sparse(name, layer, seen: Seen, relu) -> tuple[LayerReport, SparseModule
 
 @torch.no_grad()
 def compare(choices: list[Callable[[], Any]], seconds: float = SECONDS_PER_LAYER) -> list[float]:
-    """Return the median milliseconds of each choice, called in turns so that disturbances meet all alike."""
+    """Return the median milliseconds of each choice. The choices take turns, so disturbances affect all of them."""
     times: list[list[float]] = [[] for _ in choices]
     end = time.perf_counter() + seconds
     while len(times[0]) < 3 or time.perf_counter() < end:
@@ -138,7 +140,7 @@ def compare(choices: list[Callable[[], Any]], seconds: float = SECONDS_PER_LAYER
 
 
 def follow_layout(model: nn.Module, flow: Dataflow) -> None:
-    """Let what lies between sparse layers keep the memory order that they work in."""
+    """Make batch norms and pooling between sparse layers keep the memory order of those layers."""
     for module in list(model.modules()):
         if isinstance(module, NORMS) and module.running_mean is not None and module in flow.inputs:
             reader = flow.only_reader(module)
@@ -149,7 +151,7 @@ def follow_layout(model: nn.Module, flow: Dataflow) -> None:
 
 
 class Affine(nn.Module):
-    """A batch normalisation of fixed statistics, with the ReLU after it: act(x * scale + shift) per channel."""
+    """A batch normalisation with fixed statistics, and the ReLU after it: act(x * scale + shift) per channel."""
 
     scale: Tensor
     shift: Tensor

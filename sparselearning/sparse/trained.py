@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from sparselearning.layers import SparseLayer
 from sparselearning.sparse import ops
-from sparselearning.sparse.interface import conv_shape
-from sparselearning.sparse.memory_order import forget_order
+from sparselearning.sparse.batch_last import forget_order
+from sparselearning.sparse.interface import DTYPES, conv_shape, row_shape
+from sparselearning.sparse.memory_order import to_batch_first
 from sparselearning.sparse.modules import numeric_padding
 
 
@@ -119,7 +120,7 @@ class TrainedLinear(Trained, nn.Linear):
     """nn.Linear that trains on its active weights."""
 
     def conv_shape(self):
-        return ops.row_shape(1, self.in_features, self.out_features)
+        return row_shape(1, self.in_features, self.out_features)
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input.reshape(-1, input.shape[-1])
@@ -148,7 +149,7 @@ class TrainedConv2d(Trained, nn.Conv2d):
 
     def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
         _, stride, padding, dilation, groups = self.geometry()
-        x, dy = ops.to_batch_first(x), ops.to_batch_first(dy)
+        x, dy = to_batch_first(x), to_batch_first(dy)
         settings = (None, stride, padding, dilation, False, (0, 0), groups, (False, True, False))
         return torch.ops.aten.convolution_backward(dy, x, self.weight, *settings)[1]
 
@@ -167,7 +168,7 @@ def trained_to_dense(model: nn.Module) -> None:
 def why_not(layer: SparseLayer, owners: Sequence[nn.Module]) -> str:
     """Return why a weight cannot be trained on the kernels, or nothing if it can."""
     weight = layer.weight
-    if weight.device.type != "cpu" or weight.dtype not in ops.DTYPES:
+    if weight.device.type != "cpu" or weight.dtype not in DTYPES:
         return f"no kernels for {weight.dtype} on {weight.device.type}"
     if weight is not layer.master or not weight.is_contiguous() or len(owners) != 1:
         return "it is tied, a copy, or not contiguous"

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from sparselearning.layers import SparseLayer
 from sparselearning.processes import distributed
+from sparselearning.sparse.batch_last import forget_order, keep_order
 from sparselearning.sparse.interface import kernels
-from sparselearning.sparse.memory_order import forget_order, keep_order
 from sparselearning.sparse.trained import KINDS, Trained, why_not
 from sparselearning.weights.optimizer import momentum_of
 from sparselearning.weights.zeros import Ahead, Layers, Zeros

@@ -12,7 +12,6 @@ import torch
 from data_files import write_cifar_records, write_mnist
 from script import draw_nothing, load_main, metrics_of, run_folder, type_command
 
-from sparselearning.experiments.data import files as datafiles
 from sparselearning.experiments.run import session
 
 DIGITS = "--data digits --epochs 2"
@@ -48,17 +47,6 @@ def refusal(call, capsys):
         return line
 
     return refusal
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    """Any download fails at once."""
-
-    def fail(folder):
-        raise OSError("no network")
-
-    monkeypatch.setattr(datafiles, "_fetch_mnist", fail)
-    monkeypatch.setattr(datafiles, "_fetch_cifar", fail)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The networks: sizes of the published ones, inputs and outputs, what wraps them; torchvision's ResNets."""
+"""The networks: published sizes, inputs and outputs, compilation; ResNets equal torchvision's."""
 
 import math
 
@@ -10,7 +10,7 @@ from sparselearning.models import INPUT_SHAPES, MODELS, build, check_input
 from sparselearning.models.resnet import RESNETS, ResNet, resnet18, resnet50
 from sparselearning.models.wide_resnet import wide_resnet
 
-# Parameters in all, and those that may be masked: everything but biases and normalisation.
+# Number of all parameters, and of those that may be masked: all but biases and normalisation.
 COUNTS = {
     "lenet5": (431_080, 430_500),
     "lenet300-100": (266_610, 266_200),

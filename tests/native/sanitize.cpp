@@ -1,7 +1,7 @@
 // Random layers through every kernel, against plain loops, to be built with sanitizers. From the repository's root:
 //
-//     g++ -std=c++17 -g -O1 -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all \
-//         tests/native/sanitize.cpp -o /tmp/sanitize && /tmp/sanitize 300
+//     FLAGS="-std=c++17 -g -O1 -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all"
+//     g++ $FLAGS tests/native/sanitize.cpp -o /tmp/sanitize && /tmp/sanitize 300
 //
 // Tensors lie in vectors of their exact size, so that any access beyond an end is caught.
 #include <cmath>
@@ -43,7 +43,8 @@ struct Case {
         const int64_t per_group = c.in_channels / c.groups, rows_per_group = c.out_channels / c.groups;
         for (int64_t o = 0; o < c.out_channels; ++o)
             for (int64_t k = start[o]; k < start[o + 1]; ++k) {
-                const int64_t channel = o / rows_per_group * per_group + column[k] / c.taps(), tap = column[k] % c.taps();
+                const int64_t channel = o / rows_per_group * per_group + column[k] / c.taps();
+                const int64_t tap = column[k] % c.taps();
                 for (int64_t n = 0; n < c.images; ++n)
                     for (int64_t y = 0; y < c.out_height; ++y)
                         for (int64_t x = 0; x < c.out_width; ++x) {
@@ -106,11 +107,10 @@ void compare(const char* what, const std::vector<S>& found, const std::vector<do
 }
 
 template <class S>
-void check(const Case<S>& t, int set, int threads) {
+void check(const Case<S>& t, int64_t set, int64_t threads) {
     const Conv& c = t.c;
     Conv written = c;  // what is written has the order of the vectors
     written.x_first = written.y_first = false;
-    const Parallel parallel{threads, nullptr};
     std::vector<double> y(t.dy.size()), dx(t.x.size()), dw(t.value.size());
     for (size_t i = 0; i < y.size(); ++i) {
         const size_t pixels = c.out_height * c.out_width;
@@ -124,35 +124,38 @@ void check(const Case<S>& t, int set, int threads) {
     if (t.relu)
         for (double& v : y) v = std::max(v, 0.0);
 
+    const Machine machine{set, threads, nullptr};
+    Layer<S> layer{written, t.start.data(), t.column.data(), nullptr, t.value.data(), t.bias.data(), t.x.data(),
+                   t.dy.data(), nullptr, t.relu};
     std::vector<S> found(y.size());
-    Conv shape = written;
-    shape.x_first = c.x_first;
-    if (forward<S>(&shape.images, t.x.data(), t.start.data(), t.column.data(), t.value.data(), t.bias.data(), t.relu,
-                   found.data(), set, parallel))
-        std::abort();
+    layer.conv.x_first = c.x_first;
+    layer.result = found.data();
+    forward(machine, layer);
     compare("forward", found, y);
+
+    found.assign(dw.size(), 0);
+    layer.conv.y_first = c.y_first;
+    layer.result = found.data();
+    weight_gradient(machine, layer);
+    compare("weight gradient", found, dw);
 
     const int64_t rows = c.in_channels * c.stride_y * c.stride_x;
     std::vector<int32_t> start(rows + 1), column(t.column.size()), order(t.column.size());
-    if (transpose_rows(&c.images, t.start.data(), t.column.data(), start.data(), column.data(), order.data())) std::abort();
+    Layer<float> indices{};
+    indices.conv = c, indices.start = t.start.data(), indices.column = t.column.data();
+    transpose_rows(machine, indices, start.data(), column.data(), order.data());
     found.assign(dx.size(), 0);
-    shape = written;
-    shape.y_first = c.y_first;
-    if (input_gradient<S>(&shape.images, t.dy.data(), start.data(), column.data(), order.data(), t.value.data(), found.data(),
-                          set, parallel))
-        std::abort();
+    layer.conv.x_first = false;
+    layer.start = start.data(), layer.column = column.data(), layer.order = order.data();
+    layer.result = found.data();
+    input_gradient(machine, layer);
     compare("input gradient", found, dx);
-
-    found.assign(dw.size(), 0);
-    if (weight_gradient<S>(&c.images, t.x.data(), t.dy.data(), t.start.data(), t.column.data(), found.data(), set, parallel))
-        std::abort();
-    compare("weight gradient", found, dw);
 
     const int64_t height = draw(1, 40), width = draw(1, 40);
     const std::vector<S> from = numbers<S>(height * width);
     std::vector<S> turned(from.size()), back(from.size());
-    kernels<S>(set).transpose(from.data(), height, width, turned.data(), parallel);
-    kernels<S>(set).transpose(turned.data(), width, height, back.data(), parallel);
+    transpose(machine, Transposition<S>{from.data(), turned.data(), height, width});
+    transpose(machine, Transposition<S>{turned.data(), back.data(), width, height});
     if (back != from) std::abort();
 }
 
@@ -162,8 +165,8 @@ int main(int argc, char** argv) {
     const int rounds = argc > 1 ? std::atoi(argv[1]) : 100;
     for (int i = 0; i < rounds; ++i)
         for (int set = 0; set <= sl_instruction_set(); ++set) {
-            check(random_case<float>(), set, int(draw(1, 3)));
-            check(random_case<double>(), set, int(draw(1, 3)));
+            check(random_case<float>(), set, draw(1, 3));
+            check(random_case<double>(), set, draw(1, 3));
         }
     std::printf("%d rounds on %d instruction sets: no difference\n", rounds, sl_instruction_set() + 1);
 }

@@ -1,4 +1,4 @@
-"""Masks of sharded weights: what one process would select, to the unit and to the tie."""
+"""Masks of sharded weights are those that one process would select, ties included."""
 
 import math
 
@@ -32,7 +32,7 @@ def cases():
 
 
 def select_in_shards(mesh_shape, dimension_of):
-    """Compare the selection over shards with that over whole tensors; return how many were compared."""
+    """Compare the selection over shards with that over whole tensors; return the number of comparisons."""
     mesh = init_device_mesh("cpu", mesh_shape)
     replicas = [Replicate()] * (len(mesh_shape) - 1)
     like = [distribute_tensor(torch.zeros(shape), mesh, [*replicas, Shard(dimension_of(shape))]) for shape in SHAPES]
@@ -138,7 +138,7 @@ def test_a_saved_mask_is_sharded_when_it_is_loaded():
 
 
 def rescaled(shard):
-    """Return the weights of a network that begins with the norm it had, sharded or whole."""
+    """Return the rescaled weights of a network, sharded or whole."""
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(3)

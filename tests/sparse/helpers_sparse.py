@@ -3,7 +3,7 @@
 import torch
 
 from sparselearning.sparse import ops
-from sparselearning.sparse.interface import available, conv_shape, kernels
+from sparselearning.sparse.interface import available, conv_shape, kernels, row_shape
 
 
 def sparse_weight(shape, density, dtype=torch.float32):
@@ -33,7 +33,7 @@ def conv2d(x, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1),
 def linear(x, weight, bias=None, relu=False):
     """Return (y, value): the sparse linear layer and the leaf tensor of its values."""
     value, start, column = rows_of(weight)
-    turned = ops.transposed(start, column, ops.row_shape(1, *weight.shape[::-1]))
+    turned = ops.transposed(start, column, row_shape(1, *weight.shape[::-1]))
     value.requires_grad_()
     return torch.ops.sparselearning.linear(x, value, bias, start, column, *turned, relu), value
 

@@ -12,7 +12,7 @@ from torch import nn
 from sparselearning.models import build
 from sparselearning.native import library
 from sparselearning.sparse import SparseConv2d, SparseLinear, available, conversion, convert
-from sparselearning.sparse import memory_order as layout
+from sparselearning.sparse.batch_last import BatchLastMaxPool2d
 
 needs_kernels = pytest.mark.skipif(not available(), reason="built without sparse kernels")
 
@@ -101,12 +101,7 @@ def test_norm_and_relu_are_folded_into_the_layer():
     model = sparsify(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2)), 0.3)
     x = torch.randn(16, 3, 8, 8)
     converted, _ = convert(model, x)
-    assert [type(module) for module in converted] == [
-        SparseConv2d,
-        nn.Identity,
-        nn.Identity,
-        layout.BatchLastMaxPool2d,
-    ]
+    assert [type(module) for module in converted] == [SparseConv2d, nn.Identity, nn.Identity, BatchLastMaxPool2d]
     torch.testing.assert_close(converted(x), model(x), atol=1e-5, rtol=1e-5)
 
 

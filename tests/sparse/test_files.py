@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparselearning.sparse import SparseConv2d, SparseLinear, export_onnx, load_compressed, save_compressed, to_dense
+from sparselearning.sparse.batch_last import keep_order
 from sparselearning.sparse.conversion import Affine
 from sparselearning.sparse.files import DenseAffine, pack_positions, unpack_positions
-from sparselearning.sparse.memory_order import keep_order
 
 
 @given(st.sets(st.integers(0, 3000)))

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparselearning.sparse import ops
-from sparselearning.sparse.interface import available, conv_shape, kernels
+from sparselearning.sparse.interface import available, conv_shape, kernels, row_shape
+from sparselearning.sparse.memory_order import in_order, is_turned
 
 pytestmark = pytest.mark.skipif(not available(), reason="built without sparse kernels")
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -39,7 +40,7 @@ def convolutions(draw):
 
 def ordered(x, turned):
     """Return x as a new leaf, with the batch last in memory if `turned`."""
-    return (ops.to_batch_last if turned else ops.to_batch_first)(x.detach()).requires_grad_()
+    return in_order(x.detach(), turned).requires_grad_()
 
 
 def assert_same(outputs, references, dtype):
@@ -86,7 +87,7 @@ def test_the_order_in_memory_changes_no_bit(width, instruction_set):
             given = ordered(x, turned)
             y, value = conv2d(given, weight, padding=(1, 1))
             results.append((y, *torch.autograd.grad(y, [given, value], ordered(dy, turned))))
-            assert ops.is_turned(y)
+            assert is_turned(y)
     finally:
         kernels().instruction_set = kernels().best
     assert all(torch.equal(first, last) for first, last in zip(*results, strict=True))
@@ -248,7 +249,7 @@ def test_operators_satisfy_opcheck(batch):
     arguments = (x, value.requires_grad_(), torch.randn(4), start, column, *turned, *map(list, geometry[:4]), 1, True)
     torch.library.opcheck(torch.ops.sparselearning.conv2d, arguments)
     rows = rows_of(torch.eye(3, 5))
-    turned = ops.transposed(*rows[1:], ops.row_shape(1, 5, 3))
+    turned = ops.transposed(*rows[1:], row_shape(1, 5, 3))
     torch.library.opcheck(
         torch.ops.sparselearning.linear,
         (torch.randn(batch, 5, requires_grad=True), rows[0].requires_grad_(), None, *rows[1:], *turned, False),

@@ -1,4 +1,4 @@
-"""Sparsity distributions: how many weights each layer has at the start."""
+"""Sparsity distributions: the number of active weights of each layer at the start."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Layers by name: densities of each, and those that stay dense."""
+"""Weights chosen by name: their densities, and weights that stay dense."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Scores before training: by hand, against slow autograd, and the masks that they make."""
+"""Scores before training: computed by hand and by slow autograd, and the masks made from them."""
 
 import copy
 import math
@@ -98,7 +98,7 @@ def test_grasp_is_the_product_with_a_hessian_written_out():
 
 
 def test_synflow_is_the_rounds_of_the_paper():
-    """Round t keeps density^(t/T), by a slow loop over Python numbers."""
+    """Round t keeps density^(t/T) of the weights; here in a slow loop over Python numbers."""
     model, density, rounds = network(), 0.3, 5
     model[1].running_mean.fill_(-0.5)
     model[1].running_var.fill_(2.0)

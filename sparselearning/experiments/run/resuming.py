@@ -50,7 +50,7 @@ def find(args: argparse.Namespace) -> Found | None:
         distributed.from_first(found and found[0])
     args.resume = found and str(found[0])
     if found and goes_on(args):
-        run_folder.check_same_run(args.resume, found[1].get("args", {}), args)
+        run_folder.check_same_run(found[0], found[1].get("args", {}), args)
     return found
 
 

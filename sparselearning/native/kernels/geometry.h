@@ -13,15 +13,7 @@
 #include <cstdint>
 #include <vector>
 
-struct Conv {
-    int64_t images, in_channels, height, width;
-    int64_t out_channels, out_height, out_width;
-    int64_t kernel_y, kernel_x, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x, groups;
-    int64_t batch_last;  // memory order of activations: NCHW, or CHWN, where a vector holds one pixel of many images
-    int64_t x_first, y_first;  // of those on either side, read as NCHW all the same
-
-    int64_t taps() const { return kernel_y * kernel_x; }
-};
+#include "interface.h"
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
@@ -72,24 +64,23 @@ inline Plane output_plane(const Conv& c) {
 
 // One direction of a convolution on its flat grid: the planes read and written, and the shift of every tap.
 struct Grid {
-    int64_t images, pitch, image_pitch;  // batch last: one grid per vector of images, so images = 1
+    int64_t images, pitch, image_pitch;  // with the batch last, a grid is of one vector of images, and `images` is 1
     int64_t height, width;               // rows and columns written
-    int64_t before = 0, after = 0;  // how far shifts reach to the left and to the right of a position
-    int64_t reach_y = 0, reach_x = 0;  // and from the first to the last along each axis
+    int64_t before = 0, after = 0;       // how far shifts reach to the left and to the right of a position
+    int64_t reach_y = 0, reach_x = 0;    // how far the first shift is from the last one, along each axis
     std::vector<View> read, write;
     std::vector<int64_t> tap_plane;  // which of `read` a tap uses
     std::vector<int64_t> tap_shift;  // in flat positions
-
-    int64_t positions() const { return images * image_pitch; }
 };
 
-// One axis of a grid whose rows hold `read` valid positions, whose outputs are [0, write), with these shifts.
+// The pitch of an axis: rows hold `read` valid positions, outputs are [0, write), and taps read at these shifts.
 inline int64_t shared_pitch(int64_t read, int64_t write, const std::vector<int64_t>& shifts) {
     const int64_t low = std::min<int64_t>(0, *std::min_element(shifts.begin(), shifts.end()));
     const int64_t high = std::max<int64_t>(0, *std::max_element(shifts.begin(), shifts.end()));
     return std::max(write + high, read - low);
 }
 
+// Sets the sizes of a grid whose views are known, and the shifts of its taps.
 inline void place(Grid& grid, const std::vector<int64_t>& shift_y, const std::vector<int64_t>& shift_x) {
     int64_t rows_read = 0, columns_read = 0;
     grid.height = grid.width = 0;
@@ -157,4 +148,29 @@ inline Grid input_gradient_grid(const Conv& c) {
             grid.write.push_back(input.phase(y, x, c.stride_y, c.stride_x));
     place(grid, shift_y, shift_x);
     return grid;
+}
+
+// Part of a grid row: `count` positions from `flat` on, counted from the start of a strip. In the tensor the first one
+// lies at `offset`, and the next ones are `step` apart.
+struct Run {
+    int64_t flat, count, offset, step;
+};
+
+// The runs of `view` among the grid's positions `begin` to `end`.
+inline std::vector<Run> runs_of(const Grid& grid, const View& view, int64_t begin, int64_t end) {
+    std::vector<Run> runs;
+    if (!view.rows || !view.columns || begin >= end) return runs;
+    for (int64_t image = std::max<int64_t>(0, floor_div(begin, grid.image_pitch)); image < grid.images; ++image) {
+        const int64_t base = image * grid.image_pitch;
+        if (base >= end) break;
+        const int64_t first = std::max<int64_t>(0, floor_div(begin - base, grid.pitch));
+        for (int64_t row = first; row < view.rows && base + row * grid.pitch < end; ++row) {
+            const int64_t start = base + row * grid.pitch;
+            const int64_t from = std::max(start, begin), to = std::min(start + view.columns, end);
+            if (from >= to) continue;
+            const int64_t offset = image * view.image_stride + row * view.row_stride + view.start;
+            runs.push_back({from - begin, to - from, offset + (from - start) * view.step, view.step});
+        }
+    }
+    return runs;
 }

@@ -1,4 +1,4 @@
-// Work shared among the threads that the caller allows, and the memory each keeps.
+// Work that the threads of the caller share, and the memory that each thread keeps.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +14,12 @@
 #endif
 
 #include "interface.h"
+
+// Indices, and numbers multiplied, read and written, from which on several threads are worth waking for them.
+constexpr int64_t MANY_INDICES = 1 << 17;
+#ifndef MANY_NUMBERS
+#define MANY_NUMBERS (1 << 20)
+#endif
 
 struct Parallel {
     int threads;
@@ -54,13 +60,17 @@ struct Parallel {
         if (task.failed) throw std::bad_alloc();
     }
 
-    // This thread alone, unless `large`: to wake another takes as long as some 100,000 operations.
+    // This thread alone, unless the work is `large`: to wake another takes as long as some 100,000 operations.
     Parallel only_if(bool large) const { return {large ? threads : 1, fork}; }
 };
 
-// Memory that a thread keeps from call to call, on huge pages where they are to be had: the kernels read it at random.
-// Each USE has its own.
-template <class S, int USE>
+// What a thread keeps memory for: the planes and sums of its own strip, a strip that all threads share, and where each
+// nonzero reads.
+enum Use { OWN, SHARED, READS };
+
+// Memory that a thread keeps from call to call, for each use apart. It lies on huge pages where the system has them,
+// because the kernels read it at random.
+template <class S, Use USE>
 S* scratch(int64_t count) {
     constexpr size_t page = size_t(2) << 20;
     thread_local std::unique_ptr<void, void (*)(void*)> memory(nullptr, std::free);

@@ -9,16 +9,16 @@ from sparselearning.experiments.data.files import DataError
 from sparselearning.experiments.data.photographs import sources
 
 
-def test_shards_hold_the_images_of_the_folder(folder, tmp_path):
-    shards = write_shards(folder, tmp_path / "shards")
-    for expected, found in zip(sources(str(folder)), sources(f"webdataset:{shards}"), strict=True):
+def test_shards_hold_the_images_of_the_folder(photograph_folder, tmp_path):
+    shards = write_shards(photograph_folder, tmp_path / "shards")
+    for expected, found in zip(sources(str(photograph_folder)), sources(f"webdataset:{shards}"), strict=True):
         assert found.labels.tolist() == expected.labels.tolist()
         assert [found.read(i) for i in range(len(found.labels))] == [
             expected.read(i) for i in range(len(expected.labels))
         ]
     assert len(list(shards.glob("*.index.json"))) == len(list(shards.glob("*.tar")))
-    again, _ = sources(f"webdataset:{shards}")  # from the kept index
-    assert again.read(3) == sources(str(folder))[0].read(3)
+    again, _ = sources(f"webdataset:{shards}")  # from the saved index
+    assert again.read(3) == sources(str(photograph_folder))[0].read(3)
 
 
 @pytest.mark.parametrize("place", ["./", "n01440764/", "ILSVRC2012.v2/train/"])
@@ -33,9 +33,9 @@ def test_members_of_a_shard_may_lie_in_folders(tmp_path, place):
     assert [train.read(i) for i in range(3)] == [jpeg(0, i) for i in range(3)]
 
 
-def test_shards_of_the_webdataset_library_are_read(folder, tmp_path):
+def test_shards_of_the_webdataset_library_are_read(photograph_folder, tmp_path):
     webdataset = pytest.importorskip("webdataset")
-    train, _ = sources(str(folder))
+    train, _ = sources(str(photograph_folder))
     for part in ("train", "val"):
         with webdataset.TarWriter(str(tmp_path / f"{part}-0.tar")) as writer:
             for i, label in enumerate(train.labels.tolist()):

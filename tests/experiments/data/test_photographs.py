@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def all_batches(count, processes, **settings):
-    """The batches of every process, as [process][batch]."""
+    """Return the batches of every process, as [process][batch]."""
     kind = images.TrainingBatches if "accumulate" in settings else images.EvaluationBatches
     return [list(kind(count, rank=rank, processes=processes, **settings)) for rank in range(processes)]
 
@@ -32,7 +32,7 @@ def test_a_step_takes_the_same_images_on_any_number_of_processes(processes, accu
     assert all(epoch == 3 for batch in alone for epoch, _ in batch)
 
 
-def test_every_epoch_has_an_order_of_its_own_and_leaves_out_others():
+def test_every_epoch_has_its_own_order_and_leaves_out_different_images():
     orders = [sum(images.TrainingBatches(23, 8, epoch=epoch), []) for epoch in (1, 2)]  # noqa: RUF017
     first, second = ([index for _, index in order] for order in orders)
     assert len(set(first)) == len(set(second)) == 16
@@ -51,8 +51,8 @@ def test_evaluation_shows_every_image_once_and_pads_the_rest(count, processes):
     assert len(shown) < count + processes
 
 
-def test_an_image_is_cut_by_seed_epoch_and_index_alone(folder):
-    train, _ = images.sources(str(folder))
+def test_the_crop_depends_on_seed_epoch_and_index_alone(photograph_folder):
+    train, _ = images.sources(str(photograph_folder))
     first, again = (images.Photographs(train, 24, train=True, seed=5) for _ in range(2))
     image, label = first[2, 9]
     assert torch.equal(image, again[2, 9][0])
@@ -64,8 +64,8 @@ def test_an_image_is_cut_by_seed_epoch_and_index_alone(folder):
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
-def test_other_colours_become_rgb(folder, tmp_path, mode):
-    shutil.copytree(folder, tmp_path / "data")
+def test_other_colours_become_rgb(photograph_folder, tmp_path, mode):
+    shutil.copytree(photograph_folder, tmp_path / "data")
     (tmp_path / "data" / "val" / "class0" / "0.JPEG").write_bytes(jpeg(0, 0, mode))
     _, valid = images.sources(str(tmp_path / "data"))
     image, _ = images.Photographs(valid, 32, train=False)[0, 0]
@@ -73,8 +73,8 @@ def test_other_colours_become_rgb(folder, tmp_path, mode):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_arrive_normalised_and_in_order(folder, workers):
-    _, valid = images.sources(str(folder))
+def test_batches_arrive_normalised_and_in_order(photograph_folder, workers):
+    _, valid = images.sources(str(photograph_folder))
     photographs = images.Photographs(valid, 16, train=False)
     loader = images.load(photographs, images.EvaluationBatches(7, 4, rank=1, processes=2), workers, CPU)
     ((batch, labels),) = images.on_device(loader, CPU, channels_last=True)
@@ -84,14 +84,14 @@ def test_batches_arrive_normalised_and_in_order(folder, workers):
     torch.testing.assert_close(batch[0], (photographs[0, 1][0] / 255 - mean) / std)
 
 
-def test_mistakes_are_named(folder, tmp_path):
+def test_mistakes_are_named(photograph_folder, tmp_path):
     with pytest.raises(DataError, match="Expected a folder that holds train/ and val/, or webdataset:FOLDER, got /no"):
         images.sources("/no/folder")
     with pytest.raises(DataError, match=r"train holds no images in one folder per class"):
         images.sources(str(tmp_path))
     with pytest.raises(DataError, match=r"There are no shards \*train\*.tar in"):
         images.sources(f"webdataset:{tmp_path}")
-    shutil.copytree(folder, tmp_path / "data")
+    shutil.copytree(photograph_folder, tmp_path / "data")
     (tmp_path / "data" / "val" / "class3").rename(tmp_path / "data" / "val" / "cat")
     with pytest.raises(DataError, match="has different classes in train and val: cat, class3 in only one"):
         images.sources(str(tmp_path / "data"))
@@ -103,8 +103,8 @@ def test_mistakes_are_named(folder, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_image_is_one_line_from_a_worker_too(folder, tmp_path, workers):
-    shutil.copytree(folder, tmp_path / "data")
+def test_a_damaged_image_is_one_line_from_a_worker_too(photograph_folder, tmp_path, workers):
+    shutil.copytree(photograph_folder, tmp_path / "data")
     for image in (tmp_path / "data" / "val").glob("*/*"):
         image.write_bytes(image.read_bytes()[:40])
     _, valid = images.sources(str(tmp_path / "data"))
@@ -124,7 +124,9 @@ raise RuntimeError("unforeseen")
 """
 
 
-def test_an_unforeseen_error_does_not_wait_for_the_workers(folder):
-    done = subprocess.run([sys.executable, "-c", FAILING, folder], capture_output=True, text=True, timeout=100)
+def test_an_unforeseen_error_does_not_wait_for_the_workers(photograph_folder):
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING, photograph_folder], capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "RuntimeError: unforeseen"

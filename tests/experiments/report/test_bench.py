@@ -1,4 +1,4 @@
-"""The per-layer benchmark: what it counts by hand, what it estimates, what it leaves behind."""
+"""The per-layer benchmark: shares counted by hand, estimates, and a model that stays as it was."""
 
 import re
 
@@ -156,7 +156,7 @@ def test_training_goes_on_under_the_benchmark():
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.ReLU())])
-def test_nothing_measured_is_said(model):
+def test_a_benchmark_without_a_run_is_refused(model):
     with LayerBench(model) as measured:
         if isinstance(model, nn.Sequential):
             model(torch.ones(1))

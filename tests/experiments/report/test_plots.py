@@ -1,4 +1,4 @@
-"""Pictures: each is written whole, at once, and leaves matplotlib's global state alone."""
+"""Pictures: each is written atomically and does not touch matplotlib's global state."""
 
 import math
 import subprocess
@@ -12,7 +12,7 @@ from sparselearning.experiments.report import plots
 
 
 def run(layers=3, epochs=5, sparse=True):
-    """Records of a made-up run whose densities drift apart."""
+    """Return records of an invented run whose densities diverge."""
     records = []
     for epoch in range(1, epochs + 1):
         record = {
@@ -109,7 +109,7 @@ def test_a_failed_picture_leaves_the_old_one(tmp_path):
 
 
 def test_pyplot_is_not_imported(tmp_path):
-    """It would choose a backend for the whole process and keep every figure."""
+    """pyplot would choose a backend for the whole process and keep every figure in memory."""
     code = (
         "import sys; from sparselearning.experiments.report import plots; assert 'matplotlib' not in sys.modules;"
         f"plots.plot_curves([{{'epoch': 1, 'train_loss': 1.0}}], {str(tmp_path / 'a.png')!r});"

@@ -52,7 +52,7 @@ def call(capsys, tmp_path, monkeypatch):
 
 
 def leave_run(folder, accuracy=None, loss=0.1, costs=None, **changes):
-    """Leave what main.py leaves; without an accuracy, as if interrupted."""
+    """Write the folder of a run as main.py does; without an accuracy, that of an interrupted run."""
     args = ARGS | changes
     path = Path(folder) / f"run{len(list(Path(folder).glob('run*'))) if Path(folder).exists() else 0}"
     path.mkdir(parents=True)
@@ -127,7 +127,7 @@ def test_arguments_that_change_the_result_separate_runs(call):
 
 def test_dense_runs_do_not_depend_on_sparse_arguments(call):
     leave_run("runs", 0.98, seed=1, dense=True, density=0.05)
-    leave_run("runs", 0.99, seed=2, dense=True, density=0.1, growth="random")
+    leave_run("runs", 0.99, seed=2, dense=True, density=0.1, growth="random", inactive="kept")
     call("--csv", "table.csv")
     (line,) = read_csv("table.csv")
     assert (line["runs"], line["density"]) == ("2", "1.0")

@@ -1,0 +1,56 @@
+// What a kernel multiplies: the sparse weight by its rows, and everything else of one call.
+#pragma once
+
+#include "geometry.h"
+#include "parallel.h"
+
+template <class S>
+struct Rows {
+    int64_t count;
+    const int32_t* start;
+    const int32_t* column;
+    const S* value;
+
+    int64_t nonzeros() const { return start[count]; }
+};
+
+// The product of a sparse weight and the planes of a grid (a forward pass, or an input gradient if `grid` is that of
+// one), or the gradient of the weight.
+template <class S>
+struct Product {
+    Grid grid;
+    int64_t images, channels, groups;
+    bool batch_last;
+    Rows<S> rows;
+    const S *x, *dy, *bias;  // the planes that the grid reads; of the others those that there are
+    bool relu;
+    S* result;
+    Parallel parallel;
+
+    int64_t planes() const { return channels * int64_t(grid.read.size()); }
+    int64_t channels_per_group() const { return channels / groups; }
+    int64_t rows_per_group() const { return rows.count / groups; }
+};
+
+// The nonzeros of every row, cut where the input channels go from one block to the next.
+struct Segments {
+    int64_t blocks;
+    std::vector<int32_t> bound;
+
+    template <class S>
+    Segments(const Product<S>& product, int64_t together)
+        : blocks((product.channels_per_group() + together - 1) / together), bound(product.rows.count * (blocks + 1)) {
+        const Rows<S>& rows = product.rows;
+        const int64_t columns = together * int64_t(product.grid.tap_shift.size());  // of one block
+        product.parallel.only_if(rows.nonzeros() > MANY_INDICES).run(rows.count, [&](int64_t from, int64_t to) {
+            for (int64_t row = from; row < to; ++row) {
+                int32_t k = bound[row] = rows.start[row];
+                for (int64_t block = 1; block < blocks; ++block) {
+                    while (k < rows.start[row + 1] && rows.column[k] < block * columns) ++k;
+                    bound[block * rows.count + row] = k;
+                }
+                bound[blocks * rows.count + row] = rows.start[row + 1];
+            }
+        });
+    }
+};

@@ -1,0 +1,63 @@
+"""torch's own layers on activations whose batch is last in memory.
+
+torch sees CHWN memory as the channels_last order of a tensor whose channels and batch are exchanged. Pooling treats
+channels and images alike, so it is exact and fast on that exchanged view. A batch norm is given (1, C, H * W * N).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sparselearning.sparse.memory_order import is_turned
+
+
+class BatchLastPool:
+    """Pooling that keeps the memory order of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 4 and is_turned(input):
+            return super().forward(input.transpose(0, 1)).transpose(0, 1)  # pyright: ignore[reportAttributeAccessIssue]
+        return super().forward(input)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class BatchLastMaxPool2d(BatchLastPool, nn.MaxPool2d):
+    """nn.MaxPool2d that keeps the memory order of its input."""
+
+
+class BatchLastAvgPool2d(BatchLastPool, nn.AvgPool2d):
+    """nn.AvgPool2d that keeps the memory order of its input."""
+
+
+class BatchLastBatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d that keeps the memory order of its input."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 3:
+            super()._check_input_dim(input)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() != 4 or not is_turned(input):
+            return super().forward(input)
+        turned = input.movedim(0, -1)
+        flat = super().forward(turned.reshape(1, input.shape[1], -1))
+        return flat.reshape(turned.shape).movedim(-1, 0)
+
+
+KEEPING = {
+    nn.MaxPool2d: BatchLastMaxPool2d,
+    nn.AvgPool2d: BatchLastAvgPool2d,
+    nn.BatchNorm2d: BatchLastBatchNorm2d,
+}
+
+
+def keep_order(model: nn.Module) -> None:
+    """Make pooling and batch norms of `model` keep the memory order of their inputs; their parameters stay."""
+    for module in model.modules():
+        module.__class__ = KEEPING.get(type(module), type(module))
+
+
+def forget_order(model: nn.Module) -> None:
+    """Undo `keep_order`."""
+    plain = {keeping: kind for kind, keeping in KEEPING.items()}
+    for module in model.modules():
+        module.__class__ = plain.get(type(module), type(module))
