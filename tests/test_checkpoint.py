@@ -25,8 +25,8 @@ def parts_of(widths=(8, 16, 4), optimizer="SGD", **settings):
     how = dict(lr=0.1, momentum=0.9) if optimizer == "SGD" else dict(lr=0.01)
     optimizer = getattr(torch.optim, optimizer)(model.parameters(), **how)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, gamma=0.5)
-    mask = masked(model, optimizer, prune_rate_decay=CosineDecay(0.5, 20), **settings)
-    return dict(model=model, optimizer=optimizer, scheduler=scheduler, mask=mask)
+    masking = masked(model, optimizer, prune_rate_decay=CosineDecay(0.5, 20), **settings)
+    return dict(model=model, optimizer=optimizer, scheduler=scheduler, mask=masking)
 
 
 def run(parts, epochs, steps=5):
