@@ -5,6 +5,7 @@
 Prints a table and writes runs/demo.png: accuracy per epoch, and density per layer per epoch.
 """
 
+import argparse
 import logging
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def row(label, metrics):
 
 
 def main():
-    parser = script.argparse.ArgumentParser(description=__doc__, formatter_class=script.argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--epochs", type=positive_int, default=100, help="epochs per run (default: 100)")
     parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="where to write (default: runs)")
     args = parser.parse_args()
