@@ -95,7 +95,7 @@ def magnitude_gradient_prune(masking, mask: Tensor, weight: Tensor, name: str) -
 def sign_flip_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
     """Drop the weights whose sign has changed. The count follows from the signs; the prune rate is not used.
 
-    Bellec et al. 2018, Deep Rewiring, https://arxiv.org/abs/1711.05136, algorithm 1: a connection gets a fixed sign, and
+    Bellec et al. 2018, Deep Rewiring, https://arxiv.org/abs/1711.05136, algorithm 1: a connection has a fixed sign, and
     is removed when its weight would cross zero. Here an update looks at the signs, so a weight may be on the wrong side
     until then. A weight that is still zero is removed too, as the paper's L1 term would do. The first update notes the
     signs. There is no noise (temperature 0).
