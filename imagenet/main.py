@@ -37,7 +37,7 @@ from sparselearning.experiments.run.arguments import ArgumentParser, add_run_arg
 from sparselearning.experiments.run.costs import describe, flops_of_run
 from sparselearning.experiments.run.folder import RunFolder, defaults_of_run
 from sparselearning.experiments.run.precision import choose_precision
-from sparselearning.experiments.run.start import build_masking, load_first_weights
+from sparselearning.experiments.run.start import build_masking, load_first_weights, memory_format
 from sparselearning.experiments.run.stopping import StopRequests
 from sparselearning.experiments.run.training import Progress, evaluate, progress_bar, seed_generators, train_epoch
 from sparselearning.flags import defaults_from, fraction, non_negative, positive_int, whole_number
@@ -208,7 +208,7 @@ def run(args):
 
     classes, batches, train_loader, valid_loader = load_images(args, device)
     steps_per_epoch = len(batches) // args.accumulate
-    loaded = partial(images.on_device, device=device, channels_last=True)
+    loaded = partial(images.on_device, device=device, channels_last=memory_format(args) is torch.channels_last)
 
     def batches_of_a_step():
         return list(islice(loaded(train_loader), args.accumulate))
@@ -216,7 +216,7 @@ def run(args):
     model = build_model(args, classes)
     load_first_weights(args, model)
     # fully_shard takes no weights in channels_last. The images are in it, which is enough for the convolutions.
-    model = model.to(device, memory_format=torch.contiguous_format if args.fsdp else torch.channels_last)
+    model = model.to(device, memory_format=torch.contiguous_format if args.fsdp else memory_format(args))
     flops = forward_flops(model, torch.zeros(1, 3, args.image_size, args.image_size, device=device))
     if args.compile:
         model.compile()

@@ -37,7 +37,7 @@ from sparselearning.experiments.run.arguments import ArgumentParser, add_run_arg
 from sparselearning.experiments.run.costs import describe, flops_of_run
 from sparselearning.experiments.run.folder import RunFolder, defaults_of_run
 from sparselearning.experiments.run.precision import choose_precision
-from sparselearning.experiments.run.start import build_masking, load_first_weights
+from sparselearning.experiments.run.start import build_masking, load_first_weights, memory_format
 from sparselearning.experiments.run.stopping import StopRequests
 from sparselearning.experiments.run.training import Progress, evaluate, progress_bar, train_epoch
 from sparselearning.flags import defaults_from, fraction, non_negative, positive_int, proper_fraction
@@ -131,7 +131,7 @@ def run(args):
     found = resuming.find(args)
 
     data = datasets.load(args.data, args.data_dir, device, args.valid_split)
-    look = dict(mean=data.mean, std=data.std, channels_last=True)
+    look = dict(mean=data.mean, std=data.std, channels_last=memory_format(args) is torch.channels_last)
     steps_per_epoch = datasets.count_batches(data.train, args.batch_size)
 
     def in_order(split, watch=iter):
@@ -140,7 +140,7 @@ def run(args):
     def one_batch():
         return list(islice(datasets.batches(data.train, args.batch_size, shuffle=True, **look), 1))
 
-    model = models.build(args.model).to(device, memory_format=torch.channels_last)
+    model = models.build(args.model).to(device, memory_format=memory_format(args))
     load_first_weights(args, model)
     flops = forward_flops(model, torch.zeros(1, *IMAGE_SHAPES[args.data], device=device))
     if args.compile:

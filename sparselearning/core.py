@@ -167,7 +167,7 @@ class Masking(Layers):
         skip = (remove_param_names,) if isinstance(remove_param_names, str) else tuple(remove_param_names)
         new, kept_dense = new_layers(self, module, skip, sparse_embeddings, dense, pattern)
         layers = list(new.values())
-        invariants.refuse_second_masks(self, layers)
+        invariants.refuse_layers(self, module, layers)
         functions.check_patterns_fit(self, [*self.layers, *layers])
         choose(new, module, density, sparse_init, batches)
         self.modules.append(module)

@@ -17,7 +17,6 @@ from typing import Any
 from sparselearning.defaults import defaults_from
 from sparselearning.methods import DECAYS, DENSITY_SCHEDULES, FUNCTIONS, METHODS, PARTS, WEIGHTS, Method, find_method
 from sparselearning.own_functions import find_mode
-from sparselearning.own_functions import load_function as load_function  # it has been a name of this module
 from sparselearning.patterns import check_name
 from sparselearning.start.distributions import DISTRIBUTIONS
 from sparselearning.start.scores import SCORES

@@ -3,12 +3,12 @@
 import gc
 import math
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparselearning.layers import SparseLayer, count
 from sparselearning.processes import distributed
@@ -50,12 +50,14 @@ def check(masking: Any) -> None:
         raise InvariantError("\n".join(problems))
 
 
-def refuse_second_masks(masking: Any, new: Iterable[SparseLayer]) -> None:
-    """Check that no other Masking masks one of these weights.
+def refuse_layers(masking: Any, module: nn.Module, new: Sequence[SparseLayer]) -> None:
+    """Check that no other Masking masks one of these weights, and that they can be held as this one holds weights.
 
     Raises:
-        RuntimeError: if another one does.
+        RuntimeError: if another Masking masks one.
+        ValueError: if they cannot be held so.
     """
+    masking.held.check(module, new)
     weights = {id(layer.weight) for layer in new}
 
     def masked_elsewhere():

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sparselearning.functions import network_wide, reads, single_weights
-from sparselearning.processes.sharded import add_up, highest, local_part
+from sparselearning.processes.sharded import add_up, fetch, highest, local_part
 from sparselearning.selection import (
     add_highest,
     add_highest_jointly,
@@ -38,7 +38,7 @@ def magnitude_and_negativity_prune(masking, mask: Tensor, weight: Tensor, name: 
     """
     negative = mask & (weight < 0)
     positive = mask & ~negative
-    available = [int(count) for count in torch.stack(add_up([positive.sum(), negative.sum()])).tolist()]
+    available = [int(count) for count in fetch([positive.sum(), negative.sum()])]
     half = apportion(count_to_remove(masking, name), [1, 1], available)
     return drop_lowest(weight, positive, half[0]) | drop_lowest(-weight, negative, half[1])
 
@@ -93,12 +93,12 @@ def magnitude_gradient_prune(masking, mask: Tensor, weight: Tensor, name: str) -
 @single_weights
 @reads("nothing")
 def sign_flip_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
-    """Drop the weights whose sign is not the one they began with; how many is theirs to say.
+    """Drop the weights whose sign has changed. The count follows from the signs; the prune rate is not used.
 
-    Bellec et al. 2018, Deep Rewiring, https://arxiv.org/abs/1711.05136, algorithm 1: a connection's sign is fixed when
-    it is made, and the connection is gone when its weight would cross zero. Here crossing is looked at in an update,
-    so that a weight may be on the wrong side until then; one that is still zero is gone too, as the L1 term of the
-    paper would have it. The first update notes the signs. There is no noise (temperature 0).
+    Bellec et al. 2018, Deep Rewiring, https://arxiv.org/abs/1711.05136, algorithm 1: a connection has a fixed sign, and
+    is removed when its weight would cross zero. Here an update looks at the signs, so a weight may be on the wrong side
+    until then. A weight that is still zero is removed too, as the paper's L1 term would do. The first update notes the
+    signs. There is no noise (temperature 0).
     """
     sign = masking.memory[name].setdefault("sign", weight.sign().to(torch.int8))
     return mask & (weight * sign > 0)
@@ -146,7 +146,7 @@ def gradual_magnitude_prune(masking) -> dict[str, Tensor]:
     scores = [layer.master.abs() for layer in masking.layers]
     fall = max(masking.total_nonzero - masking.baseline_nonzero, 0)
     masks = drop_lowest_jointly(scores, list(masking.masks.values()), fall)
-    left = torch.stack(add_up([mask.sum() for mask in masks])).tolist()
+    left = [int(count) for count in fetch([mask.sum() for mask in masks])]
     counts = [count_of(masking.prune_rate, number) for number in left]
     pruned = [drop_lowest(score, mask, k) for score, mask, k in zip(scores, masks, counts, strict=True)]
     return dict(zip(masking.masks, pruned, strict=True))

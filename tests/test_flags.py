@@ -8,7 +8,7 @@ import pytest
 from sparselearning import core, flags
 from sparselearning.experiments.run import arguments
 from sparselearning.experiments.run.arguments import ArgumentParser
-from sparselearning.flags import DEST, FLAGS, add_sparse_args, chosen_method, find_mode, flags_of, load_function
+from sparselearning.flags import DEST, FLAGS, add_sparse_args, chosen_method, find_mode, flags_of
 from sparselearning.methods import METHODS, PARTS
 from sparselearning.prune import magnitude_prune
 
@@ -196,8 +196,6 @@ def test_an_ordinary_parser_takes_the_arguments():
 def test_names_stay_importable():
     assert core.add_sparse_args is add_sparse_args
     assert find_mode("growth_mode", "random") == "random"
-    with pytest.raises(FileNotFoundError):
-        load_function("no.py:grow")
 
 
 @pytest.mark.parametrize("density", ["0", "-0.1", "1.5", "nan", "inf", "five"])

@@ -28,6 +28,8 @@ class Trained(nn.Module, ABC):
     weight: Tensor
     value: nn.Parameter
     position: Tensor  # of each value in the flattened weight
+    place: Tensor  # of each value in the weight's memory, which may be channels_last
+    strides: tuple[int, ...]  # of the weight that `place` is for
     indices: tuple[Tensor, ...]  # start, column, t_start, t_column, t_order
 
     def begin(self, window: int, observing: bool) -> None:
@@ -50,6 +52,7 @@ class Trained(nn.Module, ABC):
         self.indices = (start, column, *ops.transposed(start, column, self.conv_shape()))
         self.read()
         self.weight.zero_()
+        self.find_places()
         self.write()
 
     @torch.no_grad()
@@ -60,10 +63,23 @@ class Trained(nn.Module, ABC):
         self.value.data = self.value.new_empty(0, dtype=torch.float16)
         self.value.data = self.weight.flatten()[self.position]
 
+    def find_places(self) -> None:
+        """Find where the values lie in the memory of the dense weight."""
+        self.strides = self.weight.stride()
+        self.place = self.position
+        if not self.weight.is_contiguous():
+            index, self.place = self.position, torch.zeros_like(self.position)
+            for size, stride in zip(reversed(self.weight.shape), reversed(self.strides), strict=True):
+                self.place = self.place + index % size * stride
+                index = index // size
+
     @torch.no_grad()
     def write(self) -> None:
         """Set the active places of the dense weight to the values."""
-        self.weight.reshape(-1).scatter_(0, self.position, self.value.detach())
+        if self.weight.stride() != self.strides:  # the model was moved to another memory format
+            self.find_places()
+        span = 1 + sum((size - 1) * stride for size, stride in zip(self.weight.shape, self.strides, strict=True))
+        self.weight.as_strided((span,), (1,)).scatter_(0, self.place, self.value.detach())
 
     def end(self) -> None:
         """Become the dense layer again, zeros included."""
@@ -165,13 +181,22 @@ def trained_to_dense(model: nn.Module) -> None:
     forget_order(model)
 
 
+def owners_of(module: nn.Module) -> dict[int, list[nn.Module]]:
+    """Return the id of each parameter -> the modules inside `module` that hold it directly."""
+    owners: dict[int, list[nn.Module]] = {}
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(part)
+    return owners
+
+
 def why_not(layer: SparseLayer, owners: Sequence[nn.Module]) -> str:
     """Return why a weight cannot be trained on the kernels, or nothing if it can."""
     weight = layer.weight
     if weight.device.type != "cpu" or weight.dtype not in DTYPES:
         return f"no kernels for {weight.dtype} on {weight.device.type}"
-    if weight is not layer.master or not weight.is_contiguous() or len(owners) != 1:
-        return "it is tied, a copy, or not contiguous"
+    if weight is not layer.master or len(owners) != 1:
+        return "it is tied, or a copy"
     if type(owners[0]) not in KINDS:
         return f"it belongs to a {type(owners[0]).__name__}"
     if isinstance(owners[0], nn.Conv2d):

@@ -20,7 +20,7 @@ from sparselearning.layers import SparseLayer
 from sparselearning.processes import distributed
 from sparselearning.sparse.batch_last import forget_order, keep_order
 from sparselearning.sparse.interface import kernels
-from sparselearning.sparse.trained import KINDS, Trained, why_not
+from sparselearning.sparse.trained import KINDS, Trained, owners_of, why_not
 from sparselearning.weights.optimizer import momentum_of
 from sparselearning.weights.zeros import Ahead, Layers, Zeros
 
@@ -55,21 +55,30 @@ class SparseTraining(Zeros):
         self.interval: int | None = None  # steps between the last two updates
         self.carry = True
 
-    def add(self, module: nn.Module, layers: Layers, ahead: Ahead) -> None:
-        """Train `layers`, masked weights inside `module`, on the kernels wherever there are some.
+    def check(self, module: nn.Module, layers: Layers) -> None:
+        """Check that some of the layers can train on sparse kernels.
 
-        The log names the layers that stay masked.
+        Raises:
+            ValueError: if none can, naming the reasons, or several processes train.
         """
         if distributed.in_process_group():
             raise ValueError("weights='sparse' trains in one process; leave it out under torchrun.")
-        owners: dict[int, list[nn.Module]] = {}
-        for part in module.modules():
-            for parameter in part.parameters(recurse=False):
-                owners.setdefault(id(parameter), []).append(part)
+        owners = owners_of(module)
+        reasons = {why_not(layer, owners[id(layer.weight)]) for layer in layers}
+        if "" not in reasons:
+            raise ValueError(
+                f"weights='sparse' trains linear and convolution layers on sparse kernels, and {type(module).__name__} "
+                f"has none that could: {'; '.join(sorted(reasons))}. Use weights='zero'."
+            )
+
+    def add(self, module: nn.Module, layers: Layers, ahead: Ahead) -> None:
+        """Train `layers`, masked weights inside `module`, on the kernels wherever there are some.
+
+        The log says how many do, and why the others stay masked.
+        """
+        owners = owners_of(module)
         for layer in layers:
-            reason = why_not(layer, owners[id(layer.weight)])
-            if reason:
-                logger.info("%s trains masked, not on sparse kernels: %s.", layer.name, reason)
+            if reason := why_not(layer, owners[id(layer.weight)]):
                 self.reasons[layer.name] = reason
                 continue
             (owner,) = owners[id(layer.weight)]
@@ -80,6 +89,14 @@ class SparseTraining(Zeros):
             self.exchange(layer.weight, owner.value)
         self.roots.append(module)
         keep_order(module)
+        self.tell(layers)
+
+    def tell(self, layers: Layers) -> None:
+        """Log how many of these layers train on sparse kernels; warn if some do not, and why."""
+        masked = [f"{layer.name} ({self.reasons[layer.name]})" for layer in layers if layer.name in self.reasons]
+        log = logger.warning if masked else logger.info
+        rest = f"; masked on dense kernels: {', '.join(masked)}" if masked else ""
+        log("%d of %d layers train on sparse kernels%s.", len(layers) - len(masked), len(layers), rest)
 
     def exchange(self, old: Tensor, new: Tensor) -> None:
         """Let the optimizer step `new` in place of `old`, and move its state."""
@@ -247,4 +264,5 @@ class SparseTraining(Zeros):
 
 def spread(values: Tensor, position: Tensor, like: Tensor) -> Tensor:
     """Return a tensor like `like` with `values` at `position` of its flattened form, zero elsewhere."""
-    return values.new_zeros(like.numel()).scatter(0, position, values).reshape(like.shape)
+    spread = values.new_zeros(like.numel()).scatter(0, position, values).reshape(like.shape)
+    return torch.empty_like(like).copy_(spread)

@@ -52,12 +52,19 @@ class DenseCopy(Zeros):
         """Whether `before_step` does anything."""
         return True
 
+    def check(self, module: nn.Module, layers: Layers) -> None:
+        """Check that the weights are whole.
+
+        Raises:
+            ValueError: if they are sharded.
+        """
+        if any(is_sharded(layer.mask) for layer in layers):
+            raise ValueError(f"weights={self.kind!r} needs whole weights; sharded ones take weights='zero'.")
+
     @torch.no_grad()
     def add(self, module: nn.Module, layers: Layers, ahead: Ahead) -> None:
         """Copy the weights; of several processes, those of the first."""
         for layer in layers:
-            if is_sharded(layer.mask):
-                raise ValueError(f"weights={self.kind!r} needs whole weights; sharded ones take weights='zero'.")
             layer.memory["dense"] = distributed.send_to_all(layer.master.detach().clone())
         self.follow(layers)
 

@@ -52,6 +52,9 @@ class Zeros:
         """Whether `before_step` does anything."""
         return self.pull > 0
 
+    def check(self, module: nn.Module, layers: Layers) -> None:
+        """Check that the weights of `layers` in `module` can be held this way; nothing is changed yet."""
+
     def add(self, module: nn.Module, layers: Layers, ahead: Ahead) -> None:
         """Begin to hold the weights of `layers` in `module`."""
 

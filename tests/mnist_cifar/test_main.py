@@ -1,6 +1,7 @@
 """mnist_cifar/main.py: what a run leaves, that it repeats and resumes exactly, and that every flag does its work."""
 
 import io
+import logging
 import os
 import re
 import sys
@@ -412,6 +413,13 @@ def test_a_compiled_run_trains(run):
 
 
 # Training on sparse kernels
+
+
+@pytest.mark.skipif(not available(), reason="built without sparse kernels")
+def test_all_layers_of_a_run_train_on_sparse_kernels(run, caplog):
+    with caplog.at_level(logging.INFO):
+        run("--sparse-backend", "cpu", "--model", "lenet5", "--epochs", "1")
+    assert "4 of 4 layers train on sparse kernels." in caplog.text
 
 
 @pytest.mark.skipif(not available(), reason="built without sparse kernels")

@@ -314,3 +314,49 @@ def test_of_many_observed_gradients_the_early_ones_fade():
         module.count_observed()
     assert module.observed == WINDOW
     assert 0 < module.gradient.max() / WINDOW < 0.1
+
+
+def in_format(memory_format, when):
+    """Return losses and weights of a training with a convolution's weights in another memory format."""
+    torch.manual_seed(0)
+    model = network()
+    if when == "before":
+        model = model.to(memory_format=memory_format)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    masking = Masking(optimizer, None, weights="sparse", prune_every_k_steps=5)
+    masking.add_module(model, density=0.3)
+    if when == "after":
+        model.to(memory_format=memory_format)
+    losses = train(model, optimizer, masking, 12)
+    masking.check()
+    active = {layer.name: layer.weight[layer.mask] for layer in masking.layers}
+    masking.remove_weight_partial_name("")
+    losses += train(model, optimizer, optimizer, 2)
+    return losses, active, model
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_weights_in_channels_last_train_as_contiguous_ones(when):
+    expected, weights, _ = in_format(torch.contiguous_format, when)
+    losses, active, model = in_format(torch.channels_last, when)
+    assert not model[0].weight.is_contiguous()
+    assert losses == pytest.approx(expected, rel=1e-4)
+    for name in weights:
+        torch.testing.assert_close(active[name], weights[name], rtol=1e-3, atol=1e-5)
+
+
+def test_layers_without_kernels_are_named_at_once(caplog):
+    model = nn.ModuleDict(dict(fc=nn.Linear(4, 4), up=nn.ConvTranspose2d(2, 2, 3)))
+    masking = Masking(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), None, weights="sparse")
+    masking.add_module(model, density=0.5)
+    assert "1 of 2 layers train on sparse kernels; masked on dense kernels: up.weight" in caplog.text
+    assert "sparse kernels" in masking.summary()
+    assert "masked: it belongs to a ConvTranspose2d" in masking.summary()
+
+
+def test_no_layer_with_kernels_is_an_error_that_changes_nothing():
+    model = nn.ConvTranspose2d(2, 2, 3)
+    masking = Masking(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), None, weights="sparse")
+    with pytest.raises(ValueError, match="has none that could: it belongs to a ConvTranspose2d"):
+        masking.add_module(model, density=0.5)
+    assert (masking.layers, masking.modules, (model.weight == 0).sum()) == ([], [], 0)
