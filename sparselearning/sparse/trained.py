@@ -49,7 +49,7 @@ class Trained(nn.Module, ABC):
         self.position = rows.flatten().nonzero().flatten()
         start = F.pad(rows.sum(1).cumsum(0), (1, 0)).int()
         column = (self.position % rows.shape[1]).int()
-        self.indices = (start, column, *ops.transposed(start, column, self.conv_shape()))
+        self.indices = (start, column, *ops.transposed(start, column, self.as_convolution()))
         self.read()
         self.weight.zero_()
         self.find_places()
@@ -88,7 +88,7 @@ class Trained(nn.Module, ABC):
         self.__class__ = next(kind for kind, trained in KINDS.items() if trained is type(self))
 
     @abstractmethod
-    def conv_shape(self) -> Any:
+    def as_convolution(self) -> Any:
         """Return the layer as a convolution of one image, as the kernels take it."""
 
     @abstractmethod
@@ -135,7 +135,7 @@ class Trained(nn.Module, ABC):
 class TrainedLinear(Trained, nn.Linear):
     """nn.Linear that trains on its active weights."""
 
-    def conv_shape(self):
+    def as_convolution(self):
         return row_shape(1, self.in_features, self.out_features)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class TrainedConv2d(Trained, nn.Conv2d):
     def geometry(self):
         return self.kernel_size, self.stride, numeric_padding(self), self.dilation, self.groups
 
-    def conv_shape(self):
+    def as_convolution(self):
         kernel, stride, padding, dilation, groups = self.geometry()
         shape = (1, self.in_channels, *kernel, self.out_channels)
         return conv_shape(*shape, kernel, stride, padding, dilation, groups, False)[0]
