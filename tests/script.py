@@ -34,6 +34,18 @@ def draw_nothing(monkeypatch):
     monkeypatch.setattr(plots, "plot_density", lambda *_: None)
 
 
+def runner(main, folder, monkeypatch, caplog, *flags):
+    """Return a function that makes a run in this process, in `folder` and without pictures, and returns its folder."""
+    caplog.set_level("INFO")
+    draw_nothing(monkeypatch)
+
+    def run(*argv, place="runs"):
+        main.main([*flags, "--run-dir", str(folder / place), *map(str, argv)])
+        return run_folder(folder / place)
+
+    return run
+
+
 def type_command(*argv, cwd, **environment):
     """Run mnist_cifar/main.py in a process of its own; return it when it has ended."""
     command = [sys.executable, str(FOLDER / "main.py"), "--max-threads", "1", *map(str, argv)]

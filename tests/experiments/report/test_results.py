@@ -87,7 +87,16 @@ def test_student_t_equals_scipy():
 
 def test_runs_that_differ_by_seed_are_one_line(call):
     for seed, accuracy in [(17, 0.98), (18, 0.982), (19, 0.987)]:
-        leave_run("runs", accuracy, loss=1 - accuracy, seed=seed, device=f"cuda:{seed}", verbose=seed == 18)
+        leave_run(
+            "runs",
+            accuracy,
+            loss=1 - accuracy,
+            seed=seed,
+            device=f"cuda:{seed}",
+            verbose=seed == 18,
+            keep=seed,
+            workers=seed,
+        )
     leave_run("runs", 0.99, seed=17, density=0.1)
     status, out, err = call("--csv", "table.csv")
     assert (status, err) == (0, "")

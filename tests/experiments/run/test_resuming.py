@@ -17,10 +17,10 @@ from script import (
     assert_equal,
     assert_same_run,
     checkpoint_of,
-    draw_nothing,
     load_main,
     metrics_of,
     run_folder,
+    runner,
     without_times,
 )
 
@@ -39,14 +39,7 @@ main = load_main()
 @pytest.fixture
 def run(tmp_path, monkeypatch, caplog):
     """Make a run on the digits in this process, without its pictures; return its folder."""
-    caplog.set_level("INFO")
-    draw_nothing(monkeypatch)
-
-    def run(*argv, place="runs"):
-        main.main([*DIGITS, "--run-dir", str(tmp_path / place), *map(str, argv)])
-        return run_folder(tmp_path / place)
-
-    return run
+    return runner(main, tmp_path, monkeypatch, caplog, *DIGITS)
 
 
 def said(capsys):
