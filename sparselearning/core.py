@@ -1,6 +1,7 @@
 """Masking: sparse training in any PyTorch loop.
 
-One update of the masks (sparse momentum, Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/1907.04840):
+One update of the masks (sparse momentum, Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/1907.04840), in the order
+of `Masking.truncate_weights`:
 
     k_i = ceil(p_i * nnz_i)                      how many to remove in layer i
     r_i = mean(|M_i| over active) / sum_j        importance of layer i
@@ -8,8 +9,6 @@ One update of the masks (sparse momentum, Dettmers & Zettlemoyer 2019, https://a
     g   = apportion(sum_i k_i, r, room)          redistribute
     m_i <- add_highest(|M_i|, m_i, g_i)          grow
     W_i <- W_i * m_i                             apply
-
-`Masking.truncate_weights` reads in this order.
 """
 
 import dataclasses
@@ -120,6 +119,7 @@ class Masking(Layers):
         if self.held.acts_before_steps:
             self.optimizer.register_step_pre_hook(lambda _, *given: self._before_step(*given))
         self.optimizer.register_step_post_hook(lambda *_: self._after_step())
+        self.held.attach()
         invariants.MASKINGS.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -200,7 +200,7 @@ class Masking(Layers):
 
     def step(self, closure: Callable | None = None) -> Any:
         """Step the optimizer; the masks are applied right after, as after any step of the optimizer."""
-        return self.stepper.step() if closure is None else self.stepper.step(closure)
+        return self.stepper.step(*(() if closure is None else (closure,)))
 
     @torch.no_grad()
     def _before_step(self, args, kwargs):

@@ -9,38 +9,66 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from sparselearning.layers import SparseLayer
 from sparselearning.sparse import ops
 from sparselearning.sparse.batch_last import forget_order
+from sparselearning.sparse.held_weight import HeldWeight, hold, let_go
 from sparselearning.sparse.interface import DTYPES, conv_shape, row_shape
 from sparselearning.sparse.memory_order import to_batch_first
 from sparselearning.sparse.modules import numeric_padding
+from sparselearning.sparse.observed import ObservedGradient
 
 
 class Trained(nn.Module, ABC):
     """What a linear or convolution layer needs to train on its active weights.
 
-    `value` (nonzeros,) is the parameter that is trained. `weight` stays, with zeros, for whoever reads it: it follows
-    `value` after each step, and a state_dict holds it.
+    The optimizer steps `value` (nonzeros,). `weight` stays the module's parameter, with zeros, and agrees with `value`
+    but for the moment of a step; see held_weight.py. Whatever the kernels cannot do (another dtype or device, function
+    transforms, a weight put in its place for one call) is computed with `weight`, whose gradient then goes to `value`.
+
+    A copy of the model without its Masking is not `held`: it is a dense layer with zeros.
     """
 
     weight: Tensor
-    value: nn.Parameter
+    value: nn.Parameter  # no parameter of the module: `weight` stands for it
+    observed: ObservedGradient
     position: Tensor  # of each value in the flattened weight
     place: Tensor  # of each value in the weight's memory, which may be channels_last
     strides: tuple[int, ...]  # of the weight that `place` is for
     indices: tuple[Tensor, ...]  # start, column, t_start, t_column, t_order
+    held = False
+    hooks: tuple[Any, ...]
 
     def begin(self, window: int, observing: bool) -> None:
-        """Become a layer that trains sparsely, from a dense one.
+        """Become a layer that trains sparsely, from a dense one; `window` and `observing` as ObservedGradient's."""
+        value = nn.Parameter(self.weight.new_empty(0), self.weight.requires_grad)
+        vars(self)["value"] = value
+        self.observed = ObservedGradient(value, window, observing)
+        self.attach()
 
-        The gradient of the dense weight is observed on steps that are `observing`; the last `window` of them count.
-        """
-        self.weight.requires_grad_(False)
-        self.value = nn.Parameter(self.weight.new_empty(0))
-        self.window, self.observing, self.observed = window, observing, 0
-        self.gradient: Tensor | None = None  # sum of dense gradients over `observed` steps
+    def attach(self) -> None:
+        """Let the weight stand for the values; also in a copy."""
+        weight = hold(self.weight, self.value)
+        self.held = True
+        self.hooks = (
+            weight.register_post_accumulate_grad_hook(self.receive),
+            self.value.register_post_accumulate_grad_hook(lambda _: self.observed.commit()),
+        )
+
+    def end(self) -> None:
+        """Become the dense layer again, zeros included."""
+        if self.held:
+            let_go(self.weight)
+            for hook in self.hooks:
+                hook.remove()
+        for name in ("value", "observed", "position", "place", "strides", "indices", "held", "hooks"):
+            vars(self).pop(name, None)
+        self.__class__ = next(kind for kind, trained in KINDS.items() if trained is type(self))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: entry for name, entry in self.__dict__.items() if name not in ("held", "hooks")}
 
     @torch.no_grad()
     def follow(self, mask: Tensor) -> None:
@@ -51,17 +79,22 @@ class Trained(nn.Module, ABC):
         column = (self.position % rows.shape[1]).int()
         self.indices = (start, column, *ops.transposed(start, column, self.as_convolution()))
         self.read()
-        self.weight.zero_()
         self.find_places()
+        self.weight.zero_()
         self.write()
 
     @torch.no_grad()
     def read(self) -> None:
         """Set the values to those of the dense weight."""
+        values = self.weight.flatten()[self.position]
+        if values.shape == self.value.shape and values.dtype == self.value.dtype:
+            if not torch.equal(values, self.value):
+                self.value.copy_(values)
+            return
         # Where the caller still holds the loss of the last step, its graph would expect gradients of the size that
         # there was. Only another dtype makes torch forget that.
-        self.value.data = self.value.new_empty(0, dtype=torch.float16)
-        self.value.data = self.weight.flatten()[self.position]
+        self.value.data = values.new_empty(0, dtype=torch.float16)
+        self.value.data = values
 
     def find_places(self) -> None:
         """Find where the values lie in the memory of the dense weight."""
@@ -80,12 +113,33 @@ class Trained(nn.Module, ABC):
             self.find_places()
         span = 1 + sum((size - 1) * stride for size, stride in zip(self.weight.shape, self.strides, strict=True))
         self.weight.as_strided((span,), (1,)).scatter_(0, self.place, self.value.detach())
+        self.dense.agrees()
 
-    def end(self) -> None:
-        """Become the dense layer again, zeros included."""
-        del self.value
-        self.weight.requires_grad_(True)
-        self.__class__ = next(kind for kind, trained in KINDS.items() if trained is type(self))
+    @property
+    def dense(self) -> HeldWeight:
+        """The weight, which stands for the values."""
+        assert isinstance(self.weight, HeldWeight)
+        return self.weight
+
+    @torch.no_grad()
+    def agree(self) -> None:
+        """Take over what somebody else wrote into the weight, and set its inactive entries to zero again."""
+        if not self.dense.was_written:
+            return
+        self.read()
+        if self.weight.count_nonzero() != self.value.count_nonzero():
+            self.weight.zero_()
+        self.write()
+
+    @torch.no_grad()
+    def receive(self, weight: HeldWeight) -> None:
+        """Give the values the gradient that arrived for the dense weight."""
+        gradient = weight.arrived()
+        if self.observed.observing:
+            self.observed.collect(gradient)
+        active = gradient.flatten()[self.position]
+        self.value.grad = active if self.value.grad is None else self.value.grad.add_(active)
+        self.observed.commit()
 
     @abstractmethod
     def as_convolution(self) -> Any:
@@ -95,41 +149,69 @@ class Trained(nn.Module, ABC):
     def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
         """Return the gradient of the dense weight."""
 
+    @abstractmethod
+    def product(self, x: Tensor) -> Tensor:
+        """Return the layer's output, computed by the kernels."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        if not self.held or not isinstance(weight, HeldWeight) or not self.has_kernel(input):
+            return super().forward(input)
+        if not torch.compiler.is_compiling() and weight.was_written:
+            self.read()  # its inactive entries stay until a step: masks may be loaded after weights
+        if not torch.is_autocast_enabled("cpu") or self.value.dtype != torch.float32:
+            return self.product(input)
+        return self.product(input.float()).to(torch.get_autocast_dtype("cpu"))
+
+    def has_kernel(self, x: Tensor) -> bool:
+        """Return whether the kernels compute this input's output; autocast turns any into float32 for them."""
+        turned = self.value.dtype == torch.float32 and torch.is_autocast_enabled("cpu") and x.is_floating_point()
+        return (
+            x.device.type == self.value.device.type == "cpu"
+            and self.value.dtype in DTYPES
+            and (x.dtype == self.value.dtype or turned)
+            and self.fits(x)
+            and not is_transformed()
+        )
+
+    @abstractmethod
+    def fits(self, x: Tensor) -> bool:
+        """Return whether the layer takes an input of this shape; torch's own layer says what is wrong with others."""
+
     def watch(self, x: Tensor, y: Tensor) -> Tensor:
-        """Let the backward pass of y add the dense gradient, if this step is observed."""
-        if self.observing and y.requires_grad:
+        """Let the backward pass of y hand over the dense gradient, if this step is observed."""
+        if self.observed.observing and y.requires_grad:
             x = x.detach()
             y.register_hook(lambda dy: self.collect(x, dy))
         return y
 
     @torch.no_grad()
     def collect(self, x: Tensor, dy: Tensor) -> None:
-        gradient = self.weight_gradient(x, dy)
-        if self.window == 1 and self.observed:  # of an earlier step
-            self.gradient, self.observed = None, 0
-        self.gradient = gradient if self.gradient is None else self.gradient.add_(gradient)
-
-    @torch.no_grad()
-    def count_observed(self) -> None:
-        """Count a step. If more than `window` were observed, the earlier ones fade, as they do from a momentum."""
-        self.observed += self.observing
-        if self.observed > self.window and self.gradient is not None:
-            self.gradient.mul_(self.window / self.observed)
-            self.observed = self.window
+        self.observed.collect(self.weight_gradient(x, dy))
 
     def arguments(self):
         start, column, *turned = self.indices
         return self.value, self.bias, start, column, *turned
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        del destination[prefix + "value"]
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.held:
+            self.position = self.position.to(self.weight.device)
+            self.find_places()
+            self.read()
+        return self
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        value = self._parameters.pop("value")
-        super()._load_from_state_dict(*args, **kwargs)
-        self.register_parameter("value", value)
-        self.read()
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs):
+        # The weight stays the tensor that masks and optimizer know.
+        if self.held:
+            local_metadata = {**local_metadata, "assign_to_params_buffers": False}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+
+
+def is_transformed() -> bool:
+    """Return whether a function transform (vmap, grad, jvp) or forward-mode differentiation is under way."""
+    transforms = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return transforms.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 class TrainedLinear(Trained, nn.Linear):
@@ -138,10 +220,13 @@ class TrainedLinear(Trained, nn.Linear):
     def as_convolution(self):
         return row_shape(1, self.in_features, self.out_features)
 
-    def forward(self, input: Tensor) -> Tensor:
-        rows = input.reshape(-1, input.shape[-1])
+    def fits(self, x: Tensor) -> bool:
+        return x.dim() > 0 and x.shape[-1] == self.in_features
+
+    def product(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
         y = self.watch(rows, torch.ops.sparselearning.linear(rows, *self.arguments(), False))
-        return y if input.dim() == 2 else y.reshape(*input.shape[:-1], y.shape[-1])
+        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
     def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
         return dy.t() @ x
@@ -158,10 +243,15 @@ class TrainedConv2d(Trained, nn.Conv2d):
         shape = (1, self.in_channels, *kernel, self.out_channels)
         return conv_shape(*shape, kernel, stride, padding, dilation, groups, False)[0]
 
-    def forward(self, input: Tensor) -> Tensor:
-        images = input if input.dim() == 4 else input.unsqueeze(0)
+    def fits(self, x: Tensor) -> bool:
+        padded = [size + 2 * pad for size, pad in zip(x.shape[-2:], numeric_padding(self), strict=False)]
+        reach = [d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
+        return x.dim() in (3, 4) and x.shape[-3] == self.in_channels and all(map(int.__ge__, padded, reach))
+
+    def product(self, x: Tensor) -> Tensor:
+        images = x if x.dim() == 4 else x.unsqueeze(0)
         y = self.watch(images, torch.ops.sparselearning.conv2d(images, *self.arguments(), *self.geometry(), False))
-        return y if input.dim() == 4 else y.squeeze(0)
+        return y if x.dim() == 4 else y.squeeze(0)
 
     def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
         _, stride, padding, dilation, groups = self.geometry()

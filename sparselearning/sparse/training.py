@@ -5,12 +5,16 @@ is dense: here the optimizer keeps state for active weights alone. Growth by mom
 mean of its gradient over the last `WINDOW` steps before an update. Growth by the gradient takes that of the last step,
 as RigL does (Evci et al. 2020, https://arxiv.org/abs/1911.11134). Other growth observes no dense gradient. When a
 weight grows, SGD's momentum starts as if that mean had been its gradient all along; other optimizers' state starts at
-zero. Pruning and redistribution, which read active weights, are the paper's.
+zero. Pruning and redistribution, which read active weights, are the paper's. Gradients are those that a step
+used: scaled back, clipped, and none of a batch that the loop skipped.
+
+An optimizer's state_dict holds dense tensors, so that it is the same as that of masked or dense training.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,10 +22,12 @@ from torch import Tensor, nn
 
 from sparselearning.layers import SparseLayer
 from sparselearning.processes import distributed
+from sparselearning.sparse import optimizer_state
 from sparselearning.sparse.batch_last import forget_order, keep_order
 from sparselearning.sparse.interface import kernels
 from sparselearning.sparse.trained import KINDS, Trained, owners_of, why_not
 from sparselearning.weights.optimizer import momentum_of
+from sparselearning.weights.regrowth import gradient_scale
 from sparselearning.weights.zeros import Ahead, Layers, Zeros
 
 logger = logging.getLogger(__name__)
@@ -55,12 +61,26 @@ class SparseTraining(Zeros):
         self.interval: int | None = None  # steps between the last two updates
         self.carry = True
 
+    @property
+    def acts_before_steps(self) -> bool:
+        """Always."""
+        return True
+
+    def attach(self) -> None:
+        """Save the optimizer's state in dense form; hold the weights again where this is a copy."""
+        self.optimizer.register_state_dict_post_hook(
+            lambda _, saved: optimizer_state.save(self.optimizer, saved, self.trained)
+        )
+        for module in self.trained.values():
+            module.attach()
+
     def check(self, module: nn.Module, layers: Layers) -> None:
         """Check that some of the layers can train on sparse kernels.
 
         Raises:
-            ValueError: if none can, naming the reasons, or several processes train.
+            ValueError: if none can, naming the reasons; if several processes train, or the optimizer steps matrices.
         """
+        optimizer_state.refuse_shaped(self.optimizer)
         if distributed.in_process_group():
             raise ValueError("weights='sparse' trains in one process; leave it out under torchrun.")
         owners = owners_of(module)
@@ -86,7 +106,7 @@ class SparseTraining(Zeros):
             assert isinstance(owner, Trained)
             owner.begin(self.window, observing=self.observes(*ahead))
             self.trained[layer.name] = owner
-            self.exchange(layer.weight, owner.value)
+            optimizer_state.exchange(self.optimizer, layer.weight, owner.value)
         self.roots.append(module)
         keep_order(module)
         self.tell(layers)
@@ -98,13 +118,6 @@ class SparseTraining(Zeros):
         rest = f"; masked on dense kernels: {', '.join(masked)}" if masked else ""
         log("%d of %d layers train on sparse kernels%s.", len(layers) - len(masked), len(layers), rest)
 
-    def exchange(self, old: Tensor, new: Tensor) -> None:
-        """Let the optimizer step `new` in place of `old`, and move its state."""
-        for group in self.optimizer.param_groups:
-            group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
-        if old in self.optimizer.state:
-            self.optimizer.state[new] = self.optimizer.state.pop(old)
-
     def release(self, layers: Layers) -> None:
         """Train these weights densely again."""
         for layer in layers:
@@ -112,9 +125,10 @@ class SparseTraining(Zeros):
             if module is None:
                 continue
             self.versions.pop(layer.name)
-            self.exchange(module.value, layer.weight)
-            for key, tensor in self.vectors(layer.weight, len(module.value)):
-                self.optimizer.state[layer.weight][key] = spread(tensor, module.position, layer.weight)
+            optimizer_state.exchange(self.optimizer, module.value, layer.weight)
+            if layer.weight in self.optimizer.state:
+                state = self.optimizer.state[layer.weight]
+                state.update(optimizer_state.in_dense_form(state, module))
             module.end()
         if not self.trained:
             for root in self.roots:
@@ -135,10 +149,7 @@ class SparseTraining(Zeros):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the gradients observed since the last update of the masks, and when the next update is expected."""
-        layers = {
-            name: {"gradient": module.gradient, "observed": module.observed, "observing": module.observing}
-            for name, module in self.trained.items()
-        }
+        layers = {name: module.observed.state_dict() for name, module in self.trained.items()}
         return {"since_update": self.since_update, "interval": self.interval, "layers": layers}
 
     def load_state_dict(self, state: dict[str, Any], layers: Layers) -> None:
@@ -149,67 +160,72 @@ class SparseTraining(Zeros):
         self.carry = False
         self.since_update, self.interval = state.get("since_update", 0), state.get("interval")
         for name, module in self.trained.items():
-            seen = state.get("layers", {}).get(name, {})
-            gradient = seen.get("gradient")
-            module.gradient = None if gradient is None else gradient.to(module.weight.device, copy=True)
-            module.observed, module.observing = seen.get("observed", 0), seen.get("observing", module.observing)
+            module.observed.load_state_dict(state.get("layers", {}).get(name, {}), module.weight.device)
 
-    def vectors(self, parameter: Tensor, size: int) -> list[tuple[Any, Tensor]]:
-        """Return the parts of a parameter's optimizer state that have an entry for each of `size` values."""
-        state = self.optimizer.state.get(parameter, {})
-        return [(key, item) for key, item in state.items() if isinstance(item, Tensor) and item.shape == (size,)]
+    def before_step(self, layers: Layers, closure: Callable | None) -> None:
+        """Give the optimizer the values; take the dense gradients that it is going to use."""
+        scale = 1 / float(gradient_scale(self.optimizer))
+        overflowed = getattr(self.optimizer, "found_inf", None)  # a fused optimizer then skips the step
+        for module in self.trained.values():
+            module.agree()
+            optimizer_state.compact(self.optimizer, module)
+            if overflowed is not None and overflowed.item():
+                module.observed.drop()
+            elif closure is None:
+                module.observed.take(module.position, scale)
+        super().before_step(layers, closure)
+
+    def after_step(self, layers: Layers) -> None:
+        """Write the values into the weights."""
+        for module in self.trained.values():
+            module.write()
 
     def apply(self, layers: Layers) -> None:
-        """Make weights and values agree after a step or a move of masks; set the inactive weights of others to zero."""
+        """Let values follow masks that moved, and weights that somebody wrote; set inactive weights to zero."""
         for layer in layers:
             module = self.trained.get(layer.name)
             if module is None:
                 continue
             if self.versions.get(layer.name) != layer.mask._version:
                 self.move(layer, module)
-            else:
-                module.write()
+            module.agree()
         self.carry = True
         super().apply([layer for layer in layers if layer.name not in self.trained])
 
     def move(self, layer: SparseLayer, module: Trained) -> None:
         """Let values and optimizer state follow a mask."""
-        size, position = len(module.value), getattr(module, "position", None)
-        module.follow(layer.mask)
-        state = self.optimizer.state.get(module.value, {})
-        if self.carry and position is not None:
-            for key, tensor in self.vectors(module.value, size):
-                state[key] = self.start_of(key, module).scatter(0, position, tensor).reshape(layer.weight.shape)
-        for key, tensor in state.items():
-            if isinstance(tensor, Tensor) and tensor.shape == layer.weight.shape:
-                state[key] = tensor.flatten()[module.position]
-        module.value.grad = None
         self.versions[layer.name] = layer.mask._version
+        size, position = len(module.value), getattr(module, "position", None)
+        if position is not None and torch.equal(position, layer.mask.flatten().nonzero().flatten()):
+            return
+        module.follow(layer.mask)
+        kept = self.optimizer.state.get(module.value, {})
+        if self.carry and position is not None:
+            for key, tensor in optimizer_state.vectors(kept, size).items():
+                kept[key] = self.start_of(key, module).scatter(0, position, tensor).reshape(layer.weight.shape)
+        optimizer_state.compact(self.optimizer, module)
+        module.value.grad = None
 
-    def start_of(self, key: Any, module: Trained) -> Tensor:
+    def start_of(self, key: str, module: Trained) -> Tensor:
         """Return what the optimizer's state starts from where a weight grows, for the flattened weight.
 
         A momentum starts as if the mean of the observed gradients had been the gradient all along. All else starts at
         zero, and with `reset_state` the momentum too.
         """
-        if self.reset_state or key != "momentum_buffer" or module.gradient is None:
+        mean, gain = module.observed.mean(), optimizer_state.momentum_gain(self.optimizer, module)
+        if self.reset_state or key != "momentum_buffer" or mean is None:
             return torch.zeros_like(module.weight).reshape(-1)
-        group = next(group for group in self.optimizer.param_groups if any(p is module.value for p in group["params"]))
-        # RMSprop's momentum is one of scaled gradients; one that never decays has no such sum.
-        if "dampening" not in group or group["momentum"] >= 1:
-            return torch.zeros_like(module.weight).reshape(-1)
-        gain = (1 - group["dampening"]) / (1 - group["momentum"])
-        return module.gradient.reshape(-1) * (gain / max(module.observed, 1))
+        return mean.reshape(-1) * gain
 
     def stepped(self, ahead: Ahead) -> None:
         """Count a step; decide whether the next one observes dense gradients; see `observes`."""
         if not self.trained:
             return
         self.since_update += 1
+        observing = self.observes(*ahead)
         for module in self.trained.values():
-            module.count_observed()
-        for module in self.trained.values():
-            module.observing = self.observes(*ahead)
+            module.observed.take(module.position)  # a closure's, which came after `before_step`
+            module.observed.observing = observing
 
     def observes(self, left: float, by_steps: bool) -> bool:
         """Tell whether the next step observes dense gradients.
@@ -232,16 +248,18 @@ class SparseTraining(Zeros):
             return
         self.interval, self.since_update = self.since_update, 0
         for module in self.trained.values():
-            module.gradient, module.observed = None, 0
-            module.observing = self.observes(*ahead)
+            module.observed.forget()
+            module.observed.observing = self.observes(*ahead)
 
     def momentum_of(self, weight: Tensor) -> Tensor:
         """Return momentum where `weight` is active and the mean of its observed gradients elsewhere."""
         module = self.owner_of(weight)
         if module is None:
             return super().momentum_of(weight)
-        momentum = momentum_of(self.optimizer, module.value)
-        seen = torch.zeros_like(weight) if module.gradient is None else module.gradient / max(module.observed, 1)
+        optimizer_state.compact(self.optimizer, module)
+        momentum, mean = momentum_of(self.optimizer, module.value), module.observed.mean()
+        ascends = optimizer_state.group_of(self.optimizer, module)["maximize"]
+        seen = torch.zeros_like(weight) if mean is None else -mean if ascends else mean
         return seen.reshape(-1).scatter(0, module.position, momentum).reshape(weight.shape)
 
     def gradient_of(self, weight: Tensor) -> Tensor:
@@ -253,16 +271,11 @@ class SparseTraining(Zeros):
         module = self.owner_of(weight)
         if module is None:
             return super().gradient_of(weight)
-        if module.gradient is None:
+        mean = module.observed.mean()
+        if mean is None:
             raise RuntimeError("No gradient was observed since the last update of the masks. Train a step in between.")
-        return module.gradient / max(module.observed, 1)
+        return mean
 
     def owner_of(self, weight: Tensor) -> Trained | None:
         """Return the layer that trains `weight` here, if there is one."""
         return next((module for module in self.trained.values() if module.weight is weight), None)
-
-
-def spread(values: Tensor, position: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor like `like` with `values` at `position` of its flattened form, zero elsewhere."""
-    spread = values.new_zeros(like.numel()).scatter(0, position, values).reshape(like.shape)
-    return torch.empty_like(like).copy_(spread)

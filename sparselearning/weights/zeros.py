@@ -52,6 +52,9 @@ class Zeros:
         """Whether `before_step` does anything."""
         return self.pull > 0
 
+    def attach(self) -> None:
+        """Register hooks; also in a copy of the optimizer and the layers, which has lost them."""
+
     def check(self, module: nn.Module, layers: Layers) -> None:
         """Check that the weights of `layers` in `module` can be held this way; nothing is changed yet."""
 

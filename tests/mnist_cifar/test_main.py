@@ -426,6 +426,16 @@ def test_sparse_kernels_train_resume_and_are_measured(run):
     assert epochs[2]["train_loss"] < epochs[0]["train_loss"]
 
 
+@pytest.mark.skipif(not available(), reason="built without sparse kernels")
+def test_a_penalty_on_weights_acts_on_sparse_kernels(run):
+    sums = []
+    for l1 in (0, 0.01):
+        ended = run("--sparse-backend", "cpu", "--epochs", "2", "--l1", l1, place=str(l1))
+        weights = checkpoint_of(ended)["model"].values()
+        sums.append(sum(weight.abs().sum().item() for weight in weights if weight.dim() > 1))
+    assert sums[1] < 0.5 * sums[0]
+
+
 # Starting from weights that exist
 
 

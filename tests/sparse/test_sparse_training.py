@@ -10,6 +10,7 @@ from torch import nn
 from sparselearning import invariants
 from sparselearning.core import CosineDecay, Masking
 from sparselearning.sparse import available, convert, to_dense
+from sparselearning.sparse.observed import ObservedGradient
 from sparselearning.sparse.trained import TrainedConv2d, TrainedLinear, trained_to_dense
 from sparselearning.sparse.training import WINDOW, SparseTraining
 
@@ -85,11 +86,7 @@ def test_updates_conserve_weights_and_carry_state(growth):
     momenta = {layer.name: masking.get_momentum_for_weight(layer.weight).clone() for layer in masking.layers}
     before = {layer.name: (layer.mask.clone(), momenta[layer.name]) for layer in masking.layers}
     weights = {layer.name: layer.weight.clone() for layer in masking.layers}
-    observed = {
-        name: module.gradient / max(module.observed, 1)
-        for name, module in masking.held.trained.items()
-        if module.gradient is not None
-    }
+    observed = {name: module.observed.mean() for name, module in masking.held.trained.items() if module.observed.steps}
     total = masking.total_nonzero
     masking.at_end_of_epoch()
     assert masking.total_nonzero == total
@@ -115,9 +112,8 @@ def test_layers_grow_and_shrink_while_the_last_loss_is_held():
 
 def test_inactive_weights_are_scored_by_the_mean_of_observed_gradients():
     model, stepper, masking = masked("sparse", prune_every_k_steps=3)  # all three steps lie in the window
-    model[0].observing = True
     for module in masking.held.trained.values():
-        module.observing = True
+        module.observed.observing = True
     train(model, stepper, masking, 2)
     exact, exact_stepper, exact_mask = masked("zero")
     sums = [torch.zeros_like(layer.weight) for layer in exact_mask.layers]
@@ -141,7 +137,7 @@ def test_inactive_weights_are_scored_by_the_mean_of_observed_gradients():
 def test_dense_gradients_are_taken_just_before_updates_only():
     model, stepper, masking = masked("sparse")
     observed = []
-    model[0].register_forward_hook(lambda module, *_: observed.append(module.observing))
+    model[0].register_forward_hook(lambda module, *_: observed.append(module.observed.observing))
     train(model, stepper, masking, 30)
     assert sum(observed) == 3  # the distance between updates is not known yet
     masking.at_end_of_epoch()
@@ -260,7 +256,7 @@ def test_a_deep_copy_trains_on_its_own():
 def test_as_many_dense_gradients_are_observed_as_the_functions_read(settings, expected):
     model, stepper, masking = masked("sparse", prune_every_k_steps=30, **settings)
     observed = []
-    model[0].register_forward_hook(lambda module, *_: observed.append(module.observing))
+    model[0].register_forward_hook(lambda module, *_: observed.append(module.observed.observing))
     train(model, stepper, masking, 30)
     assert observed == [False] * (30 - expected) + [True] * expected
 
@@ -306,14 +302,15 @@ def test_a_momentum_that_never_decays_starts_at_zero():
 
 
 def test_of_many_observed_gradients_the_early_ones_fade():
-    masking = masked("sparse")[2]
-    module = next(iter(masking.held.trained.values()))
-    module.observing = True
+    values = nn.Parameter(torch.zeros(2))
+    observed = ObservedGradient(values, WINDOW, observing=True)
+    values.grad = torch.ones(2)
     for step in range(4 * WINDOW):
-        module.gradient = (torch.zeros_like(module.weight) if step == 0 else module.gradient) + (step < WINDOW)
-        module.count_observed()
-    assert module.observed == WINDOW
-    assert 0 < module.gradient.max() / WINDOW < 0.1
+        observed.pending = torch.full((2, 2), float(step < WINDOW))
+        values.grad = observed.pending[0].clone()
+        observed.take(torch.tensor([0, 1]))
+    assert observed.steps == WINDOW
+    assert 0 < observed.mean().max() < 0.1
 
 
 def in_format(memory_format, when):
