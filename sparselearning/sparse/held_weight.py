@@ -69,6 +69,20 @@ class HeldWeight(nn.Parameter):
         """Note that weight and values are the same now."""
         self.seen, self.opened = self._version, False
 
+    def register_hook(self, hook: Any) -> Any:
+        """Refuse a hook that would not be called.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            f"A hook was to be put on a weight of shape {tuple(self.shape)}, whose active values are trained in its "
+            "place (weights='sparse'); it would never be called. Put it on the `value` of the weight's module, whose "
+            "gradient is (nonzeros,), or hold weights as zeros."
+        )
+
+    register_post_accumulate_grad_hook = register_hook
+
     def arrived(self) -> Tensor:
         """Return the gradient that arrived for the dense weight, and forget it."""
         gradient = TENSOR.grad.__get__(self)

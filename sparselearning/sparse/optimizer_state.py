@@ -66,7 +66,7 @@ def vectors(state: Mapping[Any, Any], size: int) -> dict[Any, Tensor]:
 def in_dense_form(state: Mapping[Any, Any], module: Trained) -> dict[Any, Any]:
     """Return the state of a layer's values, with tensors of its weight's shape and layout."""
     return {**state} | {
-        key: spread(tensor, module.position, module.weight) for key, tensor in vectors(state, len(module.value)).items()
+        key: spread(tensor, module.position, module.dense) for key, tensor in vectors(state, len(module.value)).items()
     }
 
 
@@ -85,7 +85,7 @@ def compact(optimizer: torch.optim.Optimizer, module: Trained) -> None:
     """Keep the active entries of state that was loaded in dense form."""
     state = optimizer.state.get(module.value, {})
     for key, tensor in state.items():
-        if isinstance(tensor, Tensor) and tensor.shape == module.weight.shape:
+        if isinstance(tensor, Tensor) and tensor.shape == module.dense.shape:
             state[key] = tensor.flatten()[module.position]
 
 

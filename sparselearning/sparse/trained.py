@@ -33,6 +33,7 @@ class Trained(nn.Module, ABC):
 
     weight: Tensor
     value: nn.Parameter  # no parameter of the module: `weight` stands for it
+    dense: HeldWeight  # the weight, whatever stands in its place for the moment
     observed: ObservedGradient
     position: Tensor  # of each value in the flattened weight
     place: Tensor  # of each value in the weight's memory, which may be channels_last
@@ -44,26 +45,26 @@ class Trained(nn.Module, ABC):
     def begin(self, window: int, observing: bool) -> None:
         """Become a layer that trains sparsely, from a dense one; `window` and `observing` as ObservedGradient's."""
         value = nn.Parameter(self.weight.new_empty(0), self.weight.requires_grad)
-        vars(self)["value"] = value
+        vars(self).update(value=value, dense=self.weight)
         self.observed = ObservedGradient(value, window, observing)
         self.attach()
 
     def attach(self) -> None:
         """Let the weight stand for the values; also in a copy."""
-        weight = hold(self.weight, self.value)
         self.held = True
         self.hooks = (
-            weight.register_post_accumulate_grad_hook(self.receive),
+            self.dense.register_post_accumulate_grad_hook(self.receive),
             self.value.register_post_accumulate_grad_hook(lambda _: self.observed.commit()),
         )
+        hold(self.dense, self.value)
 
     def end(self) -> None:
         """Become the dense layer again, zeros included."""
         if self.held:
-            let_go(self.weight)
+            let_go(self.dense)
             for hook in self.hooks:
                 hook.remove()
-        for name in ("value", "observed", "position", "place", "strides", "indices", "held", "hooks"):
+        for name in ("value", "dense", "observed", "position", "place", "strides", "indices", "held", "hooks"):
             vars(self).pop(name, None)
         self.__class__ = next(kind for kind, trained in KINDS.items() if trained is type(self))
 
@@ -80,13 +81,13 @@ class Trained(nn.Module, ABC):
         self.indices = (start, column, *ops.transposed(start, column, self.as_convolution()))
         self.read()
         self.find_places()
-        self.weight.zero_()
+        self.dense.zero_()
         self.write()
 
     @torch.no_grad()
     def read(self) -> None:
         """Set the values to those of the dense weight."""
-        values = self.weight.flatten()[self.position]
+        values = self.dense.flatten()[self.position]
         if values.shape == self.value.shape and values.dtype == self.value.dtype:
             if not torch.equal(values, self.value):
                 self.value.copy_(values)
@@ -98,28 +99,22 @@ class Trained(nn.Module, ABC):
 
     def find_places(self) -> None:
         """Find where the values lie in the memory of the dense weight."""
-        self.strides = self.weight.stride()
+        self.strides = self.dense.stride()
         self.place = self.position
-        if not self.weight.is_contiguous():
+        if not self.dense.is_contiguous():
             index, self.place = self.position, torch.zeros_like(self.position)
-            for size, stride in zip(reversed(self.weight.shape), reversed(self.strides), strict=True):
+            for size, stride in zip(reversed(self.dense.shape), reversed(self.strides), strict=True):
                 self.place = self.place + index % size * stride
                 index = index // size
 
     @torch.no_grad()
     def write(self) -> None:
         """Set the active places of the dense weight to the values."""
-        if self.weight.stride() != self.strides:  # the model was moved to another memory format
+        if self.dense.stride() != self.strides:  # the model was moved to another memory format
             self.find_places()
-        span = 1 + sum((size - 1) * stride for size, stride in zip(self.weight.shape, self.strides, strict=True))
-        self.weight.as_strided((span,), (1,)).scatter_(0, self.place, self.value.detach())
+        span = 1 + sum((size - 1) * stride for size, stride in zip(self.dense.shape, self.strides, strict=True))
+        self.dense.as_strided((span,), (1,)).scatter_(0, self.place, self.value.detach())
         self.dense.agrees()
-
-    @property
-    def dense(self) -> HeldWeight:
-        """The weight, which stands for the values."""
-        assert isinstance(self.weight, HeldWeight)
-        return self.weight
 
     @torch.no_grad()
     def agree(self) -> None:
@@ -127,8 +122,8 @@ class Trained(nn.Module, ABC):
         if not self.dense.was_written:
             return
         self.read()
-        if self.weight.count_nonzero() != self.value.count_nonzero():
-            self.weight.zero_()
+        if self.dense.count_nonzero() != self.value.count_nonzero():
+            self.dense.zero_()
         self.write()
 
     @torch.no_grad()
@@ -196,7 +191,7 @@ class Trained(nn.Module, ABC):
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         if self.held:
-            self.position = self.position.to(self.weight.device)
+            self.position = self.position.to(self.dense.device)
             self.find_places()
             self.read()
         return self
@@ -257,7 +252,7 @@ class TrainedConv2d(Trained, nn.Conv2d):
         _, stride, padding, dilation, groups = self.geometry()
         x, dy = to_batch_first(x), to_batch_first(dy)
         settings = (None, stride, padding, dilation, False, (0, 0), groups, (False, True, False))
-        return torch.ops.aten.convolution_backward(dy, x, self.weight, *settings)[1]
+        return torch.ops.aten.convolution_backward(dy, x, self.dense, *settings)[1]
 
 
 KINDS = {nn.Linear: TrainedLinear, nn.Conv2d: TrainedConv2d}
@@ -287,6 +282,8 @@ def why_not(layer: SparseLayer, owners: Sequence[nn.Module]) -> str:
         return f"no kernels for {weight.dtype} on {weight.device.type}"
     if weight is not layer.master or len(owners) != 1:
         return "it is tied, or a copy"
+    if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+        return "hooks read its gradient"
     if type(owners[0]) not in KINDS:
         return f"it belongs to a {type(owners[0]).__name__}"
     if isinstance(owners[0], nn.Conv2d):

@@ -140,7 +140,7 @@ class SparseTraining(Zeros):
 
     def stepped_weights(self) -> set[int]:
         """Return the ids of the dense weights whose values the optimizer steps."""
-        return {id(module.weight) for module in self.trained.values()}
+        return {id(module.dense) for module in self.trained.values()}
 
     def stepped_for(self, layer: SparseLayer) -> Tensor:
         """Return what the optimizer steps for a layer: its values here, or its dense weight."""
@@ -160,7 +160,7 @@ class SparseTraining(Zeros):
         self.carry = False
         self.since_update, self.interval = state.get("since_update", 0), state.get("interval")
         for name, module in self.trained.items():
-            module.observed.load_state_dict(state.get("layers", {}).get(name, {}), module.weight.device)
+            module.observed.load_state_dict(state.get("layers", {}).get(name, {}), module.dense.device)
 
     def before_step(self, layers: Layers, closure: Callable | None) -> None:
         """Give the optimizer the values; take the dense gradients that it is going to use."""
@@ -214,7 +214,7 @@ class SparseTraining(Zeros):
         """
         mean, gain = module.observed.mean(), optimizer_state.momentum_gain(self.optimizer, module)
         if self.reset_state or key != "momentum_buffer" or mean is None:
-            return torch.zeros_like(module.weight).reshape(-1)
+            return torch.zeros_like(module.dense).reshape(-1)
         return mean.reshape(-1) * gain
 
     def stepped(self, ahead: Ahead) -> None:
@@ -278,4 +278,4 @@ class SparseTraining(Zeros):
 
     def owner_of(self, weight: Tensor) -> Trained | None:
         """Return the layer that trains `weight` here, if there is one."""
-        return next((module for module in self.trained.values() if module.weight is weight), None)
+        return next((module for module in self.trained.values() if module.dense is weight), None)

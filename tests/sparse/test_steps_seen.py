@@ -450,6 +450,36 @@ def test_function_transforms_give_what_dense_layers_give():
     torch.testing.assert_close(model[3].weight.grad, dense[3].weight.grad[masking.layers[1].mask])
 
 
+def test_hooks_on_gradients_are_called_or_refused():
+    torch.manual_seed(0)
+    model = network()
+    called = []
+    model[3].weight.register_hook(called.append)
+    model[5].weight.register_post_accumulate_grad_hook(called.append)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    masking = Masking(optimizer, None, weights="sparse")
+    masking.add_module(model, density=0.4)
+    assert masking.summary().count("masked: hooks read its gradient") == 2
+    loss_of(model).backward()
+    assert len(called) == 2
+    for register in (model[0].weight.register_hook, model[0].weight.register_post_accumulate_grad_hook):
+        with pytest.raises(RuntimeError, match="it would never be called"):
+            register(called.append)
+
+
+def test_a_parametrization_put_on_later_is_used():
+    model, optimizer, masking = begin()
+    expected = network()
+    expected.load_state_dict(model.state_dict())
+    for net in (model, expected):
+        nn.utils.parametrize.register_parametrization(net[3], "weight", nn.Softsign())
+        loss_of(net).backward()
+    torch.testing.assert_close(model(batch()[0]), expected(batch()[0]))
+    gradient = expected[3].parametrizations.weight.original.grad[masking.layers[1].mask]
+    torch.testing.assert_close(masking.held.trained["3.weight"].value.grad, gradient)
+    optimizer.step()
+
+
 def test_wrong_inputs_raise_what_dense_layers_raise():
     model, _, _ = begin()
     for layer, shapes in ((model[3], [(2, 63), (65,), ()]), (model[0], [(2, 3, 4, 4), (2, 4), (1, 2, 2, 4, 4)])):
