@@ -1,113 +1,106 @@
-"""One epoch of main.py's loop, dense and sparse, compared with a minimal loop for the same network.
+"""Training by the user's own command: images per second of main.py, dense, masked, and masked on sparse kernels.
 
     python benchmarks/epoch.py
     python benchmarks/epoch.py --quick
 
-The minimal loop is what one would write by hand for a single network: images normalised once and kept as floats, a
-permutation, forward, backward, a fused step; no report, no schedule, no augmentation (main.py augments CIFAR-10).
-Images are random, of the size of MNIST and CIFAR-10. An epoch has no evaluation and no checkpoint. A sparse epoch of
-MNIST ends with an update of the masks; for CIFAR-10 only a part of an epoch is measured.
+Each measurement is one epoch of `mnist_cifar/main.py` in a process of its own, with the script's default settings and
+the default instruction set; the kinds take turns. The rate is the one that the run writes into metrics.jsonl: steps of
+training alone, without evaluation. Images are random, in files of the formats of MNIST and CIFAR-10.
 """
 
+import gzip
+import json
 import logging
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import common
-import torch
-from torch.nn import functional as F
+import numpy as np
 
-from sparselearning import CosineDecay, Masking
-from sparselearning.experiments.data import in_memory as datasets
-from sparselearning.experiments.run.precision import Precision
-from sparselearning.experiments.run.training import train_epoch
+from sparselearning.experiments.data.files import CIFAR_FILES, MNIST_FILES
 
+MAIN = Path(__file__).parent.parent / "mnist_cifar" / "main.py"
 DENSITY = 0.05
-BATCH = 100
-# Shape of an image, mean and standard deviation of pixels; {model: (images per epoch, data set)}. MNIST trains on
-# 54,000.
-MNIST = ((1, 28, 28), (0.1307,), (0.3081,))
-CIFAR = ((3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-IMAGES = {"lenet300-100": (54_000, MNIST), "lenet5": (54_000, MNIST), "vgg-d": (1_000, CIFAR), "wrn-16-8": (300, CIFAR)}
+# {model: (data set, training images of an epoch)}; a tenth of the files' images is for validation.
+EPOCHS = {"lenet5": ("mnist", 20_000), "vgg-d": ("cifar", 2_500), "wrn-16-8": ("cifar", 1_000)}
+KINDS = {
+    "dense": ["--dense"],
+    "masked": ["--density", str(DENSITY)],
+    "sparse kernels": ["--density", str(DENSITY), "--sparse-backend", "cpu"],
+}
 
 
 def main():
     """Measure, log and save."""
-    args = common.parse(__doc__, rounds=7)
-    names = ["lenet300-100"] if args.quick else list(IMAGES)
+    args = common.parse(__doc__, rounds=5)
+    names = ["lenet5"] if args.quick else list(EPOCHS)
     common.save(args, "epoch", [measure(args, name) for name in names])
 
 
 def measure(args, name):
-    """Return a row: the time of an epoch of one network in each of the three loops."""
-    count, (shape, mean, std) = IMAGES[name]
-    count = count // 20 if args.quick else count
-    images = torch.randint(256, (count, *shape), dtype=torch.uint8, device=args.device)
-    split = datasets.Split(images, torch.randint(10, (count,), device=args.device))
-    look = dict(mean=mean, std=std, channels_last=True, augment=shape[0] == 3)
-    precision = Precision("bf16" if args.device.startswith("cuda") else "none", torch.device(args.device))
-
-    def epoch_of_main(sparse):
-        model = common.build(name, args.device).to(memory_format=torch.channels_last)
-        optimizer = sgd(model)
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 25_000, gamma=0.1)
-        stepper = optimizer
-        if sparse:
-            stepper = Masking(optimizer, CosineDecay(0.5, 10_000))
-            stepper.add_module(model, DENSITY)
-
-        def run():
-            batches = datasets.batches(split, BATCH, shuffle=True, **look)
-            train_epoch(model, batches, stepper, scheduler, precision)
-            if sparse and shape == MNIST[0]:
-                stepper.at_end_of_epoch()
-
-        return run
-
-    kinds = {
-        "minimal loop, dense": minimal_epoch(name, split, mean, std, precision),
-        "main.py, dense": epoch_of_main(sparse=False),
-        "main.py, sparse": epoch_of_main(sparse=True),
-    }
-    seconds = common.alternate(kinds, args.rounds, device=args.device)
-    common.show(name, seconds)
+    """Return a row: the images per second of one network, trained in each way."""
+    data, count = EPOCHS[name]
+    count = 1_000 if args.quick else count
+    rates = {kind: [] for kind in KINDS}
+    with tempfile.TemporaryDirectory() as place:
+        files = Path(place) / "data"
+        (write_mnist if data == "mnist" else write_cifar)(files, count * 10 // 9)
+        command = [sys.executable, MAIN, "--data", data, "--data-dir", files, "--model", name, "--epochs", "1"]
+        command += ["--max-threads", str(args.threads), "--run-dir"]
+        for number in range(args.rounds):
+            for kind, flags in KINDS.items():
+                run = Path(place) / f"{kind}-{number}"
+                rates[kind].append(train([*command, run, *flags], run))
+    seconds = {kind: [1 / rate for rate in values] for kind, values in rates.items()}
     row = {
         "model": name,
         "images": count,
-        "batch": BATCH,
         "density": DENSITY,
-        "seconds": {kind: common.summary(values) for kind, values in seconds.items()},
-        "images per second": {kind: count / common.summary(values)["median"] for kind, values in seconds.items()},
-        "main.py dense / minimal": common.ratio(seconds["main.py, dense"], seconds["minimal loop, dense"]),
-        "main.py sparse / minimal": common.ratio(seconds["main.py, sparse"], seconds["minimal loop, dense"]),
-        "main.py sparse / dense": common.ratio(seconds["main.py, sparse"], seconds["main.py, dense"]),
+        "images per second": {kind: 1 / common.summary(values)["median"] for kind, values in seconds.items()},
+        "masked / sparse kernels": common.ratio(seconds["masked"], seconds["sparse kernels"]),
+        "dense / sparse kernels": common.ratio(seconds["dense"], seconds["sparse kernels"]),
+        "ranges": {kind: [min(values), max(values)] for kind, values in rates.items()},
     }
     for kind, rate in row["images per second"].items():
-        logging.info("%-32s %-28s %9.0f images/s", name, kind, rate)
+        logging.info("%-12s %-16s %9.0f images/s", name, kind, rate)
     common.log_ratios(name, row)
     return row
 
 
-def sgd(model):
-    """Return the optimizer of main.py."""
-    return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
+def train(command, place):
+    """Run main.py; return the images per second of its epoch."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    subprocess.run(list(map(str, command)), check=True, env=environment, capture_output=True)
+    (folder,) = place.iterdir()
+    epoch = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    return epoch["images_per_second"]
 
 
-def minimal_epoch(name, split, mean, std, precision):
-    """Return an epoch of a loop written for one network."""
-    model = common.build(name, split.images.device)
-    optimizer = sgd(model)
-    mean, std = (torch.tensor(values, device=split.images.device).view(-1, 1, 1) for values in (mean, std))
-    images, labels = (split.images / 255 - mean) / std, split.labels
+def write_mnist(place, count):
+    """Write random images in MNIST's format: `count` for training, 100 for the test."""
+    place.mkdir()
+    random = np.random.default_rng(0)
+    for name in MNIST_FILES:
+        number = count if name.startswith("train") else 100
+        shape, values = ((number, 28, 28), 256) if "images" in name else ((number,), 10)
+        header = bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape)
+        content = header + random.integers(0, values, shape, dtype=np.uint8).tobytes()
+        (place / f"{name}.gz").write_bytes(gzip.compress(content))
 
-    def run():
-        model.train()
-        for part in torch.randperm(len(labels), device=labels.device).split(BATCH):
-            optimizer.zero_grad()
-            with precision.autocast():
-                loss = F.nll_loss(model(images[part]).float(), labels[part])
-            loss.backward()
-            optimizer.step()
 
-    return run
+def write_cifar(place, count):
+    """Write random images in CIFAR-10's binary format: `count` in five files for training, a fifth for the test."""
+    folder = place / "cifar-10-batches-bin"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name in CIFAR_FILES:
+        records = random.integers(0, 256, (count // 5, 3073), dtype=np.uint8)
+        records[:, 0] %= 10
+        (folder / f"{name}.bin").write_bytes(records.tobytes())
 
 
 if __name__ == "__main__":

@@ -176,6 +176,7 @@ def run(args):
                         shown = dict(report=report, report_every=args.log_interval)
                         settings = dict(l1=args.l1, progress=progress, after_step=after_step, **shown)
                         loss = train_epoch(network, batches, masking or optimizer, scheduler, precision, **settings)
+                    training_seconds = progress.seconds
                     results = dict(train_loss=loss)
                     if data.valid is not None:
                         valid = evaluate(model, in_order(data.valid, watch), precision)
@@ -184,6 +185,7 @@ def run(args):
                     record = session.record_of(epoch, steps_per_epoch, results, lr, flops, masking, weights)
                     if masking is not None and epoch < args.epochs:
                         masking.at_end_of_epoch()
+                record |= dict(images_per_second=progress.steps * args.batch_size / training_seconds)
                 folder.add(**record, seconds=progress.seconds)
                 logger.info(folder.line())
                 checkpoints.after_epoch(epoch)

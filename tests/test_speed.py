@@ -35,7 +35,7 @@ def synchronisations(benchmark):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
-@pytest.mark.parametrize("name", ["step", "update", "epoch", "scaling"])
+@pytest.mark.parametrize("name", ["step", "update", "loop", "epoch", "scaling"])
 def test_benchmarks_run(benchmark, name, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", [name, "--quick", "--threads", "1", "--output", str(tmp_path / "report.json")])
     benchmark(name).main()
