@@ -53,13 +53,19 @@ class Updates:
         return self.first <= step and (self.last is None or step < self.last)
 
     def ahead(self, step: int) -> tuple[float, bool]:
-        """Return the steps until the next update that a step triggers (inf if none), and whether steps trigger all."""
+        """Return the steps until the next update that a step triggers (inf if none), and whether steps trigger all.
+
+        >>> updates = Updates(every=100, first=150, last=250)
+        >>> updates.ahead(10), updates.ahead(200), updates.ahead(250)
+        ((190, True), (50, True), (inf, True))
+        """
         left = [math.inf]
         if self.every:
-            left.append(self.every - step % self.every)
+            coming = (max(step + 1, self.first) + self.every - 1) // self.every * self.every
+            left += [coming - step] if self._is_open(coming) else []
         if self.last is not None and step < self.last:
             left.append(self.last - step)
-        return min(left), self.every > 0
+        return min(left), self.every > 0 or (self.last is not None and step >= self.last)
 
     def density_at(self, step: int) -> float | None:
         """Return the density that an update after this step leaves; None if it stays as it is.

@@ -201,8 +201,8 @@ def test_the_schedule_arrives_at_the_last_update():
     [
         (Updates(every=3), [(3, True), (2, True), (1, True), (3, True)]),
         (Updates(every=1), [(1, True)] * 4),
-        (Updates(last=2), [(2, False), (1, False), (math.inf, False), (math.inf, False)]),
-        (Updates(every=3, last=2), [(2, True), (1, True), (1, True), (3, True)]),
+        (Updates(last=2), [(2, False), (1, False), (math.inf, True), (math.inf, True)]),
+        (Updates(every=3, last=2), [(2, True), (1, True), (math.inf, True), (math.inf, True)]),
         (Updates(), [(math.inf, False)] * 4),
     ],
 )

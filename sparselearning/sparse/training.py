@@ -58,6 +58,7 @@ class SparseTraining(Zeros):
         self.reasons: dict[str, str] = {}  # why other layers stay masked, by name
         self.versions: dict[str, int] = {}  # of the mask that a layer's values follow
         self.since_update = 0
+        self.ahead: Ahead = (0.0, False)
         self.interval: int | None = None  # steps between the last two updates
         self.carry = True
 
@@ -108,6 +109,7 @@ class SparseTraining(Zeros):
             self.trained[layer.name] = owner
             optimizer_state.exchange(self.optimizer, layer.weight, owner.value)
         self.roots.append(module)
+        self.ahead = ahead
         keep_order(module)
         self.tell(layers)
 
@@ -158,7 +160,7 @@ class SparseTraining(Zeros):
         Masks, weights and optimizer state come from the same checkpoint, and belong together already.
         """
         self.carry = False
-        self.since_update, self.interval = state.get("since_update", 0), state.get("interval")
+        self.since_update, self.interval = state.get("since_update", 0), state.get("interval", self.interval)
         for name, module in self.trained.items():
             module.observed.load_state_dict(state.get("layers", {}).get(name, {}), module.dense.device)
 
@@ -221,7 +223,7 @@ class SparseTraining(Zeros):
         """Count a step; decide whether the next one observes dense gradients; see `observes`."""
         if not self.trained:
             return
-        self.since_update += 1
+        self.since_update, self.ahead = self.since_update + 1, ahead
         observing = self.observes(*ahead)
         for module in self.trained.values():
             module.observed.take(module.position)  # a closure's, which came after `before_step`
@@ -240,13 +242,22 @@ class SparseTraining(Zeros):
             return left <= self.window
         if self.interval is None:
             return self.since_update % EVERY == 0
-        return self.since_update >= self.interval - WINDOW
+        return self.since_update % self.interval >= self.interval - WINDOW
+
+    def expect(self, steps: int) -> None:
+        """Note that an update ends every so many steps: only the last `WINDOW` before it need observe gradients.
+
+        Without this, the first update may come at any time, and every tenth step before it is observed.
+        """
+        self.interval = max(steps, 1)
+        for module in self.trained.values():
+            module.observed.observing = self.observes(*self.ahead)
 
     def updated(self, ahead: Ahead) -> None:
         """End an update of the masks: forget the gradients that were observed for it."""
         if not self.trained:
             return
-        self.interval, self.since_update = self.since_update, 0
+        self.interval, self.since_update, self.ahead = self.since_update, 0, ahead
         for module in self.trained.values():
             module.observed.forget()
             module.observed.observing = self.observes(*ahead)

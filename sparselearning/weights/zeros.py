@@ -79,6 +79,9 @@ class Zeros:
         """Follow masks that have moved; `before` is what they were."""
         start_regrown(layers, before, self.optimizer, self.regrown, self.reset_state)
 
+    def expect(self, steps: int) -> None:
+        """Note that an update of the masks ends every so many steps, as at the end of epochs."""
+
     def updated(self, ahead: Ahead) -> None:
         """End an update of the masks."""
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from sparselearning import invariants
 from sparselearning.core import CosineDecay, Masking
+from sparselearning.schedules import Updates
 from sparselearning.sparse import available, convert, to_dense
 from sparselearning.sparse.observed import ObservedGradient
 from sparselearning.sparse.trained import TrainedConv2d, TrainedLinear, trained_to_dense
@@ -144,6 +145,27 @@ def test_dense_gradients_are_taken_just_before_updates_only():
     observed.clear()
     train(model, stepper, masking, 30)
     assert observed == [False] * (30 - WINDOW) + [True] * WINDOW
+
+
+def test_where_an_epoch_is_known_only_its_last_steps_are_observed():
+    model, stepper, masking = masked("sparse")
+    masking.held.expect(50)
+    observed = []
+    model[0].register_forward_hook(lambda module, *_: observed.append(module.observed.observing))
+    train(model, stepper, masking, 100)  # no update comes after the first 50
+    assert observed == ([False] * (50 - WINDOW) + [True] * WINDOW) * 2
+
+
+@pytest.mark.parametrize("updates", [Updates(every=30, last=60), Updates(last=60)])
+def test_after_the_last_update_no_dense_gradient_is_observed(updates):
+    model, stepper, masking = masked("sparse", updates=updates)
+    train(model, stepper, masking, 60)
+    observed = []
+    model[0].register_forward_hook(lambda module, *_: observed.append(module.observed.observing))
+    for _ in range(2):
+        train(model, stepper, masking, 30)
+        masking.at_end_of_epoch()
+    assert not any(observed)
 
 
 @pytest.mark.parametrize("every", [0, 1, 2, WINDOW + 1])
