@@ -37,7 +37,8 @@ def synchronisations(benchmark):
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize("name", ["step", "update", "loop", "epoch", "scaling"])
 def test_benchmarks_run(benchmark, name, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", [name, "--quick", "--threads", "1", "--output", str(tmp_path / "report.json")])
+    argv = [name, "--quick", "--rounds", "1", "--threads", "1", "--output", str(tmp_path / "report.json")]
+    monkeypatch.setattr(sys, "argv", argv)
     benchmark(name).main()
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["benchmark"] == name
