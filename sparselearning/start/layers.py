@@ -11,7 +11,7 @@ from sparselearning.patterns import pattern_of, patterns_for
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import is_sharded
 from sparselearning.start.maskable import dense_parameters, maskable_parameters, named_parameters
-from sparselearning.start.masks import Density, SparseInit, initial_masks
+from sparselearning.start.masks import Density, SparseInit, initial_masks, masks_of_nonzeros
 from sparselearning.start.names import named
 from sparselearning.start.scores import SCORES, Batches, scores_of
 
@@ -75,7 +75,8 @@ def choose(
 ) -> None:
     """Make the first weights of new layers active."""
     if sparse_init == "resume":
-        sparse_init = {name: layer.master != 0 for name, layer in new.items()}
+        weights, empty = ({name: getattr(layer, part) for name, layer in new.items()} for part in ("master", "mask"))
+        sparse_init = masks_of_nonzeros(weights, empty, density)
     elif isinstance(sparse_init, str) and sparse_init in SCORES:
         others = [name for name, _ in maskable_parameters(module) if name not in new]
         sparse_init = scores_of(sparse_init, module, batches, density, others)
