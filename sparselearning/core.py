@@ -148,7 +148,7 @@ class Masking(Layers):
                 which the first that matches a name counts (start/names.py).
             sparse_init: 'constant' (the same density everywhere), 'linear' (Erdos-Renyi), 'erdos_renyi_kernel' or a
                 function from a weight's shape to its share; scores by name, or 'snip', 'grasp', 'synflow'; masks by
-                name, or 'resume' for the nonzero weights (start/masks.py).
+                name, or 'resume': the nonzero weights, and zeros if the density asks for more (start/masks.py).
             remove_param_names: weights whose name contains one of these stay dense; a whole name means that one alone.
             sparse_embeddings: mask embeddings too.
             dense: weights that stay dense, as patterns of names; 'first' and 'last' are those of the module.

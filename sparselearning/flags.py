@@ -111,7 +111,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         help=f"which weights are active at the start: {', '.join(DISTRIBUTIONS)} divide them among layers, and draw "
         f"them at random within a layer; {', '.join(SCORES)} score the weights on one batch; mask:PATH takes the masks "
         "of a checkpoint, or of a dict from names to bool tensors; resume takes the nonzeros of the checkpoint given "
-        "to --resume"),
+        "to --resume, and zeros at random where the density asks for more"),
     "prune": dict(also=["--death"], help="which weights are pruned"),
     "redistribution": dict(help="which layers receive the pruned weights"),
     "growth": dict(help="which weights grow"),

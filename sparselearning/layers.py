@@ -194,7 +194,9 @@ class Layers:
         Raises:
             KeyError: if no masked weight has this name.
         """
-        names = {canonical_name(name), f"{canonical_name(name)}.weight"}
+        names = {name, f"{name}.weight"}
+        if names.isdisjoint(self.masks):  # a name under a wrapper
+            names = {canonical_name(name), f"{canonical_name(name)}.weight"}
         if names.isdisjoint(self.masks):
             raise KeyError(f"No masked weight is called {name!r}. There are {', '.join(self.masks)}.")
         self._remove([layer for layer in self.layers if layer.name in names])

@@ -154,7 +154,8 @@ def test_an_empty_layer_is_harmless(redistribution_mode):
     model = mlp(20, 30, 10)
     with torch.no_grad():
         model.fc1.weight.zero_()
-    masking = masked(model, sparse_init="resume", redistribution_mode=redistribution_mode)
+    nonzeros = {f"{name}.weight": getattr(model, name).weight != 0 for name in ("fc1", "fc2")}
+    masking = masked(model, sparse_init=nonzeros, redistribution_mode=redistribution_mode)
     assert masking.name2nonzeros == {"fc1.weight": 0, "fc2.weight": 300}
     train(model, masking)
     masking.at_end_of_epoch()

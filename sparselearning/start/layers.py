@@ -10,8 +10,8 @@ from sparselearning.layers import SparseLayer
 from sparselearning.patterns import pattern_of, patterns_for
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import is_sharded
-from sparselearning.start.maskable import canonical_name, dense_parameters, maskable_parameters
-from sparselearning.start.masks import Density, SparseInit, initial_masks
+from sparselearning.start.maskable import dense_parameters, maskable_parameters, named_parameters
+from sparselearning.start.masks import Density, SparseInit, initial_masks, masks_of_nonzeros
 from sparselearning.start.names import named
 from sparselearning.start.scores import SCORES, Batches, scores_of
 
@@ -60,8 +60,7 @@ def new_layers(
             f"{type(masking.optimizer).__name__} steps no weight of {type(module).__name__} that could be masked "
             "and is not yet. Build the optimizer from the module's parameters, and add the module once."
         )
-    order = [canonical_name(name) for name, _ in module.named_parameters()]
-    kept = {name: kept[name] for name in order if name in kept}
+    kept = {name: kept[name] for name, _ in named_parameters(module) if name in kept}
     for name, kind in patterns_for(pattern, {name: layer.mask.shape for name, layer in layers.items()}).items():
         layers[name].pattern = kind
     return layers, kept
@@ -76,7 +75,8 @@ def choose(
 ) -> None:
     """Make the first weights of new layers active."""
     if sparse_init == "resume":
-        sparse_init = {name: layer.master != 0 for name, layer in new.items()}
+        weights, empty = ({name: getattr(layer, part) for name, layer in new.items()} for part in ("master", "mask"))
+        sparse_init = masks_of_nonzeros(weights, empty, density)
     elif isinstance(sparse_init, str) and sparse_init in SCORES:
         others = [name for name, _ in maskable_parameters(module) if name not in new]
         sparse_init = scores_of(sparse_init, module, batches, density, others)

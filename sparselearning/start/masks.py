@@ -1,5 +1,6 @@
 """The masks at the start of training."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -8,8 +9,8 @@ from torch import Tensor
 
 from sparselearning.patterns import UNSTRUCTURED, of_fan_in, pattern_of, with_pattern, without_pattern
 from sparselearning.processes.sharded import count_active, fetch, placed_like, uniform_like
-from sparselearning.selection import add_highest, add_highest_jointly
-from sparselearning.start.distributions import DISTRIBUTIONS, Distribution, divide
+from sparselearning.selection import add_highest, add_highest_jointly, apportion
+from sparselearning.start.distributions import DISTRIBUTIONS, Distribution, divide, none_empty
 from sparselearning.start.names import by_density
 
 Density = float | Mapping[str, float]
@@ -60,6 +61,62 @@ def initial_masks(empty: Mapping[str, Tensor], density: Density, sparse_init: Sp
             score = uniform_like(mask) if scores is None else scores[i]
             masks[name] = with_pattern(add_highest(score, at_first, counts[i]), pattern)
     return masks
+
+
+def masks_of_nonzeros(
+    weights: Mapping[str, Tensor], empty: Mapping[str, Tensor], density: Density
+) -> dict[str, Tensor]:
+    """Return {name: mask} in which the nonzero weights are active, and zeros where the density asks for more.
+
+    A weight that has just grown is zero until a step trains it, so that a model which was saved right after an update
+    has fewer nonzero weights than active ones. The missing places are divided among layers in proportion to their
+    nonzero weights and drawn at random; a layer without any gets one. Where more weights are nonzero than the density
+    asks for, all stay active. Both are said in a warning with the counts. Neurons that a pattern removed stay removed.
+
+    Raises:
+        ValueError: for densities that do not fit the names (see `names.by_density`).
+    """
+    nonzero = {name: weight.detach() != 0 for name, weight in weights.items()}
+    found = dict(zip(nonzero, map(int, fetch([count_active(mask) for mask in nonzero.values()])), strict=True))
+    masks = {}
+    for part, names in by_density(list(weights), density):
+        counts, patterns = [found[name] for name in names], [pattern_of(empty[name]) for name in names]
+        size = sum(empty[name].numel() for name in names)
+        room = [
+            0 if pattern.ablation else max(pattern.capacity(empty[name].shape) - found[name], 0)
+            for pattern, name in zip(patterns, names, strict=True)
+        ]
+        lacking = max(round(part * size) - sum(counts), counts.count(0))
+        more = apportion(min(lacking, sum(room)), counts, room)
+        more = none_empty(more, [int(count == 0 < free) for count, free in zip(counts, room, strict=True)], counts)
+        _tell(sum(counts), size, round(part * size), part, sum(more))
+        for name, pattern, number in zip(names, patterns, more, strict=True):
+            masks[name] = _filled(nonzero[name], pattern, number)
+    return masks
+
+
+def _filled(mask, pattern, number):
+    """Return the mask with about `number` more entries, drawn at random: as many as its pattern lets it grow by."""
+    if not number:
+        return mask
+    step, count = pattern.step(mask.shape), int(mask.sum())
+    target = max(round((count + number) / step), -(-count // step)) * step
+    whole = with_pattern(mask, of_fan_in(pattern, mask.shape, target))
+    return without_pattern(add_highest(uniform_like(mask), whole, target - count))
+
+
+def _tell(nonzero, size, asked, density, added):
+    if nonzero == asked and not added:
+        return
+    counts = f"{nonzero} of {size} weights are not zero, and a density of {density} asks for {asked}"
+    if not added:
+        counts += ": all of them stay active"
+    else:
+        counts += (
+            f": {added} zeros, drawn at random, become active too. Weights that grew right before a model was saved "
+            "are still zero; where its masks were saved, start from them: sparse_init=load_masks(path), or mask:PATH"
+        )
+    warnings.warn(f"{counts}. The nonzero weights alone have the density {nonzero / size!r}.", stacklevel=5)
 
 
 def _counts(total, shares, group):

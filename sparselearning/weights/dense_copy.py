@@ -27,7 +27,7 @@ from sparselearning.patterns import without_pattern
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import is_sharded
 from sparselearning.selection import add_highest
-from sparselearning.weights.regrowth import gradient_scale
+from sparselearning.weights.regrowth import gradient_scale, gradient_signs
 from sparselearning.weights.zeros import Ahead, Layers, Zeros
 
 
@@ -86,6 +86,7 @@ class DenseCopy(Zeros):
         super().before_step(layers, closure)
         groups = self.optimizer.param_groups
         decay = {id(weight): group.get("weight_decay", 0) for group in groups for weight in group["params"]}
+        signs = gradient_signs(self.optimizer)
         for layer in layers:
             weight, dense, gradient = layer.master, layer.memory["dense"], layer.master.grad
             weight.copy_(dense)
@@ -93,7 +94,7 @@ class DenseCopy(Zeros):
                 continue
             trained = layer.memory["trained"]
             zero_inactive([gradient], [trained])
-            factor = decay[id(weight)] * (1 / max(layer.density, 1e-12) - 1)
+            factor = signs[id(weight)] * decay[id(weight)] * (1 / max(layer.density, 1e-12) - 1)
             if factor:
                 gradient.add_(dense * (trained & ~layer.mask) * (factor * gradient_scale(self.optimizer)))
 

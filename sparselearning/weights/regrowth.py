@@ -53,9 +53,22 @@ def start_regrown(
 
 def pull_to_zero(weights: Sequence[Tensor], strength: float, optimizer: torch.optim.Optimizer) -> None:
     """Add `strength` * sign(weight) to the gradients of weights, as an L1 term in the loss would."""
+    signs = gradient_signs(optimizer)
     for weight in weights:
         if weight.grad is not None:
-            weight.grad.add_(weight.sign() * (strength * gradient_scale(optimizer)))
+            weight.grad.add_(weight.sign() * (strength * signs.get(id(weight), 1.0) * gradient_scale(optimizer)))
+
+
+def gradient_signs(optimizer: torch.optim.Optimizer) -> dict[int, float]:
+    """Return by the id of each weight what turns a term of a loss to minimise into one of the optimizer's gradients.
+
+    It is -1 in groups with `maximize=True`, whose gradients the optimizer negates before it adds its weight decay.
+    """
+    return {
+        id(weight): -1.0 if group.get("maximize") else 1.0
+        for group in optimizer.param_groups
+        for weight in group["params"]
+    }
 
 
 def gradient_scale(optimizer: torch.optim.Optimizer) -> Tensor | float:

@@ -215,6 +215,7 @@ def test_layers_have_densities_of_their_own(run):
     assert densities == {"fc1.weight": 4704 / 235200, "fc2.weight": 1500 / 30000}
 
 
+@pytest.mark.filterwarnings("ignore:.* weights are not zero")
 def test_a_run_that_began_from_a_checkpoint_goes_on(run, interrupt, tmp_path):
     save_release_1_0(tmp_path / "old.pt")
     argv = ("--sparse-init", "resume", "--resume", tmp_path / "old.pt")
@@ -453,10 +454,18 @@ def save_release_1_0(path, density=0.1):
 
 def test_nonzeros_of_a_checkpoint_of_release_1_0_are_the_masks(run, tmp_path):
     weights = save_release_1_0(tmp_path / "old.pt")
-    folder = run("--sparse-init", "resume", "--resume", tmp_path / "old.pt")
+    with pytest.warns(UserWarning, match="all of them stay active"):
+        folder = run("--sparse-init", "resume", "--resume", tmp_path / "old.pt")
     nonzeros = sum(int(weight.count_nonzero()) for name, weight in weights.items() if "weight" in name)
     assert active_weights(folder) == [nonzeros] * 3
     assert [record.get("epoch") for record in metrics_of(folder)] == [1, 2, 3, None]
+
+
+def test_the_weights_of_a_checkpoint_after_an_update_are_filled_up(run):
+    first = run(place="first")  # the masks moved after the second epoch, that of checkpoint.1.pt
+    with pytest.warns(UserWarning, match=r"of 266200 weights are not zero, and a density of 0\.05 asks for 13310: "):
+        folder = run("--sparse-init", "resume", "--resume", first / "checkpoint.1.pt")
+    assert active_weights(folder) == [13_310] * 3
 
 
 def test_nonzeros_of_a_saved_model_are_the_masks(run, tmp_path):

@@ -6,6 +6,7 @@ from helpers import assert_masks_hold, masked, mlp, sgd, train
 from torch import nn
 
 from sparselearning import Masking
+from sparselearning.flops import forward_flops
 
 
 @pytest.mark.parametrize("names", [["fc2"], ("fc2.weight",), "fc2"])
@@ -82,3 +83,36 @@ def test_names_survive_wrappers():
     assert list(masking.masks) == ["fc1.weight", "fc2.weight"]
     masking.remove_weight("module._orig_mod.fc1.weight")
     assert list(masking.masks) == ["fc2.weight"]
+
+
+class Beside(nn.Module):
+    """A part called `module`, as wrappers call what they hold, beside another of the same inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = mlp(20, 30)
+        self.fc1 = nn.Linear(30, 10)
+
+    def forward(self, x):
+        return self.fc1(self.module(x))
+
+
+def compiled_beside():
+    """The same with a part called as torch.compile calls what it holds."""
+    model = nn.Module()
+    model._orig_mod, model.fc1 = mlp(20, 30), nn.Linear(30, 10)
+    return model
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel, torch.compile], ids=["", "DP", "compiled"])
+def test_two_weights_whose_names_differ_by_a_prefix_are_both_masked(wrap):
+    model = wrap(Beside())
+    masking = masked(model)
+    assert masking.name2nonzeros == {"module.fc1.weight": 120, "fc1.weight": 60}
+    assert forward_flops(model, torch.zeros(1, 20)).of_weights == {"module.fc1.weight": 1200, "fc1.weight": 600}
+    masking.remove_weight("module.fc1")
+    assert list(masking.masks) == ["fc1.weight"]
+
+
+def test_names_that_differ_by_the_prefix_of_a_compiled_part_are_both_masked():
+    assert masked(compiled_beside()).name2nonzeros == {"_orig_mod.fc1.weight": 120, "fc1.weight": 60}

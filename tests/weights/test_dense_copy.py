@@ -40,6 +40,14 @@ def test_inactive_weights_keep_their_values_and_train():
     masking.check()
 
 
+def test_the_exploration_term_decays_weights_where_the_optimizer_maximises():
+    layer, masking = kept([[4.0, 0.5, 2.0, 1.0]], [[T, F, F, F]], "kept")
+    masking.optimizer.param_groups[0]["maximize"] = True
+    layer.weight.grad = torch.tensor([[-1.0, -9.0, 4.0, -9.0]])
+    masking.step()
+    assert masking.memory["weight"]["dense"][0].tolist() == pytest.approx([4 - 1 - 0.4, 0.5, 2 + 4 - 0.8, 1.0])
+
+
 def test_soft_weights_are_smaller_by_the_largest_inactive_one():
     layer, masking = kept([[4.0, -3.0, 2.0, 1.0]], [[T, T, F, F]], "soft")
     assert layer.weight.tolist() == [[2, -1, 0, 0]]

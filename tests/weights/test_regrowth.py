@@ -127,6 +127,19 @@ def test_a_pull_is_an_l1_term():
         torch.testing.assert_close(one, other)
 
 
+def test_a_pull_is_to_zero_where_an_optimizer_maximises():
+    """Groups say so each for itself; the objective is constant, so that nothing but the pull moves the weights."""
+    model = mlp(5, 4, 3)
+    first = dict(params=list(model.fc1.parameters()), maximize=True)
+    optimizer = torch.optim.SGD([first, dict(params=list(model.fc2.parameters()))], lr=0.1)
+    masked(model, optimizer, density=1.0, growth_mode="random", redistribution_mode="none", weights=Zeros(pull=0.1))
+    before = [layer.weight.detach().clone() for layer in (model.fc1, model.fc2)]
+    (0 * model(batch_for(model))).sum().backward()
+    optimizer.step()
+    for layer, old in zip((model.fc1, model.fc2), before, strict=True):
+        torch.testing.assert_close(layer.weight, old - 0.01 * old.sign())
+
+
 def test_the_pull_is_as_strong_under_a_gradient_scaler():
     weights = []
     for scale in (1.0, 8.0):
