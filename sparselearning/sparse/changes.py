@@ -87,9 +87,12 @@ def apply(choices: list[Choice]) -> None:
 def make(holder: nn.Module, changes: list[Change], verifier: Verifier) -> list[str]:
     """Make the changes with which the model computes the same, and note in the reports which are not made."""
 
+    reasons = []
+
     def differs(choices: list[Choice]) -> str:
         with Applied(choices):
-            return verifier.difference(holder)
+            reasons.append(verifier.difference(holder))
+        return reasons[-1]
 
     for way in range(max((len(change.ways) for change in changes), default=0)):
         choices = [Choice(change, min(way, len(change.ways) - 1)) for change in changes]
@@ -98,7 +101,7 @@ def make(holder: nn.Module, changes: list[Change], verifier: Verifier) -> list[s
             accepted, rejected = found
             apply(accepted)
             return noted(changes, accepted, {choice.change: why for choice, why in rejected.items()})
-    return noted(changes, [], {change: "too many changes make the outputs differ" for change in changes})
+    return noted(changes, [], dict.fromkeys(changes, f"too many changes do: {reasons[0]}")) if reasons else []
 
 
 def noted(changes: list[Change], accepted: list[Choice], rejected: dict[Change, str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +18,7 @@ from sparselearning.sparse.trees import DATA, Arguments, arguments_of, copied, f
 
 Item = TypeVar("Item")
 LIMIT = 1 << 22  # numbers in the images of a third input
-MOST_RUNS = 32  # checks of one search
+MOST_RUNS = 64  # checks of one search
 FEW = 1000  # one of so many integers may differ: the other side of a tie
 
 
@@ -191,22 +192,29 @@ def keep_what_works(
     """
     accepted: list[Item] = []
     rejected: dict[Item, str] = {}
-    groups = [list(items)] if items else []
+    groups: list[tuple[list[Item], list[Item]]] = [(list(items), [])] if items else []  # each with its left half
     runs = 0
     while groups:
-        group = groups.pop()
+        group, left = groups.pop()
+        half = len(group) // 2
+        if half and left and set(left) <= set(accepted):  # then the fault lies here
+            groups += [(group[half:], group[:half]), (group[:half], [])]
+            continue
         if runs >= most_runs:
             return None
         runs += 1
         why = differs([*accepted, *group])
         if not why:
             accepted += group
-        elif len(group) > 1:
-            groups += [group[len(group) // 2 :], group[: len(group) // 2]]
+        elif half:
+            groups += [(group[half:], group[:half]), (group[:half], [])]
         else:
             rejected[group[0]] = why
-            for other in alternatives(group[0]) if alternatives else ():
-                if not differs([*accepted, other]):
-                    accepted.append(other)
-                    break
+            others = alternatives(group[0]) if alternatives else ()
+            accepted += first(other for other in others if not differs([*accepted, other]))
     return accepted, rejected
+
+
+def first(items: Iterable[Item]) -> list[Item]:
+    """Return the first item, or none."""
+    return list(itertools.islice(items, 1))

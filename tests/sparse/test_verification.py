@@ -99,8 +99,8 @@ def test_the_search_ends_where_every_layer_is_wrong(monkeypatch):
     runs = runs_of(model)
     converted, report = convert(model, torch.randn(3, 8))
     assert not any(layer.replaced for layer in report.layers)
-    assert "too many changes" in report.layers[1].note
-    assert len(runs) < 200
+    assert "too many changes do: on the example output differs by" in report.layers[1].note
+    assert len(runs) < 300
     assert not outputs_differ(model, converted, torch.randn(3, 8))
 
 
