@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
@@ -72,9 +72,11 @@ def own_copy(model: nn.Module) -> nn.Module:
     """Return a copy of the caller's model, in eval mode; nothing of it is the caller's.
 
     Raises:
-        TypeError: if the model cannot be copied.
+        TypeError: if it is no model, or cannot be copied.
         ValueError: if lazy modules have no weights yet.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected a model, an nn.Module, got a {type(model).__name__}. Pass the model itself.")
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     lazy = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if is_lazy(tensor)]
     if lazy:
@@ -86,6 +88,10 @@ def own_copy(model: nn.Module) -> nn.Module:
             f"Expected a model whose copy is a new one, got a __deepcopy__ that returns the same module "
             f"({shared[0] or type(model).__name__}). Let it return a copy."
         )
+    for module in list(own.modules()):
+        for name, part in module.named_children():
+            if hasattr(part, "_orig_mod"):
+                setattr(module, name, part._orig_mod)
     return own.eval()
 
 
@@ -132,7 +138,9 @@ def parts_of(tree: Any) -> list[tuple[str, Any]] | None:
     """Return (name, part) of a container or object; None if it shows nothing of what it holds."""
     if isinstance(tree, Mapping):
         return [(f"[{name!r}]", part) for name, part in tree.items()]
-    if isinstance(tree, list | tuple) or hasattr(tree, "maxlen"):
+    if isinstance(tree, set | frozenset):
+        return [("{}", part) for part in sorted(tree, key=repr)]
+    if isinstance(tree, Sequence):
         return [(f"[{index}]", part) for index, part in enumerate(tree)]
     if isinstance(tree, nn.Module):
         return []

@@ -14,7 +14,7 @@ def sparsify(model, density=0.05):
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 module.weight.copy_(sparse_weight(module.weight.shape, density))
-                module.weight.mul_(1 / (density * module.weight[0].numel()) ** 0.5)
+                module.weight.mul_((density * max(module.weight[:1].numel(), 1)) ** -0.5)
             elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm):
                 for tensor in (module.weight, module.bias, module.running_mean):
                     if tensor is not None:

@@ -6,6 +6,7 @@ import types
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -76,6 +77,31 @@ def a_weight_read_elsewhere():
 def a_parent_that_asks_for_the_size():
     forward = lambda self, x: self.b(self.a(x).reshape(-1, self.a.out_features) * self.a.weight.shape[0])  # noqa: E731
     return Model(forward, a=nn.Linear(8, 6), b=nn.Linear(6, 3)), torch.randn(4, 8), {"b"}
+
+
+@odd
+def a_parent_that_asks_for_the_class():
+    forward = lambda self, x: self.a(x) if isinstance(self.a, nn.Linear) else x  # noqa: E731
+    return Model(forward, a=nn.Linear(8, 6)), torch.randn(4, 8), set()
+
+
+@odd
+def a_compiled_part():
+    part = torch.compile(nn.Sequential(nn.Linear(8, 6), nn.ReLU()), backend="eager")
+    return nn.Sequential(part, nn.Linear(6, 3)), torch.randn(4, 8), {"0.0", "1"}
+
+
+@odd
+def a_range_and_a_set():
+    return layer_and_norm(lambda z, y: (z, range(3), {1, 2}, slice(None).start))
+
+
+@odd
+def layers_without_outputs_or_inputs():
+    forward = lambda self, x: torch.cat([self.a(x), self.b(x[:, :0]), self.c(x)], 1)  # noqa: E731
+    with pytest.warns(UserWarning, match="zero-element"):
+        empty = dict(a=nn.Linear(8, 0), b=nn.Linear(0, 3))
+    return Model(forward, **empty, c=nn.Linear(8, 3)), torch.randn(4, 8), {"c"}
 
 
 @odd

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import threading
 
 import pytest
 import torch
@@ -42,6 +43,7 @@ def test_converted_models_do_the_same(name):
     assert all(layer.replaced or layer.note for layer in report.layers)
     assert not sparse or report.verified.startswith("outputs equal on the example")
     assert state_of(model) == before
+    assert not torch.nn.modules.module._has_any_global_hook()
 
 
 class Broken(SparseLinear):
@@ -150,7 +152,7 @@ def test_the_callers_model_stays_untouched_when_something_raises(function, train
     model.train(training)
     model(torch.randn(4, 8)).sum().backward()
     before, state = state_of(model), copy.deepcopy(model.state_dict())
-    random_state, hooks = torch.get_rng_state(), len(torch.nn.modules.module._global_forward_hooks)
+    random_state = torch.get_rng_state()
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         function(model, torch.randn(4, 9))
     monkeypatch.setattr("sparselearning.sparse.dataflow.Dataflow.only_reader", lambda *_: 1 / 0)
@@ -158,7 +160,7 @@ def test_the_callers_model_stays_untouched_when_something_raises(function, train
         function(model, torch.randn(4, 8))
     assert state_of(model) == before
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    assert len(torch.nn.modules.module._global_forward_hooks) == hooks
+    assert not torch.nn.modules.module._has_any_global_hook()
     assert not torch.equal(random_state, torch.get_rng_state())  # of the examples drawn here
     random_state = torch.get_rng_state()
     with pytest.raises(ZeroDivisionError):
@@ -240,3 +242,40 @@ def test_compiled_models_convert_without_the_compiler():
     converted, report = convert(torch.compile(model, backend="eager"), torch.randn(4, 8))
     assert isinstance(converted, nn.Sequential)
     assert report.layers[0].replaced
+
+
+@pytest.mark.parametrize("function", [convert, remove_dead_units])
+def test_only_models_are_taken(function):
+    with pytest.raises(TypeError, match=r"Expected a model, an nn.Module, got a function"):
+        function(lambda x: x, torch.randn(4, 8))
+
+
+def test_models_of_other_threads_do_not_disturb():
+    """Hooks that see all modules see those of other threads too."""
+    other, stop = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), threading.Event()
+
+    def serve():
+        with torch.no_grad():
+            while not stop.is_set():
+                other(torch.ones(1, 4))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        for _ in range(5):
+            model = sparsify(nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)), 0.4)
+            converted, report = convert(model, torch.randn(4, 8))
+            assert [layer.replaced for layer in report.layers] == [True, True]
+            assert type(converted[1]) is nn.Identity
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_converted_model_converts_again():
+    model = sparsify(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3)), 0.4)
+    x = torch.randn(16, 3, 12, 12)
+    once, _ = convert(model, x)
+    twice, report = convert(once, x)
+    assert not outputs_differ(model, twice, x)
+    assert not report.layers
