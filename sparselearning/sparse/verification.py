@@ -55,10 +55,10 @@ class Verifier:
             hook.remove()
 
     def why_refused(self, model: nn.Module, expected: list[tuple[str, Any]]) -> str:
-        if not any(isinstance(leaf, Tensor | np.ndarray | float | int) for _, leaf in expected):
-            return "the model returns no tensors or numbers"
         if why := difference(expected, expected):
             return why
+        if not any(has_numbers(leaf) for _, leaf in expected):
+            return "the model returns no finite numbers on the example"
         if why := difference(expected, run(fresh(model), self.example)):
             return f"the model gives other outputs when it runs again ({why})"
         return ""
@@ -98,6 +98,12 @@ class Verifier:
             if why:
                 return f"on {name} {why}"
         return ""
+
+
+def has_numbers(leaf: Any) -> bool:
+    """Return whether a leaf holds a number that is neither infinite nor nan."""
+    numbers = isinstance(leaf, int | float | np.number) or (isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf")
+    return bool(torch.as_tensor(leaf).isfinite().any()) if numbers or isinstance(leaf, Tensor) else False
 
 
 def run(model: nn.Module, arguments: Arguments) -> list[tuple[str, Any]]:

@@ -112,6 +112,12 @@ def a_parent_that_asks_for_the_dtype():
 
 
 @odd
+def layers_called_by_keyword():
+    forward = lambda self, x: self.b(input=self.norm(input=self.a(input=x)))  # noqa: E731
+    return Model(forward, a=nn.Linear(8, 6), norm=nn.BatchNorm1d(6), b=nn.Linear(6, 3)), torch.randn(4, 8), set()
+
+
+@odd
 def a_norm_over_tokens():
     return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7)), torch.randn(3, 7, 5), {"0"}
 
@@ -365,7 +371,7 @@ def one_row():
 
 @odd
 def no_rows():
-    return nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6)), torch.randn(0, 8), {"0"}
+    return nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6)), torch.randn(0, 8), set()
 
 
 @odd

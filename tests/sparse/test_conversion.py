@@ -11,8 +11,10 @@ from torch import nn
 
 from sparselearning.models import build
 from sparselearning.native import library
-from sparselearning.sparse import SparseConv2d, SparseLinear, available, conversion, convert
+from sparselearning.sparse import SparseConv2d, SparseLinear, available, conversion, convert, gpu
 from sparselearning.sparse.batch_last import BatchLastMaxPool2d
+from sparselearning.sparse.changes import make
+from sparselearning.sparse.verification import Verifier
 
 needs_kernels = pytest.mark.skipif(not available(), reason="built without sparse kernels")
 
@@ -163,3 +165,23 @@ def test_patterns_compute_the_same_on_a_gpu(layout):
     converted, report = convert(linear, x, layout=layout)
     assert report.layers[0].replaced
     torch.testing.assert_close(converted(x), F.linear(x, linear.weight, linear.bias), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse BSR tensor support")
+def test_patterned_layers_are_verified(monkeypatch):
+    """What a GPU does, on a CPU: torch has products of blocks there too."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 8)).eval()
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.mul_(torch.arange(64) % 64 < 16)
+    x = torch.randn(8, 64)
+    blocks, expected = gpu.blocks, model(x)
+    wrong = [model[2].weight.detach().clone()]
+    monkeypatch.setattr(gpu, "blocks", lambda w: blocks(w * 2 if torch.equal(w, wrong[0]) else w))
+    report, changes = gpu.plan(model, "bsr")
+    make(model, changes, Verifier(model, x))
+    assert [layer.replaced for layer in report.layers] == [True, False, False]
+    assert "the model differs: on the example output differs" in report.layers[1].note
+    assert model[0].weight.layout == torch.sparse_bsr
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)

@@ -140,9 +140,11 @@ def test_outputs_that_cannot_be_compared_are_named(function):
     model = Model(lambda self, x: (x, Iterator(), iter([self.layer(x)])), layer=nn.Linear(8, 6))
     _, report = function(sparsify(model, 0.4), torch.randn(4, 8))
     assert "cannot be compared" in report.verified
-    model.function = lambda self, x: [][: self.layer(x).dim() * 0]
-    _, report = function(model, torch.randn(4, 8))
-    assert "returns no tensors or numbers" in report.verified
+    for outputs in (lambda y: [][: y.dim() * 0], lambda y: y[:0], lambda y: y * float("nan")):
+        model.function = lambda self, x, outputs=outputs: outputs(self.layer(x))
+        changed, report = function(model, torch.randn(4, 8))
+        assert "returns no finite numbers on the example" in report.verified
+        assert type(changed.layer) is nn.Linear
 
 
 @pytest.mark.parametrize("function", [convert, remove_dead_units])
