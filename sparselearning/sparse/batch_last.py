@@ -6,9 +6,13 @@ channels and images alike, so it is exact and fast on that exchanged view. A bat
 
 from __future__ import annotations
 
+import copy
+
 from torch import Tensor, nn
 
-from sparselearning.sparse.memory_order import is_turned
+from sparselearning.sparse.memory_order import is_turned, to_batch_first
+from sparselearning.sparse.modules import SparseConv2d, SparseLinear, SparseModule
+from sparselearning.sparse.ops import unobserved
 
 
 class BatchLastPool:
@@ -50,14 +54,47 @@ KEEPING = {
 }
 
 
+def keeping(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class that computes what `module` does and keeps the memory order, if there is one."""
+    if isinstance(module, nn.MaxPool2d) and module.return_indices:
+        return None
+    return KEEPING.get(type(module))
+
+
 def keep_order(model: nn.Module) -> None:
     """Make pooling and batch norms of `model` keep the memory order of their inputs; their parameters stay."""
     for module in model.modules():
-        module.__class__ = KEEPING.get(type(module), type(module))
+        module.__class__ = keeping(module) or type(module)
 
 
 def forget_order(model: nn.Module) -> None:
     """Undo `keep_order`."""
-    plain = {keeping: kind for kind, keeping in KEEPING.items()}
+    plain = {turned: kind for kind, turned in KEEPING.items()}
     for module in model.modules():
         module.__class__ = plain.get(type(module), type(module))
+
+
+class PlainOrder:
+    """A sparse layer whose output is in plain memory order, for models that call `.view()` on it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
+        return to_batch_first(y) if y.dim() in (2, 4) and unobserved(y) else y.contiguous()
+
+
+class PlainConv2d(PlainOrder, SparseConv2d):
+    """SparseConv2d with its output in plain memory order."""
+
+
+class PlainLinear(PlainOrder, SparseLinear):
+    """SparseLinear with its output in plain memory order."""
+
+
+PLAIN: dict[type, type] = {SparseConv2d: PlainConv2d, SparseLinear: PlainLinear}
+
+
+def in_plain_order(layer: SparseModule) -> SparseModule:
+    """Return a layer with the weights of `layer` whose output is in plain memory order."""
+    layer = copy.copy(layer)
+    layer.__class__ = PLAIN.get(type(layer), type(layer))
+    return layer

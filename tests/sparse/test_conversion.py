@@ -6,46 +6,22 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_sparse import sparse_weight
+from helpers_conversion import sparsify
 from torch import nn
 
 from sparselearning.models import build
 from sparselearning.native import library
-from sparselearning.sparse import SparseConv2d, SparseLinear, available, conversion, convert
+from sparselearning.sparse import SparseConv2d, SparseLinear, available, conversion, convert, gpu
 from sparselearning.sparse.batch_last import BatchLastMaxPool2d
+from sparselearning.sparse.changes import make
+from sparselearning.sparse.verification import Verifier
 
 needs_kernels = pytest.mark.skipif(not available(), reason="built without sparse kernels")
 
 
 @pytest.fixture
-def always_faster(monkeypatch):
-    """Pretend that every sparse layer and every converted model is faster, whatever the machine is busy with."""
-
-    def compare(choices, seconds=0.0):
-        for call in choices:
-            call()
-        return [2.0, 1.0, *[2.0 for _ in choices[2:]]]
-
-    monkeypatch.setattr(conversion, "compare", compare)
-
-
-@pytest.fixture
 def never_faster(monkeypatch):
     monkeypatch.setattr(conversion, "compare", lambda choices, seconds=0.0: [1.0, *[2.0 for _ in choices[1:]]])
-
-
-def sparsify(model, density=0.05):
-    """Zero most weights and give batch norms statistics of their own."""
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                module.weight.copy_(sparse_weight(module.weight.shape, density))
-                module.weight.mul_(1 / (density * module.weight[0].numel()) ** 0.5)
-            elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-                for tensor in (module.running_mean, module.weight, module.bias):
-                    tensor.uniform_(-0.5, 1)
-                module.running_var.uniform_(0.5, 2)
-    return model.eval()
 
 
 class Residual(nn.Module):
@@ -98,10 +74,11 @@ def test_a_layer_read_twice_keeps_its_norm_apart(batch):
 @needs_kernels
 @pytest.mark.usefixtures("always_faster")
 def test_norm_and_relu_are_folded_into_the_layer():
-    model = sparsify(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2)), 0.3)
-    x = torch.randn(16, 3, 8, 8)
+    before = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+    model = sparsify(nn.Sequential(*before, nn.Conv2d(8, 4, 3), nn.Flatten()), 0.3)
+    x = torch.randn(16, 3, 10, 10)
     converted, _ = convert(model, x)
-    assert [type(module) for module in converted] == [SparseConv2d, nn.Identity, nn.Identity, BatchLastMaxPool2d]
+    assert [type(module) for module in converted[:4]] == [SparseConv2d, nn.Identity, nn.Identity, BatchLastMaxPool2d]
     torch.testing.assert_close(converted(x), model(x), atol=1e-5, rtol=1e-5)
 
 
@@ -188,3 +165,23 @@ def test_patterns_compute_the_same_on_a_gpu(layout):
     converted, report = convert(linear, x, layout=layout)
     assert report.layers[0].replaced
     torch.testing.assert_close(converted(x), F.linear(x, linear.weight, linear.bias), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse BSR tensor support")
+def test_patterned_layers_are_verified(monkeypatch):
+    """What a GPU does, on a CPU: torch has products of blocks there too."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 8)).eval()
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.mul_(torch.arange(64) % 64 < 16)
+    x = torch.randn(8, 64)
+    blocks, expected = gpu.blocks, model(x)
+    wrong = [model[2].weight.detach().clone()]
+    monkeypatch.setattr(gpu, "blocks", lambda w: blocks(w * 2 if torch.equal(w, wrong[0]) else w))
+    report, changes = gpu.plan(model, "bsr")
+    make(model, changes, Verifier(model, x))
+    assert [layer.replaced for layer in report.layers] == [True, False, False]
+    assert "the model differs: on the example output differs" in report.layers[1].note
+    assert model[0].weight.layout == torch.sparse_bsr
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from helpers_conversion import cut_units, outputs_differ, sparsify
 from helpers_sparse import sparse_weight
+from odd_models import ODD
 from torch import nn
 
 from sparselearning.models import build
@@ -114,3 +116,93 @@ def test_a_channel_that_a_sum_reads_stays():
     model = Residual()
     nn.init.zeros_(model.second.weight)
     assert remove_dead_units(model, torch.randn(2, 4))[1] == {}
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested|torch.jit|weight_norm):")
+@pytest.mark.parametrize("name", ODD)
+def test_smaller_models_do_the_same(name):
+    model, example, _ = ODD[name]()
+    cut_units(sparsify(model, 0.8))
+    small, removed = remove_dead_units(model, example)
+    assert not outputs_differ(model, small, example)
+    assert removed.verified.startswith("outputs equal on the example" if removed else "not verified")
+    assert not removed.notes
+
+
+def constant_channel(pool, size=9, padding=0):
+    """A convolution whose first channel is the constant 1 and second 0, before a pooling and another convolution."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), pool, nn.Conv2d(4, 3, 2, padding=padding))
+    with torch.no_grad():
+        model[0].weight[:2] = 0
+        model[0].bias[:2] = torch.tensor([1.0, 0.0])
+    return model, torch.randn(2, 2, size, size)
+
+
+@pytest.mark.parametrize(
+    ("pool", "count"),
+    [
+        (nn.AvgPool2d(2), 2),
+        (nn.AvgPool2d(2, ceil_mode=True), 2),
+        (nn.AvgPool2d((3, 2), divisor_override=2), 2),
+        (nn.AvgPool2d(2, ceil_mode=True, divisor_override=3), 1),  # windows at the border hold fewer pixels
+        (nn.AvgPool2d(3, padding=1), 1),  # and the zeros of the padding count
+        (nn.AvgPool2d(3, padding=1, count_include_pad=False), 2),
+        (nn.AvgPool2d(3, padding=1, count_include_pad=False, ceil_mode=True), 2),
+        (nn.MaxPool2d(3, padding=1, ceil_mode=True), 2),
+        (nn.AdaptiveAvgPool2d(4), 2),
+        (nn.AdaptiveMaxPool2d(4), 2),
+        (nn.LPPool2d(2, 2), 0),
+    ],
+)
+def test_constants_go_through_pooling(pool, count):
+    model, x = constant_channel(pool)
+    small, removed = remove_dead_units(model, x)
+    assert sum(removed.values()) == count
+    assert not removed.notes
+    assert_same_outputs(model, small, torch.randn(2, 2, 9, 9))
+
+
+def test_constants_go_through_a_norm_over_flattened_pixels():
+    parts = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(4 * 36), nn.Linear(4 * 36, 5)
+    model = sparsify(nn.Sequential(*parts), 0.5)
+    with torch.no_grad():
+        model[0].weight[2] = 0
+        model[0].bias[2] = 1
+    small, removed = remove_dead_units(model, torch.randn(2, 1, 8, 8))
+    assert removed == {"0": 1}
+    assert small[3].num_features == 3 * 36
+    assert_same_outputs(model, small, torch.randn(2, 1, 8, 8))
+
+
+def test_features_of_tokens_lie_apart_after_flatten():
+    model = sparsify(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Flatten(), nn.Linear(12, 5)), 0.8)
+    with torch.no_grad():
+        model[0].weight[2] = 0
+        model[0].bias[2] = 1
+        model[3].weight[:, 1::4] = 0
+    small, removed = remove_dead_units(model, torch.randn(2, 3, 5))
+    assert removed == {"0": 2}
+    assert small[3].in_features == 6
+    assert_same_outputs(model, small, torch.randn(2, 3, 5))
+
+
+def test_a_layer_whose_units_a_parent_counts_keeps_them():
+    """The size in the model's own code is not that of the smaller layer."""
+
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.act, self.second = nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)
+            self.third, self.fourth = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            y = self.second(self.act(self.first(x))) * (self.first.out_features / 6)
+            return self.fourth(self.third(y))
+
+    model = sparsify(Fixed(), 0.8)
+    cut_units(model)
+    small, removed = remove_dead_units(model, torch.randn(3, 4))
+    assert "first" not in removed
+    assert removed["third"] > 0
+    assert removed.notes[0].startswith("first: its units stay (on the example output differs by")
+    assert not outputs_differ(model, small, torch.randn(3, 4))
