@@ -1,6 +1,6 @@
 """Masking: sparse training in any PyTorch loop.
 
-One update (sparse momentum, Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/1907.04840), as `truncate_weights` reads:
+One update (sparse momentum, Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/1907.04840), as truncate_weights reads:
 
     k_i = ceil(p_i * nnz_i)                      how many to remove in layer i
     r_i = mean(|M_i| over active) / sum_j        importance of layer i
