@@ -66,7 +66,7 @@ def network(device, size, density, largest_layer):
     weights = nn.ParameterList(torch.empty(1, n, device=device) for n in [*sizes, size - sum(sizes)])
     optimizer = torch.optim.SGD(weights, lr=0.1, momentum=0.9)
     masking = Masking(optimizer, CosineDecay(0.5, 100))
-    masking.add_module(weights, density)
+    masking.add_module(weights, density, sparse=["*"])
     rewrite(masking)
     for weight in weights:
         optimizer.state[weight]["momentum_buffer"] = torch.randn_like(weight)

@@ -1,7 +1,6 @@
 """Masking: sparse training in any PyTorch loop.
 
-One update of the masks (sparse momentum, Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/1907.04840), in the order
-of `Masking.truncate_weights`:
+One update (sparse momentum, Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/1907.04840), as truncate_weights reads:
 
     k_i = ceil(p_i * nnz_i)                      how many to remove in layer i
     r_i = mean(|M_i| over active) / sum_j        importance of layer i
@@ -140,6 +139,7 @@ class Masking(Layers):
         pattern: str | None = None,
         batches: Batches | None = None,
         rescale: bool = False,
+        sparse: Iterable[str] = (),
     ) -> None:
         """Make the weights of `module` that the optimizer steps sparse; round(density * their number) stay active.
 
@@ -150,12 +150,12 @@ class Masking(Layers):
                 function from a weight's shape to its share; scores by name, or 'snip', 'grasp', 'synflow'; masks by
                 name, or 'resume': the nonzero weights, and zeros if the density asks for more (start/masks.py).
             remove_param_names: weights whose name contains one of these stay dense; a whole name means that one alone.
-            sparse_embeddings: mask embeddings too.
-            dense: weights that stay dense, as patterns of names; 'first' and 'last' are those of the module.
+            sparse_embeddings: mask embeddings and output layers over their vocabulary too.
+            dense: weights that stay dense, as patterns of names; 'first', 'last', 'depthwise' mean those of the module.
             pattern: which weights may be active together: '2:4', 'block:16x16', 'fan-in', 'neuron' (patterns.py).
             batches: (inputs, labels) pairs to score the weights on.
-            rescale: enlarge each layer's weights until the active ones have the norm that all had: the signal of a
-                network of a few percent fades from layer to layer otherwise.
+            rescale: enlarge each layer's weights until the active ones have the norm that all had (1% learns then).
+            sparse: patterns of names to mask beside the weights of layers that multiply (start/maskable.py).
 
         Raises:
             ValueError: for a density, names, scores, masks or a pattern that do not fit, or nothing to mask.
@@ -165,7 +165,7 @@ class Masking(Layers):
             raise ValueError(f"With weights={self.held.kind!r} magnitudes decide what is active; leave out rescale.")
         reshard([module])
         skip = (remove_param_names,) if isinstance(remove_param_names, str) else tuple(remove_param_names)
-        new, kept_dense = new_layers(self, module, skip, sparse_embeddings, dense, pattern)
+        new, kept_dense = new_layers(self, module, skip, sparse_embeddings, dense, pattern, sparse)
         layers = list(new.values())
         invariants.refuse_layers(self, module, layers)
         functions.check_patterns_fit(self, [*self.layers, *layers])

@@ -49,16 +49,17 @@ def momentum_neuron_growth(masking, name: str, new_mask: Tensor, total_regrowth:
     """Give each neuron a number of new weights in proportion to its mean |momentum|, largest first.
 
     A variant of Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/1907.04840, section 3.3, of release 1.0. A neuron
-    (output channel) is a slice along the first dimension. A full neuron's surplus goes to the others, so that exactly
-    `total_regrowth` weights grow.
+    (output channel) has a row of its own in the weight's matrix (orientation.py). A full neuron's surplus goes to the
+    others, so that exactly `total_regrowth` weights grow.
     """
     if is_sharded(new_mask):
         raise FunctionError(
             "growth_mode='momentum_neuron' expects whole neurons, and sharded weights may hold parts of them. "
             "Use growth_mode='momentum', or DistributedDataParallel."
         )
-    score = masking.get_momentum_for_weight(weight).abs().flatten(start_dim=1).float().nan_to_num(0)
-    mask = new_mask.flatten(start_dim=1)
+    orientation = masking.orientations[name]
+    score = orientation.matrix(masking.get_momentum_for_weight(weight)).abs().float().nan_to_num(0)
+    mask = orientation.matrix(new_mask)
     room = (~mask).sum(dim=1)
     importance, room = torch.stack([score.mean(dim=1), room.float()]).tolist()
     total = min(total_regrowth, int(sum(room)))
@@ -67,7 +68,8 @@ def momentum_neuron_growth(masking, name: str, new_mask: Tensor, total_regrowth:
     order = score.masked_fill(mask, -1).argsort(dim=1, descending=True, stable=True)
     rank = torch.arange(mask.shape[1], device=mask.device).expand_as(order)
     chosen = rank < torch.tensor(counts, device=mask.device).unsqueeze(1)
-    return new_mask | torch.zeros_like(mask).scatter(1, order, chosen).view_as(new_mask)
+    grown = torch.zeros_like(mask, memory_format=torch.contiguous_format).scatter(1, order, chosen)
+    return new_mask | orientation.tensor(grown, new_mask.shape)
 
 
 @reads("nothing")

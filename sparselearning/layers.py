@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sparselearning.orientation import PLAIN, Orientation
 from sparselearning.patterns import UNSTRUCTURED, Pattern, pattern_of, with_most, with_pattern, without_pattern
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import count_active, fetch, placed_like
@@ -35,6 +36,7 @@ class SparseLayer:
     importance: float = 0.0  # share of this layer in the importance of the network
     prune_rate: float = 0.0  # fraction of active weights to prune
     memory: dict[str, Tensor] = field(default_factory=dict)  # what functions keep from update to update, by name
+    orientation: Orientation = PLAIN  # which dimensions of the weight are outputs
 
     @property
     def pattern(self) -> Pattern:
@@ -157,6 +159,7 @@ class Layers:
 
     masks = ByName[Tensor]("mask")
     densities = ByName[float]("density")
+    orientations = ByName[Orientation]("orientation")
     memory = ByName[dict[str, Tensor]]("memory")  # what functions keep from update to update; saved with the masks
     ever_active = ByName[Tensor]("ever_active")  # bool: active now, or before
     name2nonzeros = ByName[int]("nonzeros")

@@ -244,7 +244,7 @@ def hold(
 
 
 OF_MASKING = ("verbose", "fp16")
-OF_MODULE = ("remove_param_names", "sparse_embeddings", "dense", "batches")
+OF_MODULE = ("remove_param_names", "sparse_embeddings", "dense", "batches", "sparse")
 
 
 def arguments_of(
@@ -256,7 +256,7 @@ def arguments_of(
         method: a key of METHODS, or a `Method`.
         total_steps: optimizer steps of the training.
         parts: parts of the method to replace; `verbose` and `fp16` of Masking; `remove_param_names`,
-            `sparse_embeddings`, `dense` and `batches` of `add_module`.
+            `sparse_embeddings`, `dense`, `batches` and `sparse` of `add_module`.
 
     Raises:
         ValueError: for an unknown method, `total_steps` below 1, or densities of single layers where the method changes

@@ -24,12 +24,12 @@ def sgd(*modules, **settings):
     return torch.optim.SGD(parameters, **({"lr": 0.1, "momentum": 0.9} | settings))
 
 
-def masked(model, optimizer=None, density=0.2, sparse_init="constant", pattern=None, rescale=False, **modes):
+def masked(model, optimizer=None, density=0.2, sparse_init="constant", pattern=None, rescale=False, sparse=(), **modes):
     """Return a Masking on the model; its optimizer is SGD with momentum unless one is given."""
     optimizer = optimizer or sgd(model)
     modes = {"prune_rate_decay": None, "prune_rate": 0.5} | modes
     masking = Masking(optimizer, **modes)
-    masking.add_module(model, density, sparse_init, pattern=pattern, rescale=rescale)
+    masking.add_module(model, density, sparse_init, pattern=pattern, rescale=rescale, sparse=sparse)
     return masking
 
 

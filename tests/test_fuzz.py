@@ -154,7 +154,8 @@ def check_any(data):
     density = data.draw(st.floats(min(most, (len(sizes) + 1) / sum(sizes)), most), label="density")
     unscored = sorted(name for name, method in METHODS.items() if method.sparse_init not in SCORES)  # without a batch
     method = data.draw(st.sampled_from([None, None, *unscored]), label="method")
-    where = dict(pattern=pattern)
+    bare = [name for name, _ in module.named_parameters() if name.startswith("layer") and "." not in name]
+    where = dict(pattern=pattern, sparse=bare)
     try:
         if method is None:
             masking = drawn.masking(optimizer, density)

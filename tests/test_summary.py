@@ -7,7 +7,7 @@ import torch
 from helpers import masked, mlp, sgd, train
 from torch import nn
 
-from sparselearning import Masking
+from sparselearning import Masking, describe
 from sparselearning.sparse import available
 
 
@@ -118,17 +118,39 @@ def test_embeddings_that_are_masked_are_layers():
 
 
 def test_notes_say_pattern_and_how_weights_are_held():
-    assert rows_of(masked(mlp(8, 4), pattern="2:4"))["fc1.weight"][-1] == "2:4"
-    assert rows_of(masked(mlp(8, 4), weights="soft"))["fc1.weight"][-1] == "dense copy"
-    assert rows_of(masked(mlp(8, 4), weights="kept", pattern="2:4"))["fc1.weight"][-1] == "2:4, dense copy"
+    assert rows_of(masked(mlp(8, 4), density=0.5, pattern="2:4"))["fc1.weight"][-1] == "2:4"
+    assert rows_of(masked(mlp(8, 4), density=0.5, weights="soft"))["fc1.weight"][-1] == "dense copy"
+    assert rows_of(masked(mlp(8, 4), density=0.5, weights="kept", pattern="2:4"))["fc1.weight"][-1] == "2:4, dense copy"
 
 
 @pytest.mark.skipif(not available(), reason="built without sparse kernels")
 def test_notes_say_which_layers_train_on_sparse_kernels():
     model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4).half())
-    rows = rows_of(masked(model, weights="sparse"))
+    rows = rows_of(masked(model, density=0.9, weights="sparse"))
     assert rows["0.weight"][-1] == "sparse kernels"
     assert rows["1.weight"][-1] == "masked: no kernels for torch.float16 on cpu"
+
+
+def test_outputs_without_inputs_are_counted_before_and_after():
+    model = nn.Sequential(nn.Linear(10, 100), nn.Linear(100, 2))
+    assert "about 60 of 100 outputs without inputs at density 0.05" in describe(model)
+    assert "2 outputs" in describe(model)
+    masking = masked(model, density=0.05)
+    empty = 100 - int(masking.masks["0.weight"].any(1).sum())
+    assert rows_of(masking)["0.weight"][-1] == f"{empty} of 100 outputs without inputs"
+
+
+def test_a_model_is_described_before_it_has_masks():
+    model = network()[0]
+    optimizer = sgd(model.first)
+    lines = describe(model, optimizer, density=0.5, dense=["second"]).splitlines()
+    rows = {line.split()[0]: line for line in lines}
+    assert [name for name in rows if name in dict(model.named_parameters())] == [n for n, _ in model.named_parameters()]
+    assert "masked" in rows["first.weight"]
+    assert "named to stay dense" in rows["second.weight"]
+    assert "embedding" in rows["embed.weight"]
+    assert "the optimizer does not step it" in rows["gone.weight"]
+    assert lines[-1] == "48 of 239 parameters are masked; at density 0.5, 24 of them are active."
 
 
 def test_columns_are_aligned():

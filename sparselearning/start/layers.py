@@ -1,5 +1,6 @@
 """What training starts with: the layers of a module that get masks, and which of their weights are active first."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,10 +11,12 @@ from sparselearning.layers import SparseLayer
 from sparselearning.patterns import pattern_of, patterns_for
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import is_sharded
-from sparselearning.start.maskable import dense_parameters, maskable_parameters, named_parameters
+from sparselearning.start.maskable import UNKNOWN, judge, maskable_parameters, usual_exceptions
 from sparselearning.start.masks import Density, SparseInit, initial_masks, masks_of_nonzeros
 from sparselearning.start.names import named
 from sparselearning.start.scores import SCORES, Batches, scores_of
+
+logger = logging.getLogger(__name__)
 
 Reasons = dict[str, tuple[nn.Parameter, str]]
 
@@ -25,6 +28,7 @@ def new_layers(
     sparse_embeddings: bool,
     dense: Iterable[str],
     pattern: str | None,
+    sparse: Iterable[str] = (),
 ) -> tuple[dict[str, SparseLayer], Reasons]:
     """Return the layers to be masked, by the names that weights have in their module, and why the others stay dense.
 
@@ -36,10 +40,11 @@ def new_layers(
     known = {id(layer.weight) for layer in masking.layers}
     stepped = {id(parameter) for group in masking.optimizer.param_groups for parameter in group["params"]}
     taken, layers = set(masking.masks), {}
-    kept = {name: (weight, why) for name, weight, why in dense_parameters(module, sparse_embeddings=sparse_embeddings)}
-    weights = dict(maskable_parameters(module, sparse_embeddings=sparse_embeddings))
+    judged = {found.name: found for found in judge(module, sparse_embeddings, sparse)}
+    kept = {name: (found.parameter, found.reason) for name, found in judged.items() if found.reason}
+    weights = {name: found.parameter for name, found in judged.items() if not found.reason}
     parts = [part for part in skip if part not in weights]
-    named_dense = {*skip, *named(list(weights), dense)}
+    named_dense = {*skip, *named(list(weights), dense, usual_exceptions(module))}
     for own_name, weight in weights.items():
         name, master = own_name, masking.master_of(weight)
         if id(weight) in known:
@@ -55,15 +60,31 @@ def new_layers(
         taken.add(name)
         mask = torch.zeros_like(weight, dtype=torch.bool)
         layers[own_name] = SparseLayer(name, weight, master, mask, mask.clone())
+        layers[own_name].orientation = judged[own_name].orientation
     if not layers:
         raise ValueError(
             f"{type(masking.optimizer).__name__} steps no weight of {type(module).__name__} that could be masked "
-            "and is not yet. Build the optimizer from the module's parameters, and add the module once."
+            f"and is not yet. Build the optimizer from the module's parameters, and add the module once.{_hint(kept)}"
         )
-    kept = {name: kept[name] for name, _ in named_parameters(module) if name in kept}
-    for name, kind in patterns_for(pattern, {name: layer.mask.shape for name, layer in layers.items()}).items():
+    kept = {name: kept[name] for name in judged if name in kept}
+    shapes = {name: layer.mask.shape for name, layer in layers.items()}
+    for name, kind in patterns_for(pattern, shapes, _orientations(layers)).items():
         layers[name].pattern = kind
+    if hint := _hint(kept):
+        logger.warning("%s", hint.strip())
     return layers, kept
+
+
+def _orientations(layers):
+    return {name: layer.orientation for name, layer in layers.items()}
+
+
+def _hint(kept):
+    """Return a sentence on large parameters that stay dense because nobody knows whether they are weights."""
+    unknown = [name for name, (_, reason) in kept.items() if reason == UNKNOWN]
+    if not unknown:
+        return ""
+    return f" Dense stay {', '.join(unknown)}: {UNKNOWN}. To mask them, name them in sparse=[...]."
 
 
 def choose(
@@ -82,7 +103,8 @@ def choose(
         sparse_init = scores_of(sparse_init, module, batches, density, others)
     if isinstance(sparse_init, Mapping) and distributed.in_process_group():
         sparse_init = {name: _from_first_process(tensor) for name, tensor in sparse_init.items()}
-    masks = initial_masks({name: layer.mask for name, layer in new.items()}, density, sparse_init)
+    empty = {name: layer.mask for name, layer in new.items()}
+    masks = initial_masks(empty, density, sparse_init, _orientations(new))
     for name, layer in new.items():
         layer.mask.copy_(masks[name])
         layer.pattern = pattern_of(masks[name])

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from sparselearning.orientation import PLAIN, Orientation
 from sparselearning.patterns import UNSTRUCTURED, of_fan_in, pattern_of, with_pattern, without_pattern
 from sparselearning.processes.sharded import count_active, fetch, placed_like, uniform_like
 from sparselearning.selection import add_highest, add_highest_jointly, apportion
@@ -17,8 +18,15 @@ Density = float | Mapping[str, float]
 SparseInit = str | Distribution | Mapping[str, Tensor]
 
 
-def initial_masks(empty: Mapping[str, Tensor], density: Density, sparse_init: SparseInit) -> dict[str, Tensor]:
+def initial_masks(
+    empty: Mapping[str, Tensor],
+    density: Density,
+    sparse_init: SparseInit,
+    orientations: Mapping[str, Orientation] | None = None,
+) -> dict[str, Tensor]:
     """Return {name: mask} for empty masks that carry the patterns of their layers.
+
+    A distribution is given the shape (outputs, inputs, ...) of one layer; experts count as so many layers.
 
     If `sparse_init` is a distribution, active weights are drawn at random. If it maps names to scores, the highest
     scores of the network are active. If it maps names to masks (bool), it gives the masks. No layer stays empty while
@@ -52,7 +60,9 @@ def initial_masks(empty: Mapping[str, Tensor], density: Density, sparse_init: Sp
             shares = fetch([count_active(mask) for mask in add_highest_jointly(scores, plain, total)])
         else:
             distribution = DISTRIBUTIONS[sparse_init] if isinstance(sparse_init, str) else sparse_init
-            scores, shares = None, [distribution(mask.shape) for mask in group]
+            ways = [(orientations or {}).get(name, PLAIN) for name in names]
+            shares = [way.copies * distribution(way.layer(m.shape)) for way, m in zip(ways, group, strict=True)]
+            scores = None
         counts = _counts(total, shares, group)
         for i, (name, mask) in enumerate(zip(names, group, strict=True)):
             pattern = of_fan_in(pattern_of(mask), mask.shape, counts[i])

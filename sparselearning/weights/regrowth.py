@@ -90,7 +90,8 @@ def draw(layer: SparseLayer, regrown: Tensor) -> None:
     The scale of the trained weights is no measure: every draw would make the next one larger.
     """
     weight = layer.master
-    values = (2 * uniform_like(layer.mask) - 1) / math.sqrt(math.prod(weight.shape[1:]))
+    inputs = math.prod(layer.orientation.layer(weight.shape)[1:])
+    values = (2 * uniform_like(layer.mask) - 1) / math.sqrt(inputs)
     if not is_sharded(values):
         distributed.send_to_all(values)
     layer.set_weight(torch.where(regrown, values.to(weight.dtype), weight))

@@ -85,7 +85,7 @@ def test_these_layers_stay_dense(layer):
 
 
 class Odd(nn.Module):
-    """Has two weights, and a parameter of every kind that stays dense."""
+    """Has a layer, a weight of no layer, and a parameter of every kind that stays dense."""
 
     def __init__(self):
         super().__init__()
@@ -106,7 +106,7 @@ class Odd(nn.Module):
 def test_biases_scalars_vectors_empty_and_frozen_parameters_stay_dense():
     model = Odd()
     frozen = model.frozen.clone()
-    masking = masked(model, density=0.5)
+    masking = masked(model, density=0.5, sparse=["weight"])
     assert list(masking.masks) == ["weight", "bias_network.weight"]
     for _ in range(3):
         train(model, masking, 1, torch.randn(4, 6))
@@ -116,13 +116,13 @@ def test_biases_scalars_vectors_empty_and_frozen_parameters_stay_dense():
     assert model.relative_position_bias.all()
 
 
-def test_positions_and_tokens_of_a_transformer_are_embeddings():
+def test_parameters_of_no_layer_stay_dense_unless_they_are_named():
     model = nn.Linear(6, 5)
     model.pos_embedding = nn.Parameter(torch.ones(1, 4, 6))
-    model.class_token = nn.Parameter(torch.ones(1, 1, 6))
+    model.A_log = nn.Parameter(torch.ones(6, 4))
     assert [name for name, _ in maskable_parameters(model)] == ["weight"]
-    asked_for = [name for name, _ in maskable_parameters(model, sparse_embeddings=True)]
-    assert asked_for == ["weight", "pos_embedding", "class_token"]
+    assert [name for name, _ in maskable_parameters(model, sparse_embeddings=True)] == ["weight"]
+    assert [name for name, _ in maskable_parameters(model, sparse=["*A_log"])] == ["weight", "A_log"]
 
 
 def test_embeddings_are_masked_when_asked_for():
