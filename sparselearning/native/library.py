@@ -8,14 +8,17 @@ import os
 from pathlib import Path
 
 import torch  # loads the OpenMP library whose threads the kernels run on
-from torch import Tensor
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+INTERFACE = 2  # of kernels/interface.h
+STRUCTS = 5  # whose sizes the library tells
 FAILURES = {  # by what a function returns: Status of kernels/interface.h
     1: (ValueError, "The indices of a sparse layer do not fit its shape; load a state_dict of the same layer."),
     2: (MemoryError, "The sparse kernels ran out of memory."),
     3: (ValueError, "A layer this large has no sparse kernel; leave it dense."),
+    4: (ValueError, "The tensors of a sparse layer do not have the sizes that its shape asks for."),
 }
+REBUILD = "Reinstall sparselearning (pip install --force-reinstall, or python setup.py build_ext --inplace)."
 
 
 class Machine(ctypes.Structure):
@@ -25,10 +28,16 @@ class Machine(ctypes.Structure):
 
 
 class Library:
-    """A built library, loaded with ctypes. `instruction_set` is an index into INSTRUCTION_SETS and can be changed."""
+    """A built library, loaded with ctypes. `instruction_set` is an index into INSTRUCTION_SETS and can be changed.
+
+    Raises:
+        ImportError: if the library was built from other sources than this file belongs to.
+    """
 
     def __init__(self, path: Path):
+        self.path = path
         self.functions = ctypes.CDLL(str(path))
+        self.sizes = self.check_interface()
         # The threads of torch's own pool: a second OpenMP pool would spin on the same cores.
         fork = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
         self.fork = ctypes.cast(fork, ctypes.c_void_p) if fork else None
@@ -36,6 +45,19 @@ class Library:
         wanted = os.environ.get("SPARSELEARNING_ISA")
         if wanted is not None:
             self.instruction_set = self.index_of(wanted)
+
+    def check_interface(self) -> list[int]:
+        """Return the sizes of the library's structs: Machine, and those of sparse/interface.py."""
+        sizes, version = (ctypes.c_int64 * STRUCTS)(), None
+        if function := getattr(self.functions, "sl_interface", None):  # before version 2 there was none
+            function.restype = ctypes.c_int64
+            version = function(sizes)
+        if version != INTERFACE or sizes[0] != ctypes.sizeof(Machine):
+            raise ImportError(
+                f"{self.path.name} was built from other sources than this package: it has interface {version}, "
+                f"and interface {INTERFACE} is needed. {REBUILD}"
+            )
+        return list(sizes)
 
     def index_of(self, name: str) -> int:
         """Return the index of an instruction set that this processor has."""
@@ -45,7 +67,7 @@ class Library:
         return INSTRUCTION_SETS.index(name)
 
     def call(self, name: str, *arguments) -> None:
-        """Call a function on tensors (passed by their addresses), structs and integers.
+        """Call a function on structs and integers.
 
         It runs on the threads that torch may use.
 
@@ -60,9 +82,7 @@ class Library:
 
 
 def native(argument):
-    """Return what ctypes takes for a tensor, a struct or an integer."""
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
+    """Return what ctypes takes for a struct or an integer."""
     return ctypes.byref(argument) if isinstance(argument, ctypes.Structure) else ctypes.c_int64(argument)
 
 

@@ -1,4 +1,8 @@
-"""What the sparse kernels are called with, and whether this installation has them."""
+"""What the sparse kernels are called with, and whether this installation has them.
+
+`call` is the only door to the kernels. It passes each tensor with its length, and C++ compares all lengths, sizes and
+indices with the layer's shape before it reads or writes anything (native/kernels/checks.h).
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,29 @@ import ctypes
 import functools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparselearning.native import library
 from sparselearning.native.allocator import keep_freed_memory
-from sparselearning.native.library import Library
+from sparselearning.native.library import REBUILD, Library
 
 DTYPES = {torch.float32: "float", torch.float64: "double"}
+INDICES = {"start", "column", "order", "to_start", "to_column", "to_order"}  # int32 tensors, of any struct
+NUMBERS = {"value", "bias", "x", "dy", "scale", "shift", "result"}
+COUNTS = {name: f"{name}_count" for name in INDICES | NUMBERS}
+PLAIN = (Tensor, nn.Parameter)
+MOST = 2**31 - 1  # of any size that the kernels take
 keep_memory = functools.cache(keep_freed_memory)
 
 
 def fields(names: str, kind: type = ctypes.c_int64) -> list[tuple[str, type]]:
     """Return fields of one type for a struct of native/kernels/interface.h."""
     return [(name, kind) for name in names.split()]
+
+
+def spans(names: str) -> list[tuple[str, type]]:
+    """Return the fields of tensors: the address of each, and how many numbers lie there."""
+    return [field for name in names.split() for field in ((name, ctypes.c_void_p), (COUNTS[name], ctypes.c_int64))]
 
 
 class Conv(ctypes.Structure):
@@ -36,24 +50,42 @@ class Layer(ctypes.Structure):
 
     _fields_ = (
         ("conv", Conv),
-        *fields("start column order value bias x dy result", ctypes.c_void_p),
+        *spans("start column order value bias x dy result"),
         ("relu", ctypes.c_int64),
     )
+
+
+class Sorting(ctypes.Structure):
+    """The nonzeros of a weight, and where they go in the order of the input gradient."""
+
+    _fields_ = (("conv", Conv), *spans("start column to_start to_column to_order"))
 
 
 class Affine(ctypes.Structure):
     """A scale and a shift of each channel."""
 
-    _fields_ = (*fields("x scale shift result", ctypes.c_void_p), *fields("outer channels inner relu"))
+    _fields_ = (*spans("x scale shift result"), *fields("outer channels inner relu"))
 
 
 class Transposition(ctypes.Structure):
     """A matrix, and where its transpose goes."""
 
-    _fields_ = (*fields("x result", ctypes.c_void_p), *fields("rows columns"))
+    _fields_ = (*spans("x result"), *fields("rows columns"))
 
 
-STRUCTS = {"affine": Affine, "transpose": Transposition}  # Layer for all other kernels
+STRUCTS = {"affine": Affine, "transpose": Transposition, "transpose_rows": Sorting}  # Layer for all other kernels
+
+
+@functools.cache
+def check_structs(loaded: Library) -> None:
+    """Raise an ImportError if the library was built with other structs than these."""
+    ours = [ctypes.sizeof(kind) for kind in (Layer, Sorting, Affine, Transposition)]
+    if loaded.sizes[1:] != ours:
+        raise ImportError(f"{loaded.path.name} has structs of {loaded.sizes[1:]} bytes, not {ours}. {REBUILD}")
+
+
+if library.LIBRARY is not None:
+    check_structs(library.LIBRARY)
 
 
 def kernels() -> Library:
@@ -76,11 +108,52 @@ def available() -> bool:
     return library.LIBRARY is not None
 
 
-def call(name: str, result: Tensor, **given) -> None:
-    """Run a kernel that writes `result`. `given` are fields of its struct: tensors, numbers, a Conv, or None."""
-    addresses = {key: field.data_ptr() if isinstance(field, Tensor) else field for key, field in given.items()}
-    arguments = STRUCTS.get(name, Layer)(result=result.data_ptr(), **addresses)
-    kernels().call(f"sl_{name}_{DTYPES[result.dtype]}", arguments)
+def dispatch_of(kind: type) -> object:
+    return getattr(kind, "__torch_dispatch__", None)
+
+
+def in_one_piece(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor as the kernels read it: its numbers in one piece of a CPU's memory, in whatever order.
+
+    Raises:
+        TypeError: for another dtype or device, or a tensor that is none of torch's own.
+    """
+    if dispatch_of(type(tensor)) is not dispatch_of(Tensor):
+        raise TypeError(f"Expected {name} of a sparse kernel as a plain tensor, got a {type(tensor).__name__}.")
+    if tensor.dtype is not dtype or not tensor.is_cpu or tensor.layout is not torch.strided:
+        found = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+        raise TypeError(f"Expected {name} of a sparse kernel as {dtype}, dense and on the CPU; got {found}.")
+    tensor = tensor.resolve_neg()
+    return tensor if tensor.dim() and tensor.movedim(0, -1).is_contiguous() else tensor.contiguous()
+
+
+def call(name: str, result: Tensor | None = None, **given) -> None:
+    """Run a kernel that writes `result`. `given` are fields of its struct: tensors, numbers, a Conv, or None.
+
+    Raises:
+        TypeError: for tensors that the kernels cannot read.
+        ValueError: for sizes, lengths or indices that do not fit together.
+    """
+    dtype, suffix = torch.float32, ""
+    if result is not None:
+        dtype, given["result"] = result.dtype, result
+        if dtype not in DTYPES:
+            raise TypeError(
+                f"Sparse layers compute in float32 or float64, got {dtype}. Convert the input or the layer."
+            )
+        suffix = "_" + DTYPES[dtype]
+    arguments, copies = {}, []
+    for key, field in given.items():
+        wanted = torch.int32 if key in INDICES else dtype
+        if isinstance(field, Tensor):
+            plain = type(field) in PLAIN and field.dtype is wanted and field.is_cpu and not field.is_neg()
+            if not (plain and field.is_contiguous()):
+                field = in_one_piece(key, field, wanted)
+                copies.append(field)
+            arguments[key], arguments[COUNTS[key]] = field.data_ptr(), field.numel()
+        elif field is not None:
+            arguments[key] = field
+    kernels().call(f"sl_{name}{suffix}", STRUCTS.get(name, Layer)(**arguments))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -101,8 +174,19 @@ def conv_shape(
     """Return a convolution as the kernels take it, and the height and width of its output.
 
     batch_last: whether vectors of the kernels go along the batch, and activations are CHWN in memory.
-    first: with `batch_last`, whether the input and the output are NCHW in memory all the same.
+    first: whether the input and the output have the batch first in memory all the same.
+
+    Raises:
+        ValueError: if a size is negative or above 2^31 - 1, or a stride, dilation or `groups` is 0.
     """
+    positive = (*kernel, *stride, *dilation, groups)
+    given = (batch, in_channels, height, width, out_channels, *padding, *positive)
+    if not all(isinstance(size, int) and 0 <= size <= MOST for size in given) or not all(positive):
+        raise ValueError(
+            f"Expected sizes of a convolution from 0 to {MOST}, and from 1 on for the kernel {kernel}, "
+            f"stride {stride}, dilation {dilation} and groups {groups}; "
+            f"got an input of {(batch, in_channels, height, width)}, {out_channels} outputs and padding {padding}."
+        )
     out_height, out_width = (
         (size + 2 * pad - step * (k - 1) - 1) // move + 1
         for size, k, move, pad, step in zip((height, width), kernel, stride, padding, dilation, strict=True)
@@ -111,7 +195,7 @@ def conv_shape(
     return Conv(*sizes, *kernel, *stride, *padding, *dilation, groups, batch_last, *first), out_height, out_width
 
 
-def row_shape(batch: int, features: int, outputs: int) -> Conv:
+def row_shape(batch: int, features: int, outputs: int, first=(False, False)) -> Conv:
     """Return a linear layer as a 1x1 convolution of one image, one pixel high and as wide as the batch."""
     one, zero = (1, 1), (0, 0)
-    return conv_shape(1, features, 1, batch, outputs, one, one, zero, one, 1, False)[0]
+    return conv_shape(1, features, 1, batch, outputs, one, one, zero, one, 1, False, first)[0]

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from sparselearning.layers import SparseLayer
 from sparselearning.sparse import ops
 from sparselearning.sparse.batch_last import forget_order
+from sparselearning.sparse.derivatives import transformed
 from sparselearning.sparse.held_weight import HeldWeight, hold, let_go
 from sparselearning.sparse.interface import DTYPES, conv_shape, row_shape
 from sparselearning.sparse.memory_order import to_batch_first
@@ -166,7 +166,7 @@ class Trained(nn.Module, ABC):
             and self.value.dtype in DTYPES
             and (x.dtype == self.value.dtype or turned)
             and self.fits(x)
-            and not is_transformed()
+            and not transformed()
         )
 
     @abstractmethod
@@ -201,12 +201,6 @@ class Trained(nn.Module, ABC):
         if self.held:
             local_metadata = {**local_metadata, "assign_to_params_buffers": False}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
-
-
-def is_transformed() -> bool:
-    """Return whether a function transform (vmap, grad, jvp) or forward-mode differentiation is under way."""
-    transforms = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    return transforms.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 class TrainedLinear(Trained, nn.Linear):

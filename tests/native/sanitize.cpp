@@ -1,4 +1,5 @@
-// Random layers through every kernel, against plain loops, to be built with sanitizers. From the repository's root:
+// Random layers through every kernel, against plain loops; and random wrong arguments through the C interface, which
+// refuses them or computes something of them. To be built with sanitizers. From the repository's root:
 //
 //     FLAGS="-std=c++17 -g -O1 -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all"
 //     g++ $FLAGS tests/native/sanitize.cpp -o /tmp/sanitize && /tmp/sanitize 300
@@ -80,7 +81,7 @@ Case<S> random_case() {
     c.width = std::max<int64_t>(1, c.dilation_x * (c.kernel_x - 1) + 1 - 2 * c.pad_x) + draw(0, 20);
     c.out_height = (c.height + 2 * c.pad_y - c.dilation_y * (c.kernel_y - 1) - 1) / c.stride_y + 1;
     c.out_width = (c.width + 2 * c.pad_x - c.dilation_x * (c.kernel_x - 1) - 1) / c.stride_x + 1;
-    c.batch_last = draw(0, 1), c.x_first = draw(0, 1), c.y_first = draw(0, 1);
+    c.batch_last = draw(0, 1), c.x_first = c.batch_last && draw(0, 1), c.y_first = c.batch_last && draw(0, 1);
     const double density = draw(0, 4) / 4.0;
     const int64_t columns = c.in_channels / c.groups * c.taps();
     t.start.push_back(0);
@@ -106,6 +107,16 @@ void compare(const char* what, const std::vector<S>& found, const std::vector<do
         }
 }
 
+template <class T>
+Span<const T> span(const std::vector<T>& numbers) {
+    return {numbers.empty() ? nullptr : numbers.data(), int64_t(numbers.size())};
+}
+
+template <class T>
+Span<T> target(std::vector<T>& numbers) {
+    return {numbers.empty() ? nullptr : numbers.data(), int64_t(numbers.size())};
+}
+
 template <class S>
 void check(const Case<S>& t, int64_t set, int64_t threads) {
     const Conv& c = t.c;
@@ -125,38 +136,115 @@ void check(const Case<S>& t, int64_t set, int64_t threads) {
         for (double& v : y) v = std::max(v, 0.0);
 
     const Machine machine{set, threads, nullptr};
-    Layer<S> layer{written, t.start.data(), t.column.data(), nullptr, t.value.data(), t.bias.data(), t.x.data(),
-                   t.dy.data(), nullptr, t.relu};
+    Layer<S> layer{written, span(t.start), span(t.column), {}, span(t.value), span(t.bias), span(t.x), span(t.dy), {},
+                   t.relu};
     std::vector<S> found(y.size());
     layer.conv.x_first = c.x_first;
-    layer.result = found.data();
+    layer.result = target(found);
     forward(machine, layer);
     compare("forward", found, y);
 
     found.assign(dw.size(), 0);
     layer.conv.y_first = c.y_first;
-    layer.result = found.data();
+    layer.result = target(found);
     weight_gradient(machine, layer);
     compare("weight gradient", found, dw);
 
     const int64_t rows = c.in_channels * c.stride_y * c.stride_x;
     std::vector<int32_t> start(rows + 1), column(t.column.size()), order(t.column.size());
-    Layer<float> indices{};
-    indices.conv = c, indices.start = t.start.data(), indices.column = t.column.data();
-    transpose_rows(machine, indices, start.data(), column.data(), order.data());
+    transpose_rows(machine, {c, span(t.start), span(t.column), target(start), target(column), target(order)});
     found.assign(dx.size(), 0);
     layer.conv.x_first = false;
-    layer.start = start.data(), layer.column = column.data(), layer.order = order.data();
-    layer.result = found.data();
+    layer.start = span(start), layer.column = span(column), layer.order = span(order);
+    layer.result = target(found);
     input_gradient(machine, layer);
     compare("input gradient", found, dx);
 
     const int64_t height = draw(1, 40), width = draw(1, 40);
     const std::vector<S> from = numbers<S>(height * width);
     std::vector<S> turned(from.size()), back(from.size());
-    transpose(machine, Transposition<S>{from.data(), turned.data(), height, width});
-    transpose(machine, Transposition<S>{turned.data(), back.data(), width, height});
+    transpose(machine, Transposition<S>{span(from), target(turned), height, width});
+    transpose(machine, Transposition<S>{span(turned), target(back), width, height});
     if (back != from) std::abort();
+}
+
+// A linear layer whose input and output lie row by row.
+template <class S>
+void check_rows(int64_t set, int64_t threads) {
+    const int64_t batch = draw(1, 150), features = draw(1, 300), outputs = draw(1, 300);
+    const Conv c{1, features, 1, batch, outputs, 1, batch, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1};
+    std::vector<int32_t> start{0}, column;
+    for (int64_t o = 0; o < outputs; ++o) {
+        for (int64_t k = draw(0, 20); k < features; k += draw(1, 20)) column.push_back(int32_t(k));
+        start.push_back(int32_t(column.size()));
+    }
+    const auto value = numbers<S>(column.size()), x = numbers<S>(batch * features);
+    std::vector<double> expected(batch * outputs);
+    for (int64_t n = 0; n < batch; ++n)
+        for (int64_t o = 0; o < outputs; ++o)
+            for (int64_t k = start[o]; k < start[o + 1]; ++k)
+                expected[n * outputs + o] += double(value[k]) * x[n * features + column[k]];
+    std::vector<S> found(expected.size());
+    forward(Machine{set, threads, nullptr},
+            Layer<S>{c, span(start), span(column), {}, span(value), {}, span(x), {}, target(found), false});
+    compare("rows", found, expected);
+}
+
+int64_t wrong_number() {
+    const int64_t choices[] = {0, -1, 1, 2, 3, 17, 65536, INT32_MAX, int64_t(INT32_MAX) + 1, INT64_MAX, INT64_MIN};
+    return choices[draw(0, 10)];
+}
+
+template <class T>
+void damage(std::vector<T>& tensor) {
+    const int64_t size = tensor.size();
+    if (draw(0, 1) && size)
+        tensor[draw(0, size - 1)] = T(wrong_number());
+    else
+        tensor = std::vector<T>(draw(0, size + 3));
+    tensor.shrink_to_fit();
+}
+
+// Every function with wrong numbers in its structs, and tensors of wrong lengths and contents. A tensor's count is
+// true, because Python passes the one that torch tells.
+template <class S>
+int refused_of_wrong(Status (*run)(const Machine*, const Layer<S>*)) {
+    Case<S> t = random_case<S>();
+    std::vector<S> result(draw(0, 1) ? t.dy.size() : draw(0, 1) ? t.x.size() : t.value.size());
+    std::vector<int32_t> order(t.column.size());
+    for (size_t i = 0; i < order.size(); ++i) order[i] = int32_t(i);
+    for (int64_t changes = draw(0, 2); changes > 0; --changes) {
+        int64_t* const numbers = &t.c.images;
+        if (draw(0, 1)) numbers[draw(0, sizeof(Conv) / sizeof(int64_t) - 1)] = wrong_number();
+        const int64_t which = draw(0, 9);
+        if (which == 0) damage(t.start);
+        if (which == 1) damage(t.column);
+        if (which == 2) damage(t.value);
+        if (which == 3) damage(t.bias);
+        if (which == 4) damage(t.x);
+        if (which == 5) damage(t.dy);
+        if (which == 6) damage(order);
+        if (which == 7) damage(result);
+    }
+    const Machine machine{draw(0, 20) ? 0 : wrong_number(), draw(0, 9) ? 1 : draw(-3, 3), nullptr};
+    const Layer<S> layer{t.c, span(t.start), span(t.column), span(order), span(t.value), span(t.bias), span(t.x),
+                         span(t.dy), target(result), 1};
+    const bool refused = run(&machine, &layer) != OK;
+    const Sorting sorting{t.c, span(t.start), span(t.column), target(order), target(order), target(order)};
+    sl_transpose_rows(&machine, &sorting);
+    return refused;
+}
+
+template <class S>
+void other_functions_with_wrong_numbers(Status (*affine)(const Machine*, const Affine<S>*),
+                                        Status (*transpose)(const Machine*, const Transposition<S>*)) {
+    const auto size = [] { return draw(0, 3) ? draw(0, 5) : wrong_number(); };
+    std::vector<S> x(draw(0, 60)), result(draw(0, 60)), scale(draw(0, 5)), shift(draw(0, 5));
+    const Machine machine{0, 1, nullptr};
+    const Affine<S> given{span(x), span(scale), span(shift), target(result), size(), size(), size(), 1};
+    affine(&machine, &given);
+    const Transposition<S> turned{span(x), target(result), size(), size()};
+    transpose(&machine, &turned);
 }
 
 }  // namespace
@@ -167,6 +255,19 @@ int main(int argc, char** argv) {
         for (int set = 0; set <= sl_instruction_set(); ++set) {
             check(random_case<float>(), set, draw(1, 3));
             check(random_case<double>(), set, draw(1, 3));
+            check_rows<float>(set, draw(1, 3));
+            check_rows<double>(set, draw(1, 3));
         }
+    int refused = 0;
+    const int wrong = 100 * rounds;
+    for (int i = 0; i < wrong / 8; ++i) {
+        for (auto run : {sl_forward_float, sl_input_gradient_float, sl_weight_gradient_float, sl_few_float})
+            refused += refused_of_wrong<float>(run);
+        for (auto run : {sl_forward_double, sl_input_gradient_double, sl_weight_gradient_double, sl_few_double})
+            refused += refused_of_wrong<double>(run);
+        other_functions_with_wrong_numbers<float>(sl_affine_float, sl_transpose_float);
+        other_functions_with_wrong_numbers<double>(sl_affine_double, sl_transpose_double);
+    }
+    std::printf("%d calls with wrong arguments: %d refused, none out of bounds\n", wrong / 8 * 8, refused);
     std::printf("%d rounds on %d instruction sets: no difference\n", rounds, sl_instruction_set() + 1);
 }

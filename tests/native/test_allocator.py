@@ -69,3 +69,9 @@ def test_elsewhere_it_says_no(monkeypatch):
 def test_it_says_no_where_the_environment_has_chosen(monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072")
     assert not allocator.keep_freed_memory()
+
+
+@pytest.mark.parametrize("number", [-1, 2**31, 2**70])
+def test_it_refuses_numbers_that_mallopt_does_not_take(number):
+    with pytest.raises(ValueError, match="Expected a number of bytes"):
+        allocator.keep_freed_memory(number)

@@ -229,8 +229,9 @@ def test_empty_batch_gives_empty_output_and_zero_gradient():
 def test_indices_outside_the_layer_are_refused():
     x, value = torch.randn(2, 3), torch.ones(1)
     start, column = torch.tensor([0, 1]).int(), torch.tensor([3]).int()
+    t_start = torch.tensor([0, 0, 0, 1]).int()
     with pytest.raises(ValueError, match="do not fit its shape"):
-        torch.ops.sparselearning.linear(x, value, None, start, column, start, column, column, False)
+        torch.ops.sparselearning.linear(x, value, None, start, column, t_start, column, column, False)
 
 
 def test_a_dtype_without_kernels_is_refused():

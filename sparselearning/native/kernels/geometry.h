@@ -27,6 +27,12 @@ inline Tap tap_of(int64_t k, int64_t stride, int64_t pad, int64_t dilation) {
     return {shift, distance - shift * stride};
 }
 
+// The shift of a tap where positions [0, read) hold numbers and outputs are [0, write). A tap that reads nothing but
+// padding is moved next to them, where it reads padding too: a large dilation costs no memory.
+inline int64_t near_shift(int64_t k, int64_t stride, int64_t pad, int64_t dilation, int64_t size, int64_t out_size) {
+    return std::clamp(tap_of(k, stride, pad, dilation).shift, -out_size, (size + stride - 1) / stride);
+}
+
 inline int64_t phase_size(int64_t size, int64_t phase, int64_t stride) {
     return size > phase ? (size - phase + stride - 1) / stride : 0;
 }
@@ -40,9 +46,10 @@ struct View {
 // Tensors are NCHW in memory, or CHWN ("batch last"), where one vector holds one pixel of many images.
 struct Plane {
     int64_t images, channels, height, width;
-    bool batch_last;
+    bool batch_last, rows;  // rows: of a linear layer, one for each column of the grid
 
     View phase(int64_t phase_y, int64_t phase_x, int64_t stride_y, int64_t stride_x) const {
+        if (rows) return {1, width, 0, 1, 0, channels, 0};
         const int64_t pixel = batch_last ? images : 1;
         return {phase_size(height, phase_y, stride_y),
                 phase_size(width, phase_x, stride_x),
@@ -55,11 +62,12 @@ struct Plane {
 };
 
 inline Plane input_plane(const Conv& c) {
-    return {c.images, c.in_channels, c.height, c.width, c.batch_last && !c.x_first};
+    return {c.images, c.in_channels, c.height, c.width, c.batch_last && !c.x_first, !c.batch_last && c.x_first};
 }
 
 inline Plane output_plane(const Conv& c) {
-    return {c.images, c.out_channels, c.out_height, c.out_width, c.batch_last && !c.y_first};
+    return {c.images, c.out_channels, c.out_height, c.out_width, c.batch_last && !c.y_first,
+            !c.batch_last && c.y_first};
 }
 
 // One direction of a convolution on its flat grid: the planes read and written, and the shift of every tap.
@@ -80,6 +88,14 @@ inline int64_t shared_pitch(int64_t read, int64_t write, const std::vector<int64
     return std::max(write + high, read - low);
 }
 
+// Refuses a grid that is almost all padding: an image one pixel high and a million wide, read as one of a million rows.
+inline void check_padding(const Grid& grid, int64_t rows_pitch, int64_t numbers) {
+    int64_t positions;
+    if (__builtin_mul_overflow(rows_pitch, grid.pitch, &positions) ||
+        __builtin_mul_overflow(positions, grid.images, &positions) || positions / 64 > numbers + (1 << 12))
+        throw TOO_LARGE;
+}
+
 // Sets the sizes of a grid whose views are known, and the shifts of its taps.
 inline void place(Grid& grid, const std::vector<int64_t>& shift_y, const std::vector<int64_t>& shift_x) {
     int64_t rows_read = 0, columns_read = 0;
@@ -93,7 +109,9 @@ inline void place(Grid& grid, const std::vector<int64_t>& shift_y, const std::ve
         grid.width = std::max(grid.width, v.columns);
     }
     grid.pitch = shared_pitch(columns_read, grid.width, shift_x);
-    grid.image_pitch = shared_pitch(rows_read, grid.height, shift_y) * grid.pitch;
+    const int64_t rows_pitch = shared_pitch(rows_read, grid.height, shift_y);
+    check_padding(grid, rows_pitch, grid.images * (rows_read * columns_read + grid.height * grid.width));
+    grid.image_pitch = rows_pitch * grid.pitch;
     const auto reach = [](const std::vector<int64_t>& shifts) {
         const auto [low, high] = std::minmax_element(shifts.begin(), shifts.end());
         return *high - *low;
@@ -109,14 +127,26 @@ inline void place(Grid& grid, const std::vector<int64_t>& shift_y, const std::ve
         }
 }
 
+inline std::vector<int64_t> shifts_down(const Conv& c) {
+    std::vector<int64_t> shifts;
+    for (int64_t k = 0; k < c.kernel_y; ++k)
+        shifts.push_back(near_shift(k, c.stride_y, c.pad_y, c.dilation_y, c.height, c.out_height));
+    return shifts;
+}
+
+inline std::vector<int64_t> shifts_right(const Conv& c) {
+    std::vector<int64_t> shifts;
+    for (int64_t k = 0; k < c.kernel_x; ++k)
+        shifts.push_back(near_shift(k, c.stride_x, c.pad_x, c.dilation_x, c.width, c.out_width));
+    return shifts;
+}
+
 // Reads the phase planes of the input, writes the output.
 inline Grid forward_grid(const Conv& c) {
     const Plane input = input_plane(c), output = output_plane(c);
     Grid grid;
     grid.images = c.batch_last ? 1 : c.images;
-    std::vector<int64_t> shift_y, shift_x, plane_of(c.stride_y * c.stride_x, -1);
-    for (int64_t k = 0; k < c.kernel_y; ++k) shift_y.push_back(tap_of(k, c.stride_y, c.pad_y, c.dilation_y).shift);
-    for (int64_t k = 0; k < c.kernel_x; ++k) shift_x.push_back(tap_of(k, c.stride_x, c.pad_x, c.dilation_x).shift);
+    std::vector<int64_t> plane_of(c.stride_y * c.stride_x, -1);
     for (int64_t ky = 0; ky < c.kernel_y; ++ky)
         for (int64_t kx = 0; kx < c.kernel_x; ++kx) {
             const int64_t phase_y = tap_of(ky, c.stride_y, c.pad_y, c.dilation_y).phase;
@@ -129,7 +159,7 @@ inline Grid forward_grid(const Conv& c) {
             grid.tap_plane.push_back(plane);
         }
     grid.write.push_back(output.phase(0, 0, 1, 1));
-    place(grid, shift_y, shift_x);
+    place(grid, shifts_down(c), shifts_right(c));
     return grid;
 }
 
@@ -138,9 +168,9 @@ inline Grid input_gradient_grid(const Conv& c) {
     const Plane input = input_plane(c), output = output_plane(c);
     Grid grid;
     grid.images = c.batch_last ? 1 : c.images;
-    std::vector<int64_t> shift_y, shift_x;
-    for (int64_t k = 0; k < c.kernel_y; ++k) shift_y.push_back(-tap_of(k, c.stride_y, c.pad_y, c.dilation_y).shift);
-    for (int64_t k = 0; k < c.kernel_x; ++k) shift_x.push_back(-tap_of(k, c.stride_x, c.pad_x, c.dilation_x).shift);
+    std::vector<int64_t> shift_y = shifts_down(c), shift_x = shifts_right(c);
+    for (int64_t& shift : shift_y) shift = -shift;
+    for (int64_t& shift : shift_x) shift = -shift;
     grid.tap_plane.assign(c.taps(), 0);
     grid.read.push_back(output.phase(0, 0, 1, 1));
     for (int64_t y = 0; y < c.stride_y; ++y)

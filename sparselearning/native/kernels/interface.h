@@ -6,8 +6,11 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+// Counts the changes of this file. library.py refuses a library that was built from another version of it.
+constexpr int64_t INTERFACE = 2;
+
 // What every function returns; library.py turns all but OK into errors.
-enum Status { OK, MISFIT, NO_MEMORY, TOO_LARGE };
+enum Status { OK, MISFIT, NO_MEMORY, TOO_LARGE, WRONG_SIZES };
 
 // GOMP_parallel's signature: it runs a function on several threads. The caller gives it, so that the threads are those
 // of torch's own pool: two OpenMP pools that spin on the same cores slow each other down.
@@ -25,12 +28,22 @@ struct Conv {
     int64_t out_channels, out_height, out_width;
     int64_t kernel_y, kernel_x, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x, groups;
     int64_t batch_last;  // memory order of activations: NCHW, or CHWN, where a vector holds one pixel of many images
-    int64_t x_first, y_first;  // with batch_last: whether input and output are in NCHW all the same
+    // Whether input and output have the batch first in memory all the same: NCHW, or the rows of a linear layer.
+    int64_t x_first, y_first;
 
     int64_t taps() const { return kernel_y * kernel_x; }
 };
 
-// A sparse layer and the tensors of one call. Tensors that the function does not use are null.
+// A tensor's memory. The functions compare the count with what the sizes say before they read or write anything.
+template <class T>
+struct Span {
+    T* data;
+    int64_t count;
+
+    T& operator[](int64_t i) const { return data[i]; }
+};
+
+// A sparse layer and the tensors of one call. Tensors that the function does not use are empty.
 //
 // The weight has the shape (out_channels, in_channels / groups, kernel_y, kernel_x) and is stored by rows: row r has
 // the nonzeros start[r] to start[r + 1], and `column` is a nonzero's place in the flattened row. The input gradient
@@ -38,25 +51,31 @@ struct Conv {
 template <class S>
 struct Layer {
     Conv conv;
-    const int32_t *start, *column, *order;
-    const S *value, *bias;
-    const S *x, *dy;
-    S* result;
+    Span<const int32_t> start, column, order;
+    Span<const S> value, bias, x, dy;
+    Span<S> result;
     int64_t relu;
+};
+
+// The nonzeros of a weight, and where they go in the order of the input gradient.
+struct Sorting {
+    Conv conv;
+    Span<const int32_t> start, column;
+    Span<int32_t> to_start, to_column, to_order;
 };
 
 // result = act(x * scale + shift), per channel. `inner` numbers of one channel lie side by side.
 template <class S>
 struct Affine {
-    const S *x, *scale, *shift;
-    S* result;
+    Span<const S> x, scale, shift;
+    Span<S> result;
     int64_t outer, channels, inner, relu;
 };
 
 // result[column][row] = x[row][column].
 template <class S>
 struct Transposition {
-    const S* x;
-    S* result;
+    Span<const S> x;
+    Span<S> result;
     int64_t rows, columns;
 };

@@ -1,8 +1,9 @@
 // Sparse convolutions and linear layers on a CPU, with a C interface; sparselearning/sparse/ops.py calls it.
-#include <climits>
 #include <cstring>
+#include <iterator>
 #include <utility>
 
+#include "checks.h"
 #include "cutting.h"
 #include "product.h"
 
@@ -47,6 +48,23 @@ namespace {
 
 enum InstructionSet { PORTABLE, AVX2, AVX512 };
 
+constexpr int64_t MOST_THREADS = 1024;
+
+// The widest instruction set of this processor.
+int best_instruction_set() {
+    static const int best = [] {
+#ifdef X86_DISPATCH
+        __builtin_cpu_init();
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma"))
+            return AVX512;
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
+#endif
+        return PORTABLE;
+    }();
+    return best;
+}
+
 template <class S>
 struct Kernels {
     void (*convolve)(const Product<S>&);
@@ -68,41 +86,34 @@ const Kernels<S>& kernels(const Machine& machine) {
         KERNELS_OF(avx512),
 #endif
     };
+    require(machine.instruction_set >= 0 && machine.instruction_set <= best_instruction_set());
     return table[machine.instruction_set];
 }
 
-Parallel parallel_of(const Machine& machine) { return {int(machine.threads), machine.fork}; }
+Parallel parallel_of(const Machine& machine) {
+    return {int(std::clamp<int64_t>(machine.threads, 1, MOST_THREADS)), machine.fork};
+}
 
 Parallel threads_for(const Conv& c, int64_t nonzeros, const Parallel& parallel) {
     const int64_t read = c.in_channels * c.height * c.width, pixels = c.out_height * c.out_width;
     return parallel.only_if(c.images * (read + (c.out_channels + nonzeros) * pixels) > MANY_NUMBERS);
 }
 
-void check_below(const int32_t* index, int64_t count, int64_t limit, const Parallel& parallel) {
-    std::atomic<bool> below{true};
-    parallel.only_if(count > MANY_INDICES).run(count, [&](int64_t from, int64_t to) {
-        bool found = true;
-        for (int64_t k = from; k < to; ++k) found &= uint32_t(index[k]) < uint32_t(limit);
-        if (!found) below = false;
-    });
-    if (!below) throw MISFIT;
-}
-
-template <class S>
-void check_fit(const Rows<S>& rows, int64_t columns, const Parallel& parallel) {
-    if (rows.start[0] != 0) throw MISFIT;
-    for (int64_t r = 0; r < rows.count; ++r)
-        if (rows.start[r + 1] < rows.start[r]) throw MISFIT;
-    check_below(rows.column, rows.nonzeros(), columns, parallel);
-}
-
-// The rows of the weight, one for each output channel.
+// The rows of the weight, one for each output channel, and the sizes of the layer, after all checks of them.
 template <class S>
 Rows<S> rows_of(const Layer<S>& layer, const Parallel& parallel) {
     const Conv& c = layer.conv;
-    const Rows<S> rows{c.out_channels, layer.start, layer.column, layer.value};
-    check_fit(rows, c.in_channels / c.groups * c.taps(), parallel);
-    return rows;
+    check_sizes(c);
+    check_indices(layer.start, layer.column, c.out_channels, c.in_channels / c.groups * c.taps(), parallel);
+    return {c.out_channels, layer.start.data, layer.column.data, layer.value.data};
+}
+
+template <class S>
+void check_forward(const Layer<S>& layer) {
+    const Conv& c = layer.conv;
+    require(layer.value.count == layer.column.count);
+    require(layer.bias.count == (layer.bias.data ? c.out_channels : 0));
+    require(layer.x.count == input_numbers(c) && layer.result.count == output_numbers(c));
 }
 
 template <class S>
@@ -110,9 +121,10 @@ void forward(const Machine& machine, const Layer<S>& layer) {
     const Conv& c = layer.conv;
     const Parallel parallel = parallel_of(machine);
     const Rows<S> rows = rows_of(layer, parallel);
-    if (c.images == 0) return;
-    kernels<S>(machine).convolve({forward_grid(c), c.images, c.in_channels, c.groups, c.batch_last != 0, rows, layer.x,
-                                  nullptr, layer.bias, layer.relu != 0, layer.result,
+    check_forward(layer);
+    kernels<S>(machine).convolve({forward_grid(c), c.images, c.in_channels, c.groups, c.batch_last != 0,
+                                  !c.batch_last && c.x_first, !c.batch_last && c.y_first, rows, layer.x.data, nullptr,
+                                  layer.bias.data, layer.relu != 0, layer.result.data,
                                   threads_for(c, rows.nonzeros(), parallel)});
 }
 
@@ -121,18 +133,20 @@ template <class S>
 void input_gradient(const Machine& machine, const Layer<S>& layer) {
     const Conv& c = layer.conv;
     const Parallel parallel = parallel_of(machine);
-    Rows<S> rows{c.in_channels * c.stride_y * c.stride_x, layer.start, layer.column, nullptr};
-    check_fit(rows, c.out_channels / c.groups * c.taps(), parallel);
-    if (c.images == 0) return;
-    const int64_t nonzeros = rows.nonzeros();
-    check_below(layer.order, nonzeros, nonzeros, parallel);
+    check_sizes(c);
+    const int64_t planes = c.in_channels * c.stride_y * c.stride_x, nonzeros = layer.column.count;
+    check_indices(layer.start, layer.column, planes, c.out_channels / c.groups * c.taps(), parallel);
+    require(layer.order.count == nonzeros && layer.value.count == nonzeros);
+    require(layer.dy.count == output_numbers(c) && layer.result.count == input_numbers(c));
+    check_below(layer.order, nonzeros, parallel);
     std::vector<S> ordered(nonzeros);
     parallel.only_if(nonzeros > MANY_INDICES).run(nonzeros, [&](int64_t from, int64_t to) {
         for (int64_t k = from; k < to; ++k) ordered[k] = layer.value[layer.order[k]];
     });
-    rows.value = ordered.data();
-    kernels<S>(machine).convolve({input_gradient_grid(c), c.images, c.out_channels, c.groups, c.batch_last != 0, rows,
-                                  layer.dy, nullptr, nullptr, false, layer.result, threads_for(c, nonzeros, parallel)});
+    const Rows<S> rows{planes, layer.start.data, layer.column.data, ordered.data()};
+    kernels<S>(machine).convolve({input_gradient_grid(c), c.images, c.out_channels, c.groups, c.batch_last != 0,
+                                  !c.batch_last && c.y_first, !c.batch_last && c.x_first, rows, layer.dy.data, nullptr,
+                                  nullptr, false, layer.result.data, threads_for(c, nonzeros, parallel)});
 }
 
 template <class S>
@@ -140,13 +154,11 @@ void weight_gradient(const Machine& machine, const Layer<S>& layer) {
     const Conv& c = layer.conv;
     const Parallel parallel = parallel_of(machine);
     const Rows<S> rows = rows_of(layer, parallel);
-    if (c.images == 0) {
-        std::fill(layer.result, layer.result + rows.nonzeros(), S(0));
-        return;
-    }
-    kernels<S>(machine).weight_gradient({forward_grid(c), c.images, c.in_channels, c.groups, c.batch_last != 0, rows,
-                                         layer.x, layer.dy, nullptr, false, layer.result,
-                                         threads_for(c, rows.nonzeros(), parallel)});
+    require(layer.result.count == layer.column.count);
+    require(layer.x.count == input_numbers(c) && layer.dy.count == output_numbers(c));
+    kernels<S>(machine).weight_gradient({forward_grid(c), c.images, c.in_channels, c.groups, c.batch_last != 0,
+                                         !c.batch_last && c.x_first, false, rows, layer.x.data, layer.dy.data, nullptr,
+                                         false, layer.result.data, threads_for(c, rows.nonzeros(), parallel)});
 }
 
 // The forward pass of a linear layer whose batch has few rows, each of them contiguous.
@@ -154,29 +166,41 @@ template <class S>
 void few(const Machine& machine, const Layer<S>& layer) {
     const Conv& c = layer.conv;
     const Parallel parallel = parallel_of(machine);
-    kernels<S>(machine).multiply_few({{}, c.width, c.in_channels, 1, false, rows_of(layer, parallel), layer.x, nullptr,
-                                      layer.bias, layer.relu != 0, layer.result, parallel});
+    const Rows<S> rows = rows_of(layer, parallel);
+    check_forward(layer);
+    require(c.x_first && c.y_first && !c.batch_last);
+    kernels<S>(machine).multiply_few({{}, c.width, c.in_channels, 1, false, true, true, rows, layer.x.data, nullptr,
+                                      layer.bias.data, layer.relu != 0, layer.result.data, parallel});
 }
 
 template <class S>
 void transpose(const Machine& machine, const Transposition<S>& given) {
+    require(given.rows >= 0 && given.columns >= 0);
+    const int64_t numbers = product_of({given.rows, given.columns});
+    require(given.x.count == numbers && given.result.count == numbers);
     kernels<S>(machine).transpose(given, parallel_of(machine));
 }
 
 template <class S>
 void affine(const Machine& machine, const Affine<S>& given) {
+    require(given.outer >= 0 && given.channels >= 0 && given.inner >= 0);
+    const int64_t numbers = product_of({given.outer, given.channels, given.inner});
+    require(given.x.count == numbers && given.result.count == numbers);
+    require(given.scale.count == given.channels && given.shift.count == given.channels);
     kernels<S>(machine).affine(given, parallel_of(machine));
 }
 
 // Sorts the nonzeros by (input channel, phase), as the input gradient reads them. A row of the result is one phase
 // plane of one input channel; its columns are output channel in the group * taps + tap.
-void transpose_rows(const Machine& machine, const Layer<float>& layer, int32_t* to_start, int32_t* to_column,
-                    int32_t* order) {
-    const Conv& c = layer.conv;
-    const int32_t *start = layer.start, *column = layer.column;
+void transpose_rows(const Machine& machine, const Sorting& given) {
+    const Conv& c = given.conv;
+    const auto &start = given.start, &column = given.column;
+    check_weight(c);
     const int64_t taps = c.taps(), phases = c.stride_y * c.stride_x;
     const int64_t per_group = c.in_channels / c.groups, rows_per_group = c.out_channels / c.groups;
-    rows_of(layer, parallel_of(machine));
+    check_indices(start, column, c.out_channels, per_group * taps, parallel_of(machine));
+    require(given.to_start.count == c.in_channels * phases + 1);
+    require(given.to_column.count == column.count && given.to_order.count == column.count);
     std::vector<int64_t> phase(taps);
     for (int64_t t = 0; t < taps; ++t)
         phase[t] = tap_of(t / c.kernel_x, c.stride_y, c.pad_y, c.dilation_y).phase * c.stride_x +
@@ -188,12 +212,12 @@ void transpose_rows(const Machine& machine, const Layer<float>& layer, int32_t* 
     for (int64_t o = 0; o < c.out_channels; ++o)
         for (int64_t k = start[o]; k < start[o + 1]; ++k) ++next[row_of(o, k) + 1];
     for (size_t r = 1; r < next.size(); ++r) next[r] += next[r - 1];
-    std::copy(next.begin(), next.end(), to_start);
+    std::copy(next.begin(), next.end(), given.to_start.data);
     for (int64_t o = 0; o < c.out_channels; ++o)
         for (int64_t k = start[o]; k < start[o + 1]; ++k) {
             const int32_t at = next[row_of(o, k)]++;
-            to_column[at] = int32_t(o % rows_per_group * taps + column[k] % taps);
-            order[at] = int32_t(k);
+            given.to_column[at] = int32_t(o % rows_per_group * taps + column[k] % taps);
+            given.to_order[at] = int32_t(k);
         }
 }
 
@@ -212,21 +236,18 @@ Status guarded(const Body& body) {
 
 }  // namespace
 
-// The widest instruction set of this processor: 0 portable, 1 AVX2 and FMA, 2 AVX-512.
-EXPORT int sl_instruction_set() {
-#ifdef X86_DISPATCH
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma"))
-        return AVX512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
-#endif
-    return PORTABLE;
+EXPORT int sl_instruction_set() { return best_instruction_set(); }
+
+// Which version of interface.h this is; the sizes of its structs go to `sizes`.
+EXPORT int64_t sl_interface(int64_t* sizes) {
+    const size_t known[] = {sizeof(Machine), sizeof(Layer<float>), sizeof(Sorting), sizeof(Affine<float>),
+                            sizeof(Transposition<float>)};
+    std::copy(std::begin(known), std::end(known), sizes);
+    return INTERFACE;
 }
 
-EXPORT Status sl_transpose_rows(const Machine* machine, const Layer<float>* layer, int32_t* to_start,
-                                int32_t* to_column, int32_t* order) {
-    return guarded([&] { transpose_rows(*machine, *layer, to_start, to_column, order); });
+EXPORT Status sl_transpose_rows(const Machine* machine, const Sorting* given) {
+    return guarded([&] { transpose_rows(*machine, *given); });
 }
 
 #define EXPORT_FOR(S, function, Arguments) \

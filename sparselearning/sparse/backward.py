@@ -1,0 +1,80 @@
+"""The gradients of the operators, as torch.library registers them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from sparselearning.sparse.derivatives import conv2d_gradients, linear_gradients
+from sparselearning.sparse.dispatch import run, unobserved
+from sparselearning.sparse.memory_order import is_batch_last, readable, to_batch_last
+
+
+def save_for_backward(ctx, inputs, output):
+    x, value, _, start, column, t_start, t_column, t_order, *ctx.geometry, relu = inputs
+    ctx.input_shape = x.shape  # saved tensors may be read only once (torch.utils.checkpoint)
+    ctx.save_for_backward(x, value, start, column, t_start, t_column, t_order, output if relu else None)
+
+
+def gradients(ctx, dy, input_gradient, weight_gradient, exact):
+    """Return the gradients of an operator's arguments: x, value, bias, and None for the rest.
+
+    Where gradients of these gradients may follow (create_graph), `exact` gives them from the dense weight.
+    """
+    x, value, start, column, t_start, t_column, t_order, output = ctx.saved_tensors
+    if output is not None:
+        dy = dy * (output > 0)
+    needs_x, needs_value, needs_bias, *others = ctx.needs_input_grad
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        dx, dvalue = exact(dy, x, value, start, column)
+    else:
+        if unobserved(dy) and needs_value:  # once for both gradients
+            dy = to_batch_last(dy) if dy.dim() == 2 else readable(dy, is_batch_last(dy.shape[0]))[0]
+        dx = input_gradient(dy, value, t_start, t_column, t_order) if needs_x else None
+        dvalue = weight_gradient(dy, x, start, column) if needs_value else None
+    dbias = dy.flatten(2).sum((0, 2)) if needs_bias and dy.dim() == 4 else dy.sum(0) if needs_bias else None
+    return dx, dvalue, dbias, *(None for _ in others)
+
+
+def conv2d_backward(ctx, dy):
+    return gradients(
+        ctx,
+        dy,
+        lambda dy, *rest: run("conv2d_input_gradient", dy, *rest, ctx.input_shape, *ctx.geometry),
+        lambda dy, *rest: run("conv2d_weight_gradient", dy, *rest, *ctx.geometry),
+        lambda *tensors: conv2d_gradients(*tensors, *ctx.geometry),
+    )
+
+
+def linear_backward(ctx, dy):
+    kernels = partial(run, "linear_input_gradient"), partial(run, "linear_weight_gradient")
+    return gradients(ctx, dy, *kernels, linear_gradients)
+
+
+def refuse_backward(ctx, dy):
+    raise RuntimeError(
+        "The gradient operators of sparse layers have no derivatives of their own. Differentiate the layer with "
+        "create_graph=True, which takes its dense weight."
+    )
+
+
+def save_nothing(ctx, inputs, output):
+    pass
+
+
+def save_affine(ctx, inputs, output):
+    x, scale, shift, relu = inputs
+    constant = not (scale.requires_grad or shift.requires_grad)  # of fixed statistics and weights
+    ctx.save_for_backward(None if constant else x, scale, output if relu else None)
+
+
+def affine_backward(ctx, dy):
+    """Return the gradients of x, scale and shift."""
+    x, scale, output = ctx.saved_tensors
+    if output is not None:
+        dy = dy * (output > 0)
+    others = [d for d in range(dy.dim()) if d != 1]
+    dscale = (dy * x).sum(others) if ctx.needs_input_grad[1] else None
+    dshift = dy.sum(others) if ctx.needs_input_grad[2] else None
+    return dy * scale.reshape(-1, *(1 for _ in dy.shape[2:])), dscale, dshift, None
