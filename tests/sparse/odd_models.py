@@ -118,6 +118,13 @@ def layers_called_by_keyword():
 
 
 @odd
+def a_layer_that_reads_a_buffer():
+    model = Model(lambda self, x: x + self.layer(self.table), layer=nn.Linear(8, 6))
+    model.register_buffer("table", torch.randn(4, 8))
+    return model, torch.randn(4, 6), {"layer"}
+
+
+@odd
 def a_norm_over_tokens():
     return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7)), torch.randn(3, 7, 5), {"0"}
 

@@ -1,4 +1,4 @@
-"""The architectures of torchvision and timm compute the same after `convert` and `remove_dead_units`.
+"""The architectures of torchvision, timm and transformers compute the same after `convert` and `remove_dead_units`.
 
 All layers become sparse that can, whatever their time.
 """
@@ -8,7 +8,7 @@ import importlib.util
 import pytest
 import torch
 import torchvision
-from helpers_conversion import cut_units, sparsify
+from helpers_conversion import cut_units, outputs_differ, sparsify
 
 from sparselearning.sparse import available, convert, remove_dead_units
 
@@ -95,3 +95,37 @@ def test_torchvision_models_stay_exact_at_other_densities(name, density):
 @pytest.mark.parametrize("name", TIMM)
 def test_timm_models_stay_exact(name, density):
     check(*timm_model(name), density, 0.3 if name == "nfnet_f0" else 0.9)  # whose convolutions are subclasses
+
+
+def transformers_model(name):
+    """Return a small model of transformers, and its arguments by name."""
+    import transformers
+
+    sizes = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+    t5 = dict(vocab_size=60, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2)
+    ids = torch.randint(3, 50, (2, 7))
+    given = dict(input_ids=ids, attention_mask=(torch.arange(7) < torch.tensor([[7], [5]])).long())
+    config, model, given = {
+        "bert": (transformers.BertConfig(**sizes), transformers.BertForSequenceClassification, given),
+        "llama": (transformers.LlamaConfig(**sizes), transformers.LlamaForCausalLM, given),
+        "opt": (transformers.OPTConfig(vocab_size=60, hidden_size=32, ffn_dim=48, word_embed_proj_dim=32,
+                                       num_hidden_layers=2, num_attention_heads=2), transformers.OPTForCausalLM, given),
+        "t5": (transformers.T5Config(**t5), transformers.T5ForConditionalGeneration,
+               dict(input_ids=ids, decoder_input_ids=ids)),
+    }[name]  # fmt: skip
+    return model(config), given
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+@pytest.mark.parametrize("name", ["bert", "llama", "opt", "t5"])
+def test_transformers_models_stay_exact(name):
+    model, given = transformers_model(name)
+    converted, report = convert(sparsify(model, 0.3), given)
+    assert not outputs_differ(model, converted, given)
+    assert sum(layer.replaced for layer in report.layers) >= 0.85 * len(report.layers)
+    cut_units(model)
+    small, removed = remove_dead_units(model, given)
+    assert not outputs_differ(model, small, given)
+    assert not removed.notes
