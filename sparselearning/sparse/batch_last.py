@@ -10,9 +10,9 @@ import copy
 
 from torch import Tensor, nn
 
+from sparselearning.sparse.dispatch import unobserved
 from sparselearning.sparse.memory_order import is_turned, to_batch_first
 from sparselearning.sparse.modules import SparseConv2d, SparseLinear, SparseModule
-from sparselearning.sparse.ops import unobserved
 
 
 class BatchLastPool:
