@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from sparselearning.sparse.derivatives import conv2d_gradients, linear_gradients
+from sparselearning.sparse.derivatives import conv2d_gradients, linear_gradients, transformed
 from sparselearning.sparse.dispatch import run, unobserved
 from sparselearning.sparse.memory_order import is_batch_last, readable, to_batch_last
 
@@ -20,13 +20,14 @@ def save_for_backward(ctx, inputs, output):
 def gradients(ctx, dy, input_gradient, weight_gradient, exact):
     """Return the gradients of an operator's arguments: x, value, bias, and None for the rest.
 
-    Where gradients of these gradients may follow (create_graph), `exact` gives them from the dense weight.
+    Where gradients of these gradients may follow (create_graph), or many are computed at once (is_grads_batched),
+    `exact` gives them from the dense weight.
     """
     x, value, start, column, t_start, t_column, t_order, output = ctx.saved_tensors
     if output is not None:
         dy = dy * (output > 0)
     needs_x, needs_value, needs_bias, *others = ctx.needs_input_grad
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if (torch.is_grad_enabled() and not torch.compiler.is_compiling()) or transformed():
         dx, dvalue = exact(dy, x, value, start, column)
     else:
         if unobserved(dy) and needs_value:  # once for both gradients

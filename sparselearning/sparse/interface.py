@@ -150,7 +150,9 @@ def call(name: str, result: Tensor | None = None, **given) -> None:
             if not (plain and field.is_contiguous()):
                 field = in_one_piece(key, field, wanted)
                 copies.append(field)
-            arguments[key], arguments[COUNTS[key]] = field.data_ptr(), field.numel()
+            arguments[key], arguments[COUNTS[key]] = address, count = field.data_ptr(), field.numel()
+            if count and (not address or field.untyped_storage().nbytes() < count * field.itemsize):
+                raise ValueError(f"Expected {count} numbers in {key} of a sparse kernel; its memory was taken away.")
         elif field is not None:
             arguments[key] = field
     kernels().call(f"sl_{name}{suffix}", STRUCTS.get(name, Layer)(**arguments))
