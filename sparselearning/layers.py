@@ -134,6 +134,31 @@ def check_loadable(layers: Sequence[SparseLayer], saved: dict[str, Any]) -> None
             )
 
 
+def check_numbers(state: dict[str, Any]) -> None:
+    """Check the counts of a saved state, as far as it has them, and that its masks are masks.
+
+    Raises:
+        RuntimeError: naming the first that none can be.
+    """
+    counts = {name: state[name] for name in ("steps", "baseline_nonzero") if name in state}
+    rates = {"prune_threshold": state.get("prune_threshold", 0.0)}
+    for name, entry in state["layers"].items():
+        counts[f"removed of {name}"] = entry["removed"]
+        rates[f"prune_rate of {name}"] = entry["prune_rate"]
+        if entry["mask"].dtype != torch.bool:
+            raise RuntimeError(f"The mask of {name} in the state is {entry['mask'].dtype}, not bool: it is damaged.")
+    for name, number in counts.items():
+        if not is_number(number) or number >= 2**63 or number != int(number):
+            raise RuntimeError(f"Expected {name} as a count of at least 0, got {number!r}: the state is damaged.")
+    for name, number in rates.items():
+        if not is_number(number):
+            raise RuntimeError(f"Expected {name} as a number of at least 0, got {number!r}: the state is damaged.")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float | Tensor) and bool(value >= 0)
+
+
 class ByName(Generic[T]):
     """A view of all layers: layer name -> one of the layer's fields."""
 
@@ -253,9 +278,10 @@ class Layers:
         """Take what `state_dict` returned.
 
         Raises:
-            RuntimeError: if the masked weights differ in name or shape; nothing is changed then.
+            RuntimeError: if the masked weights differ in name or shape, or counts are none; nothing is changed then.
         """
         check_loadable(self.layers, state["layers"])
+        check_numbers(state)
         for layer in self.layers:
             layer.load_state_dict(state["layers"][layer.name])
         self.baseline_nonzero = state["baseline_nonzero"]

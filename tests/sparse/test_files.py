@@ -62,6 +62,70 @@ def test_positions_that_do_not_fit_are_refused(tmp_path):
         load_compressed(tmp_path / "file")
 
 
+def hostile(values=(1.0, 1.0), gaps=(0, 1), shape=(5,), gaps_dtype=torch.uint8, shape_dtype=torch.int64, name="w"):
+    return {
+        f"{name}.sparse_values": torch.tensor(values),
+        f"{name}.sparse_gaps": torch.tensor(gaps, dtype=gaps_dtype),
+        f"{name}.sparse_shape": torch.tensor(shape, dtype=shape_dtype),
+    }
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        hostile(shape=(2**40,)),
+        hostile(shape=(2**32,)),
+        hostile(shape=(2**62, 2**62)),
+        hostile(shape=(0, 2**40, 2**40), values=(), gaps=()),
+        hostile(shape=(-5,)),
+        hostile(shape=(-5, -1)),
+        hostile(shape=(5.0,), shape_dtype=torch.float32),
+        hostile(shape=((5,),)),
+        hostile(shape=[1] * 65),
+        hostile(gaps=(3, -2), gaps_dtype=torch.int8),
+        hostile(gaps=(0, 1), gaps_dtype=torch.int64),
+        hostile(gaps=((0, 1),)),
+        hostile(values=((1.0, 1.0),)),
+        hostile(values=(1.0,)),
+        {name: part for i in range(40) for name, part in hostile(shape=(2**24,), name=f"w{i}").items()},
+        hostile() | {"w": torch.ones(5)},
+        {"w.sparse_gaps": torch.ones(5)},
+        {"w.sparse_shape": torch.ones(5)},
+    ],
+)
+def test_files_that_ask_for_what_they_do_not_hold_are_refused(tmp_path, parts):
+    from safetensors.torch import save_file
+
+    save_file(parts, tmp_path / "file")
+    with pytest.raises(ValueError, match=r"Write (it|the file) again"):
+        load_compressed(tmp_path / "file")
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100, b"\xff" * 8, (2**40).to_bytes(8, "little") + b"{}"])
+def test_other_files_are_refused_with_one_error(tmp_path, content):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(ValueError, match="damaged or no safetensors file"):
+        load_compressed(tmp_path / "file")
+    with pytest.raises(FileNotFoundError):
+        load_compressed(tmp_path / "none")
+
+
+def test_names_that_look_like_ours_and_other_entries_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"rename 'w.sparse_gaps'"):
+        save_compressed({"w.sparse_gaps": torch.ones(3)}, tmp_path / "file")
+    for entry in (torch.ones(3).to_sparse(), torch.ones(3, device="meta"), {"a": 1}):
+        with pytest.raises(TypeError, match="hold dense tensors"):
+            save_compressed({"w": entry}, tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+
+
+def test_large_tensors_of_zeros_say_how_large_they_are(tmp_path):
+    state = {"w": torch.zeros(2**14, 2**15)}  # 2 GB
+    state["w"][5, 7] = 1
+    save_compressed(state, tmp_path / "file")
+    assert torch.equal(load_compressed(tmp_path / "file")["w"], state["w"])
+
+
 def converted_by_hand():
     """A model of every part that `convert` puts in."""
     conv = SparseConv2d.from_dense(nn.Conv2d(3, 4, 3))
