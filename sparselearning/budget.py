@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from sparselearning.layers import SparseLayer
 from sparselearning.selection import apportion, count_of
-from sparselearning.start.distributions import none_empty
+from sparselearning.start.distributions import at_least_one_each, none_empty
 
 Layers = Sequence[SparseLayer]
 
@@ -28,6 +28,8 @@ def unit_of(layers: Layers) -> int:
 def change_to(density: float, layers: Layers) -> tuple[int, list[int]]:
     """Return how many weights are active at this density, and how many each layer gains (loses, if negative).
 
+    A layer that holds weights keeps one; if the density leaves less than one for each, all keep one, with a warning.
+
     Raises:
         ValueError: if the density is more than the layers' pattern can hold.
     """
@@ -35,10 +37,15 @@ def change_to(density: float, layers: Layers) -> tuple[int, list[int]]:
     units = round(density * sum(layer.mask.numel() for layer in layers) / unit)
     active = [layer.nonzeros // unit for layer in layers]
     room = [layer.room // unit for layer in layers]
+    units = at_least_one_each(units, [layer.mask.numel() // unit if layer.nonzeros else 0 for layer in layers])
     rise = units - sum(active)
     if rise > sum(room):
         raise ValueError(f"The density schedule asks for a density of {density}, more than the pattern can hold.")
-    change = [-fall for fall in apportion(-rise, active, active)] if rise < 0 else apportion(rise, active, room)
+    if rise < 0:
+        left = [count - fall for count, fall in zip(active, apportion(-rise, active, active), strict=True)]
+        change = [count - had for count, had in zip(none_empty(left, active), active, strict=True)]
+    else:
+        change = apportion(rise, active, room)
     return units * unit, [gain * unit for gain in change]
 
 

@@ -261,7 +261,7 @@ class Masking(Layers):
             if functions.is_marked(self.measure, "after_pruning"):
                 functions.measure(self)
             functions.grow(self, self._redistribute(change))
-        self._agree_and_count()
+        invariants.keep_last_weights(self, before)
         self.held.moved(self.layers, before)
         self.apply_mask()
         self.held.updated(self.updates.ahead(self.steps))

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sparselearning.layers import SparseLayer, count
+from sparselearning.patterns import with_pattern, without_pattern
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import count_active, fetch, is_sharded
+from sparselearning.selection import drop_lowest, drop_lowest_jointly
 
 MASKINGS: weakref.WeakSet[Any] = weakref.WeakSet()  # all there are, so that no two mask one weight
 
@@ -105,6 +107,55 @@ def all_or_nothing(masking: Any) -> Iterator[list[Tensor]]:
         raise
     finally:
         masking._gradients_read = None
+
+
+@torch.no_grad()
+def keep_last_weights(masking: Any, before: Sequence[Tensor]) -> None:
+    """Let all processes agree on the new masks, count, and give a weight back to every layer that the update emptied.
+
+    `before` is what the masks were. A layer without active weights passes nothing on, and no importance would let it
+    grow. A magnitude that is compared over the network may empty one, a function of a user's, or a density that falls,
+    and growth may leave it so. The largest weight that the layer had stays then, and in its place the smallest of the
+    others leaves, so that the number of active weights is the same. With blocks these are blocks. Layers whose units
+    differ in size exchange none, and grow what they lost.
+    """
+    masking._agree_and_count()
+    layers = masking.layers
+    if all(layer.nonzeros for layer in layers) or len({layer.pattern.step(layer.mask.shape) for layer in layers}) > 1:
+        return
+    emptied = [i for i, layer in enumerate(layers) if not layer.nonzeros and _count(before[i])]
+    for i in emptied:
+        layers[i].mask.copy_(_largest_unit(layers[i], before[i]))
+    added = len(emptied) * layers[0].pattern.size
+    _drop_smallest(layers, added - min(added, max(masking.baseline_nonzero - masking.total_nonzero, 0)))
+    masking._agree_and_count()
+
+
+def _drop_smallest(layers, number):
+    """Drop the smallest weights of all layers, but leave each its largest."""
+    lasting = [_largest_unit(layer, layer.mask) for layer in layers]
+    others = [
+        with_pattern(without_pattern(layer.mask) & ~last, layer.pattern)
+        for layer, last in zip(layers, lasting, strict=True)
+    ]
+    kept = drop_lowest_jointly([_magnitude(layer) for layer in layers], others, number)
+    for layer, last, rest in zip(layers, lasting, kept, strict=True):
+        layer.mask.copy_(last | rest)
+
+
+def _largest_unit(layer, mask):
+    """Return the mask of the unit whose weights are largest among those of `mask`."""
+    mask = with_pattern(without_pattern(mask).clone(), layer.pattern)
+    return drop_lowest(_magnitude(layer), mask, _count(mask) - layer.pattern.size)
+
+
+def _magnitude(layer):
+    """Return the magnitudes of weights, also of those that keep their values while they are inactive."""
+    return layer.memory.get("dense", layer.master).abs()
+
+
+def _count(mask):
+    return int(fetch([count_active(mask)])[0])
 
 
 def refuse_bad_values(masking: Any) -> None:

@@ -1,5 +1,6 @@
 """How many weights each layer loses and gets, on examples small enough to count by hand."""
 
+import itertools
 import math
 
 import pytest
@@ -7,8 +8,12 @@ import torch
 from helpers import assert_masks_hold, masked, mlp, same, sgd, snapshot, train
 
 from sparselearning import Masking
+from sparselearning.functions import network_wide
 from sparselearning.grow import GROWTH_FUNCTIONS
+from sparselearning.prune import PRUNE_FUNCTIONS
+from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
 from sparselearning.schedules import CubicDensity, StepDensity, Updates
+from sparselearning.selection import add_highest_jointly
 
 
 def network(active, *widths, **modes):
@@ -205,6 +210,96 @@ def test_no_layer_loses_its_last_weight(redistribution):
         masking.at_end_of_epoch()
         assert masking.total_nonzero == 12
         assert all(layer.nonzeros for layer in masking.layers)
+
+
+def nothing(masking, mask, weight, name):
+    return torch.zeros_like(mask)
+
+
+@network_wide
+def never_to_fc2(masking, total_regrowth):
+    others = {name: mask for name, mask in masking.masks.items() if name != "fc2.weight"}
+    scores = [torch.rand_like(mask, dtype=torch.float) for mask in others.values()]
+    grown = add_highest_jointly(scores, list(others.values()), total_regrowth)
+    return masking.masks | dict(zip(others, grown, strict=True))
+
+
+SCHEDULES = {
+    "constant": (0.03, None),
+    "to 2%": (0.6, CubicDensity(0.6, 0.02, 1, 4)),
+    "to 1% at once": (0.5, StepDensity(0.5, 0.01, 2)),
+    "up": (0.03, CubicDensity(0.03, 0.5, 1, 4)),
+}
+KEPT = {"dense_magnitude", "global_dense_magnitude"}
+
+
+REDISTRIBUTIONS = [*REDISTRIBUTION_FUNCTIONS, to_fc2]
+GROWTHS = ["random", "momentum", "global_momentum", "dense_magnitude", never_to_fc2]
+MODES = [*itertools.product([0.0, 0.7], [*PRUNE_FUNCTIONS, nothing], GROWTHS, SCHEDULES)]
+MODES = [(*modes, REDISTRIBUTIONS[i % len(REDISTRIBUTIONS)]) for i, modes in enumerate(MODES)]
+
+
+@pytest.mark.parametrize(("prune_rate", "prune", "growth", "schedule", "redistribution"), MODES)
+def test_no_layer_is_emptied_by_any_mode_or_schedule(prune_rate, prune, growth, schedule, redistribution):
+    """The weights of the second layer are so small that a comparison over the network would take all of them."""
+    model = mlp(10, 20, 5, 10)
+    with torch.no_grad():
+        model.fc2.weight.mul_(1e-3)
+    start, density = SCHEDULES[schedule]
+    masking = masked(
+        model,
+        sgd(model, lr=1e-4),
+        start,
+        weights="kept" if {prune, growth} & KEPT else "zero",
+        **dict(prune_mode=prune, growth_mode=growth, redistribution_mode=redistribution, prune_rate=prune_rate),
+        updates=Updates(every=1, density=density),
+    )
+    masking.prune_threshold = 0.1
+    for step in range(1, 7):
+        train(model, masking, 1)
+        assert all(layer.nonzeros for layer in masking.layers)
+        assert masking.total_nonzero == round(350 * (density(step) if density else start))
+        assert_masks_hold(masking)
+
+
+@pytest.mark.parametrize("method", ["gmp", "one_shot"])
+@pytest.mark.parametrize("prune", ["magnitude", "global_magnitude"])
+def test_methods_that_prune_a_dense_network_leave_a_weight_in_every_layer(method, prune):
+    model = mlp(200, 20, 2, 2)
+    often = dict(prune_every_k_steps=1) if method == "gmp" else {}
+    masking = Masking.from_method(method, model, sgd(model), total_steps=8, density=0.005, prune=prune, **often)
+    train(model, masking, 8)
+    assert masking.total_nonzero == round(0.005 * 4044)
+    assert min(counts(masking)) > 0
+
+
+def test_an_emptied_layer_keeps_its_largest_weight_and_the_smallest_of_the_others_leaves():
+    model = mlp(3, 1, 3)
+    with torch.no_grad():
+        model.fc1.weight.copy_(torch.tensor([[0.1, -0.3, 0.2]]))
+        model.fc2.weight.copy_(torch.tensor([[5.0], [-6.0], [4.0]]))
+    modes = dict(prune_mode="global_magnitude", growth_mode="random", prune_rate=0.0)
+    masking = masked(model, None, 1.0, **modes, updates=Updates(density=StepDensity(1.0, 0.5, 0)))
+    masking.at_end_of_epoch()
+    assert [mask.flatten().tolist() for mask in masking.masks.values()] == [[False, True, False], [True, True, False]]
+
+
+def test_blocks_that_a_layer_keeps_are_whole():
+    model = mlp(8, 8, 8)
+    with torch.no_grad():
+        model.fc1.weight.mul_(1e-3)
+    modes = dict(prune_mode="global_magnitude", growth_mode="random", prune_rate=0.0, pattern="block:2x2")
+    masking = masked(model, None, 1.0, **modes, updates=Updates(density=StepDensity(1.0, 0.25, 0)))
+    masking.at_end_of_epoch()
+    assert counts(masking) == [4, 28]
+    assert all(layer.pattern.holds(layer.mask) for layer in masking.layers)
+
+
+def test_a_density_that_leaves_less_than_a_weight_for_each_layer_warns_and_leaves_one():
+    masking = masked(mlp(10, 10, 10, 10), density=0.5, updates=Updates(density=StepDensity(0.5, 0.004, 0)))
+    with pytest.warns(UserWarning, match="A density of 1 of 300 weights leaves less than one in each of 3 layers"):
+        masking.at_end_of_epoch()
+    assert counts(masking) == [1, 1, 1]
 
 
 def test_layers_whose_units_differ_grow_as_many_as_they_lost():

@@ -118,6 +118,86 @@ def test_the_products_of_attention_and_of_its_weights_are_told_apart():
     assert flops.others == 2 * (2 * length * length * width)
 
 
+LENGTH, IN, HIDDEN = 5, 4, 3
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_recurrent_layers_by_hand(kind, gates):
+    """Every step multiplies by the weights of all gates, from its input and from the hidden state before."""
+    state = torch.zeros(2, 1, HIDDEN)
+    flops = forward_flops(kind(IN, HIDDEN, 2), torch.zeros(LENGTH, 1, IN), (state, state) if kind is nn.LSTM else state)
+    expected = {"weight_ih_l0": LENGTH * 2 * gates * HIDDEN * IN}
+    expected |= dict.fromkeys(["weight_hh_l0", "weight_ih_l1", "weight_hh_l1"], LENGTH * 2 * gates * HIDDEN * HIDDEN)
+    assert flops == Flops(expected)
+    assert flops.sparse({"weight_ih_l0": 0.5}) == flops.dense - expected["weight_ih_l0"] / 2
+
+
+def test_a_recurrent_layer_of_both_directions_by_hand():
+    flops = forward_flops(nn.LSTM(IN, HIDDEN, bidirectional=True), torch.zeros(LENGTH, 1, IN))
+    assert flops.of_weights["weight_ih_l0"] == flops.of_weights["weight_ih_l0_reverse"] == LENGTH * 2 * 4 * HIDDEN * IN
+    assert flops.others == 0
+
+
+def test_a_masked_lstm_costs_what_its_weights_do():
+    model = nn.LSTM(IN, HIDDEN)
+    masking = Masking(torch.optim.SGD(model.parameters(), 0.1, 0.9), None)
+    masking.add_module(model, 0.5)
+    flops = forward_flops(model, torch.zeros(LENGTH, 1, IN))
+    assert flops.sparse(masking.densities) == LENGTH * 2 * masking.total_nonzero
+    assert flops.inference(masking.densities) == 0.5
+
+
+def test_a_bilinear_layer_by_hand():
+    assert forward_flops(nn.Bilinear(4, 6, 3), torch.zeros(1, 4), torch.zeros(1, 6)) == Flops({"weight": 2 * 3 * 4 * 6})
+    assert forward_flops(nn.Bilinear(4, 6, 3), torch.zeros(2, 5, 4), torch.zeros(2, 5, 6)).dense == 10 * 2 * 3 * 4 * 6
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(kdim=6, vdim=10)], ids=["one weight", "a weight each"])
+def test_attention_by_hand(sizes):
+    """Queries of length 3 and keys of length 5; a product with q, k, v and the output, and two between activations."""
+    queries, keys, values = (
+        torch.zeros(3, 1, 8),
+        torch.zeros(5, 1, sizes.get("kdim", 8)),
+        torch.zeros(5, 1, sizes.get("vdim", 8)),
+    )
+    flops = forward_flops(nn.MultiheadAttention(8, 2, **sizes), query=queries, key=keys, value=values)
+    of_inputs = [2 * 3 * 8 * 8, 2 * 5 * 8 * keys.shape[2], 2 * 5 * 8 * values.shape[2]]
+    names = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    expected = dict(zip(names, of_inputs, strict=True)) if sizes else {"in_proj_weight": sum(of_inputs)}
+    assert flops == Flops(expected | {"out_proj.weight": 2 * 3 * 8 * 8}, others=2 * (2 * 3 * 5 * 8))
+
+
+def test_one_example_without_a_batch():
+    assert forward_flops(nn.Linear(4, 3), torch.zeros(4)) == Flops({"weight": 24})
+    assert forward_flops(nn.Linear(4, 3, bias=False), torch.zeros(4)) == Flops({"weight": 24})
+
+
+class Unusual(nn.Module):
+    """A product that torch has no count for, a weight that is computed, one that is not used, and a look-up."""
+
+    def __init__(self):
+        super().__init__()
+        self.scaled, self.distance = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.spare, self.table = nn.Linear(4, 4), nn.Embedding(10, 4)
+
+    def forward(self, indices, x):
+        rows = self.table(indices) + x @ (self.scaled.weight * 2)
+        return torch.cdist(rows, self.distance.weight)
+
+
+def test_weights_that_cannot_be_counted_are_said():
+    flops = forward_flops(Unusual(), torch.zeros(1, dtype=torch.long), x=torch.zeros(1, 4))
+    assert flops.of_weights == {"spare.weight": 0, "table.weight": 0}
+    assert set(flops.uncounted) == {"scaled.weight", "distance.weight"}
+    assert flops.others == 2 * 16
+    with pytest.warns(
+        UserWarning, match=r"FLOPs are not known, by the operation that takes them: scaled\.weight \(aten\.mul\)"
+    ):
+        flops.sparse({"scaled.weight": 0.5, "spare.weight": 0.5})
+    with pytest.raises(ValueError, match=r"Expected densities of the weights spare.weight, .*, got 1\.spare\.weight"):
+        flops.sparse({"1.spare.weight": 0.5})
+
+
 def test_a_weight_that_is_used_twice_counts_twice():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     model[2].weight = model[0].weight

@@ -6,6 +6,9 @@ Around a step of the optimizer, the masked weights are exchanged for a dense cop
     step
     D <- W where B, else D;  W <- f(D) * A    after the step
 
+Whoever writes W in between (load_state_dict, nn.init, an average of weights that is swapped in) means it: where W is
+no longer what was shown, D takes it over; see `DenseCopy.notice`.
+
 A are the masks, and B the larger set of weights that is trained. With weights="kept" (Top-KAST) f is the identity and
 B the 2 |A_i| largest weights of layer i. With weights="soft" (ST-3) f shrinks weights towards zero by the magnitude
 of the largest inactive one, and B is everything: gradients pass straight through.
@@ -38,6 +41,9 @@ class DenseCopy(Zeros):
         backward: how many times as many weights are trained as are active; 0 for all.
         soft: shrink the active weights by the magnitude of the largest inactive one.
         settings: as `Zeros` takes them.
+
+    Raises:
+        ValueError: as `Zeros`, and for `regrown`: a weight that grows has the value that it kept.
     """
 
     keeps_inactive = True
@@ -46,6 +52,13 @@ class DenseCopy(Zeros):
         super().__init__(**settings)
         self.backward, self.soft = backward, soft
         self.kind = "soft" if soft else "kept"
+        self.shown: dict[str, Tensor] = {}  # layer name -> the mask that its weight was shown with
+        self.exchanged = self.fresh = False  # weights are the dense copy now; they were shown just now
+        if self.regrown != "zero":
+            raise ValueError(
+                f"With weights={self.kind!r} a weight that grows has the value that it kept; leave out "
+                f"regrown={self.regrown!r}."
+            )
 
     @property
     def acts_before_steps(self) -> bool:
@@ -83,7 +96,9 @@ class DenseCopy(Zeros):
                 f"weights={self.kind!r} exchanges weights around a step, and a closure would see the dense "
                 "ones. Call backward() first, and step() without closure."
             )
+        self.notice(layers)
         super().before_step(layers, closure)
+        self.exchanged = True
         groups = self.optimizer.param_groups
         decay = {id(weight): group.get("weight_decay", 0) for group in groups for weight in group["params"]}
         signs = gradient_signs(self.optimizer)
@@ -105,9 +120,11 @@ class DenseCopy(Zeros):
             dense = layer.memory["dense"]
             dense.copy_(torch.where(layer.memory["trained"], layer.master, dense) if self.backward else layer.master)
         self.show(layers)
+        self.exchanged, self.fresh = False, True
 
     def moved(self, layers: Layers, before: Sequence[Tensor]) -> None:
         """Follow masks that have moved; `before` is what they were."""
+        self.notice(layers)
         super().moved(layers, before)
         self.follow(layers)
 
@@ -125,21 +142,64 @@ class DenseCopy(Zeros):
             threshold = torch.stack([layer.memory["threshold"].to(layers[0].mask.device) for layer in layers]).max()
             for layer in layers:
                 layer.memory["threshold"].copy_(threshold)
+        self.remember(layers)
         self.show(layers)
 
     def load_state_dict(self, state: dict[str, Any], layers: Layers) -> None:
         """Show the network the copy that was loaded."""
+        self.remember(layers)
         self.show(layers)
+
+    def remember(self, layers: Layers) -> None:
+        """Remember the masks with which weights are shown from now on."""
+        for layer in layers:
+            self.shown[layer.name] = layer.mask.detach().clone()
 
     @torch.no_grad()
     def show(self, layers: Layers) -> None:
         """Set the weights to what the network sees of the dense copy."""
         for layer in layers:
-            dense = layer.memory["dense"]
-            if self.soft:
-                dense = dense.sign() * (dense.abs() - layer.memory["threshold"]).clamp(min=0)
-            layer.set_weight(dense)
-        self.apply(layers)
+            layer.set_weight(self.seen(layer))
+        super().apply(layers)
+
+    def seen(self, layer: SparseLayer) -> Tensor:
+        """Return what the network sees of the dense copy where it is active."""
+        dense = layer.memory["dense"]
+        if self.soft:
+            return dense - dense.clamp(-layer.memory["threshold"], layer.memory["threshold"])
+        return dense
+
+    @torch.no_grad()
+    def notice(self, layers: Layers) -> None:
+        """Let the dense copy take over what somebody else has written into the weights since they were shown.
+
+        Values are compared, entry by entry and without waiting for a device: a weight that is written through `.data`
+        has the same version, and one that was swapped and swapped back is as it was. Soft weights are enlarged by what
+        they are shrunk by.
+        """
+        for layer in layers:
+            if self.exchanged or layer.name not in self.shown:
+                continue
+            weight, dense, mask = layer.master, layer.memory["dense"], self.shown[layer.name].to(layer.master.device)
+            untouched = weight == torch.where(mask, self.seen(layer).to(weight.dtype), 0)
+            values = weight.addcmul(weight.sign(), layer.memory["threshold"]) if self.soft else weight
+            dense.copy_(torch.where(untouched, dense, values))
+
+    @torch.no_grad()
+    def apply(self, layers: Layers) -> None:
+        """Set inactive weights to zero, in place; what was written into them is kept."""
+        fresh, self.fresh = self.fresh, False
+        if not fresh:
+            self.notice(layers)
+        super().apply(layers)
+        for layer in layers:
+            if not fresh and layer.name in self.shown:
+                self.shown[layer.name] = self.shown[layer.name].to(layer.mask.device) & layer.mask
+
+    def release(self, layers: Layers) -> None:
+        """Let go of weights that stay dense from now on."""
+        for layer in layers:
+            self.shown.pop(layer.name, None)
 
     def describe(self, layer: SparseLayer) -> str:
         """Return how the layer's weight is held, in a few words."""
@@ -156,7 +216,8 @@ def dense_weight(masking, name: str) -> Tensor:
     Raises:
         FunctionError: if they are not kept.
     """
-    dense = masking.memory[name].get("dense")
-    if dense is None:
+    layer = next(layer for layer in masking.layers if layer.name == name)
+    if "dense" not in layer.memory or not isinstance(masking.held, DenseCopy):
         raise FunctionError(f"The values of inactive weights of {name} are not kept: Masking(..., weights='kept').")
-    return dense
+    masking.held.notice([layer])
+    return layer.memory["dense"]

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from helpers import masked, mlp
+from helpers import masked, mlp, train
 
 from sparselearning import Masking
 from sparselearning.functions import FunctionError
-from sparselearning.grow import dense_magnitude_growth, global_dense_magnitude_growth
+from sparselearning.grow import GROWTH_FUNCTIONS, dense_magnitude_growth, global_dense_magnitude_growth
 from sparselearning.prune import dense_magnitude_prune, global_dense_magnitude_prune
 from sparselearning.selection import add_highest
-from sparselearning.weights.dense_copy import dense_weight
+from sparselearning.weights.dense_copy import DenseCopy, dense_weight
 
 T, F = True, False
 
@@ -82,6 +82,98 @@ def test_the_largest_of_a_layer_and_of_the_network():
         layer.mask.copy_(everywhere[layer.name])
     everywhere = global_dense_magnitude_growth(masking, 2)
     assert [mask.flatten().tolist() for mask in everywhere.values()] == [[F, T, F], [T, T, F]]
+
+
+# Whoever writes the weights means it
+
+
+def through_data(layer, values):
+    layer.weight.data.copy_(values)
+
+
+def in_another_storage(layer, values):
+    torch.nn.utils.vector_to_parameters(values.flatten().clone(), layer.parameters())
+
+
+def into_the_state_dict(layer, values):
+    layer.state_dict()["weight"].copy_(values)
+
+
+def in_place(layer, values):
+    with torch.no_grad():
+        layer.weight.zero_().add_(values)
+
+
+def by_loading(layer, values):
+    layer.load_state_dict({"weight": values})
+
+
+def by_an_average(layer, values):
+    average = torch.optim.swa_utils.AveragedModel(torch.nn.utils.skip_init(torch.nn.Linear, 4, 1, bias=False))
+    average.module.weight.data.copy_(values)
+    layer.load_state_dict(average.module.state_dict())
+
+
+WRITERS = [through_data, in_another_storage, into_the_state_dict, in_place, by_loading, by_an_average]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("weights", ["kept", "soft"])
+@pytest.mark.parametrize("apply", [False, True])
+def test_what_is_written_into_the_weights_stays_and_trains(write, weights, apply):
+    layer, masking = kept([[4.0, -3.0, 2.0, 1.0]], [[T, T, F, F]], weights)
+    masking.optimizer.param_groups[0]["weight_decay"] = 0
+    written = torch.tensor([[-6.0, 7.0, 0.5, 0.0]])
+    write(layer, written)
+    if apply:
+        masking.apply_mask()
+        assert layer.weight.tolist() == [[-6, 7, 0, 0]]
+    layer.weight.grad = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    masking.step()
+    assert layer.weight.tolist() == [[-7, 7, 0, 0]]
+    shrunk = 2.0 if weights == "soft" else 0.0
+    assert masking.memory["weight"]["dense"].tolist() == [[-7 - shrunk, 7 + shrunk, 0.5 + shrunk, 1]]
+    masking.check()
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("growth", ["dense_magnitude", "random"])
+def test_an_update_reads_what_is_written_into_the_weights(write, growth):
+    layer, masking = kept([[4.0, -3.0, 2.0, 1.0]], [[T, T, F, F]], "kept")
+    masking.grow = GROWTH_FUNCTIONS[growth]
+    masking.prune_rate_decay = lambda step: 0.5
+    write(layer, torch.tensor([[1.5, 7.0, 0.0, 0.0]]))
+    masking.at_end_of_epoch()
+    assert layer.weight[0, 1] == 7
+    assert masking.memory["weight"]["dense"].tolist() == [[1.5, 7, 2, 1]]
+    if growth == "dense_magnitude":
+        assert layer.weight.tolist() == [[0, 7, 2, 0]]
+
+
+@pytest.mark.parametrize("weights", ["kept", "soft"])
+def test_weights_that_are_swapped_and_swapped_back_change_nothing(weights):
+    def trained(swap):
+        torch.manual_seed(3)
+        model = mlp(20, 30, 10)
+        masking = masked(model, weights=weights, growth_mode="dense_magnitude", prune_mode="dense_magnitude")
+        for _ in range(3):
+            train(model, masking, 2)
+            if swap:
+                own = {name: value.clone() for name, value in model.state_dict().items()}
+                model.load_state_dict({name: value / 2 for name, value in own.items()})
+                model.load_state_dict(own)
+            masking.at_end_of_epoch()
+        return [layer.memory["dense"] for layer in masking.layers]
+
+    assert all(map(torch.equal, trained(False), trained(True)))
+
+
+def test_a_random_start_of_weights_that_keep_their_values_is_refused():
+    with pytest.raises(ValueError, match="With weights='kept' a weight that grows has the value that it kept; leave"):
+        DenseCopy(backward=2.0, regrown="random")
+
+
+# What goes wrong
 
 
 @pytest.mark.parametrize(
