@@ -333,7 +333,7 @@ def test_a_folder_that_became_read_only_ends_in_one_line(run, monkeypatch, capsy
 
 def test_what_killed_processes_left_is_removed(run):
     folder = run("--epochs", "1")
-    (folder / ".checkpoint.pt.4711").write_bytes(b"half")
+    (folder / ".checkpoint.pt.0123456789abcdef.scratch").write_bytes(b"half")
     run("--epochs", "1", "--resume", folder)
     assert not list(folder.glob(".*"))
 
