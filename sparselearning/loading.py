@@ -135,7 +135,10 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
     for index, entry in entries.items():
         weight = weights.get(repr(index))
         if weight is not None:
-            check_state_of(f"'state'[{describe(index)}]", entry, weight, own["state"].get(places[id(weight)], {}))
+            place, here = f"'state'[{describe(index)}]", own["state"].get(places[id(weight)], {})
+            check_state_of(place, entry, weight, here)
+            if missing := [name for name in here if entry and name not in entry and name != "max_exp_avg_sq"]:
+                refuse(place, ", ".join(map(str, here)), f"no {missing[0]}")
 
 
 def check_hyperparameters(saved: dict[str, Any], here: dict[str, Any]) -> None:
@@ -144,14 +147,22 @@ def check_hyperparameters(saved: dict[str, Any], here: dict[str, Any]) -> None:
         if name not in saved or name == "params":
             continue
         entry, found = f"'param_groups'[{name!r}]", saved[name]
-        if isinstance(value, float) and not isinstance(found, Tensor):
-            check_number(entry, found, -math.inf, math.inf)
+        if isinstance(value, int | float) and type(value) is not bool:
+            check_number(entry, number_of(found) if name == "lr" else found, -math.inf, math.inf)
         elif isinstance(value, bool) and type(found) is not bool:
             refuse(entry, "True or False", describe(found))
+        elif name == "capturable" and found and not value and here["params"][0].device.type == "cpu":
+            refuse(entry, "False on a CPU", describe(found))  # torch refuses it at the next step
         elif isinstance(value, tuple) and (not isinstance(found, tuple | list) or len(found) != len(value)):
             refuse(entry, f"{len(value)} numbers", describe(found))
-    if "lr" in saved and not isinstance(saved["lr"], Tensor):
-        check_number("'param_groups'['lr']", saved["lr"], 0, math.inf)
+    if "lr" in saved:
+        check_number("'param_groups'['lr']", number_of(saved["lr"]), 0, math.inf)
+
+
+def number_of(value: Any) -> Any:
+    """Return the number in a tensor of one; all else as it is."""
+    one = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and value.numel() == 1
+    return value.item() if one else value
 
 
 LIKE_WEIGHT = (
@@ -169,10 +180,18 @@ def check_state_of(entry: str, state: Any, weight: Tensor, here: dict[str, Any])
         if isinstance(value, Tensor):
             check_tensor(part, value)
         if name == "step":
-            check_number(part, value.item() if isinstance(value, Tensor) and value.numel() == 1 else value, 0, math.inf)
-        elif name in LIKE_WEIGHT and value is not None:
-            known = here.get(name)
-            like = known if isinstance(known, Tensor) else weight
-            # Values on sparse kernels are a vector here, and dense in the file.
-            dense = like is weight and weight.dim() == 1 and getattr(value, "ndim", 0) > 1
-            check_tensor(part, value, None if dense else like.shape)
+            check_number(part, number_of(value), 0, math.inf)
+        elif name in LIKE_WEIGHT and (value is not None or isinstance(here.get(name), Tensor)):
+            check_like(part, value, here.get(name), weight)
+
+
+def check_like(entry: str, value: Any, known: Any, weight: Tensor) -> None:
+    """Check a tensor with a number for each weight; `known` is the one here, if there is one."""
+    like = known if isinstance(known, Tensor) else weight
+    # Values on sparse kernels are a vector here, and dense in the file.
+    dense = like is weight and weight.dim() == 1 and getattr(value, "ndim", 0) > 1
+    check_tensor(entry, value, None if dense else like.shape)
+    if value.is_complex() and not weight.is_complex():
+        refuse(entry, "real numbers", describe(value))
+    if any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True)):
+        refuse(entry, "a number for each weight", "one for several")  # torch cannot write to it
