@@ -56,7 +56,7 @@ def check_whole(entry: str, value: Any, least: int, most: int, expected: str = "
 
 def check_number(entry: str, value: Any, least: float, most: float) -> None:
     """Check a finite number."""
-    good = type(value) is int or (isinstance(value, float) and math.isfinite(value))
+    good = (type(value) is int and value.bit_length() < 1000) or (isinstance(value, float) and math.isfinite(value))
     if not good or not least <= value <= most:
         bounds = f" from {least} to {most}" if most < math.inf else f" of at least {least}" if least == 0 else ""
         refuse(entry, f"a finite number{bounds}", describe(value))
@@ -144,6 +144,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
 def check_hyperparameters(saved: dict[str, Any], here: dict[str, Any]) -> None:
     """Check that a saved group has the hyperparameters of the one here, and that its numbers are numbers."""
     for name, value in here.items():
+        if name not in saved and isinstance(value, int | float | tuple) and type(value) is not bool:
+            refuse(f"'param_groups'[{name!r}]", describe(value), "none")  # torch fills in flags alone
         if name not in saved or name == "params":
             continue
         entry, found = f"'param_groups'[{name!r}]", saved[name]

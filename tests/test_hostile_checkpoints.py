@@ -130,6 +130,8 @@ OTHER_PARTS = {
         lambda s: put(s["optimizer"]["param_groups"][0], "momentum", "much"), "'momentum'.* got 'much'",
     ),
     "no decay": (lambda s: put(s["optimizer"]["param_groups"][0], "weight_decay", None), "'weight_decay'.* got None"),
+    "no momentum": (lambda s: s["optimizer"]["param_groups"][0].pop("momentum"), "'momentum'.* got none"),
+    "a number beyond floats": (lambda s: put(s["mask"], "prune_threshold", 10**400), "got a long number"),
     "a long name": (lambda s: put(s["model"], "x" * 10**5, torch.ones(3)), r"another model: x{80} is \(3,\)"),
     "a negative rate": (lambda s: put(s["optimizer"]["param_groups"][0], "lr", -1.0), "'lr'.* got -1.0"),
 }  # fmt: skip
