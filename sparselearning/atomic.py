@@ -1,15 +1,81 @@
-"""Files that are written whole or not at all, and their older versions."""
+"""Files that are written whole or not at all, with the ones before them kept.
 
+A file is written under the name of a scratch file beside it, `.checkpoint.pt.<16 random hex digits>.scratch`, and then
+renamed. The writer holds a lock on it, so that nobody removes the scratch file of a process that lives.
+"""
+
+import errno
 import glob
 import os
 import re
 import secrets
+import stat
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-SCRATCH = re.compile(r"\..+\.[0-9a-f]{16}\.scratch")
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+SCRATCH = re.compile(r"\..+\.[0-9a-f]{16}\.scratch", re.DOTALL)
+ABANDONED = 24 * 60 * 60  # seconds after which a scratch file without lock is nobody's, where there are no locks
+NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+
+
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any], keep: int = 1) -> None:
+    """Call `write` with a scratch file beside `path`, then rename that to `path`, and keep the last `keep` files.
+
+    The file has the permissions of the one that it replaces, or those of any new file. A symbolic link at `path` is
+    replaced itself; the file that it names stays as it is.
+
+    Raises:
+        OSError: if that fails; the previous file at `path` is then unchanged, and no scratch file stays.
+    """
+    path = Path(path)
+    scratch = None
+    try:
+        mode = _mode_of(path)
+        scratch, opened = _new_scratch(path)
+        with os.fdopen(opened, "w+b") as file:
+            write(file)
+            file.flush()
+            if mode is not None and hasattr(os, "fchmod"):
+                os.fchmod(opened, mode)
+            os.fsync(opened)
+            _make_way(path, keep)
+            if os.name != "nt":
+                os.replace(scratch, path)  # while it is locked
+        if os.name == "nt":
+            os.replace(scratch, path)  # which must be closed there
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    except RuntimeError as error:
+        # torch.save raises its own error on top of the file's.
+        if isinstance(error.__context__, OSError):
+            raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from error
+        raise
+    finally:
+        if scratch is not None:
+            scratch.unlink(missing_ok=True)
+
+
+def remove_scratch(folder: Path) -> None:
+    """Remove the scratch files that killed processes left; not those that a process is writing.
+
+    These are regular files named as `write_atomically` names them, whose lock is free. Where the file system has no
+    locks, they are those that nobody has written to for a day.
+    """
+    for path in folder.iterdir():
+        if SCRATCH.fullmatch(path.name) and stat.S_ISREG(path.lstat().st_mode):
+            with suppress(OSError):  # another process has removed it, or it is not ours to remove
+                _remove_abandoned(path)
 
 
 def versions(path: str | Path) -> list[Path]:
@@ -23,42 +89,57 @@ def versions(path: str | Path) -> list[Path]:
     return [path] * path.is_file() + [older[number] for number in sorted(older)]
 
 
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any], keep: int = 1) -> None:
-    """Call `write` with a scratch file beside `path`, then rename that to `path`, and keep the last `keep` files.
-
-    Raises:
-        OSError: if that fails; the previous file at `path` is then unchanged, and no scratch file stays.
-    """
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}.scratch")
+def _mode_of(path):
+    """Return the permissions of the file at `path`, or None if there is none; refuse what a file must not replace."""
     try:
-        # A name that nobody foresees, and no link that somebody left there all the same.
-        opened = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        with open(opened, "w+b") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        _make_way(path, keep)
-        os.replace(scratch, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        if error.filename is None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-    except RuntimeError as error:
-        # torch.save raises its own error on top of the file's.
-        if isinstance(error.__context__, OSError):
-            raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from error
-        raise
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "Expected a file or none, but it is a folder", str(path))
+    if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
+        raise FileExistsError(errno.EEXIST, "Expected a file or none, but it is a device, pipe or socket", str(path))
+    return stat.S_IMODE(mode) & 0o777 if stat.S_ISREG(mode) else None
+
+
+def _new_scratch(path):
+    """Create a scratch file for `path`, and lock it; return its path and descriptor."""
+    while True:
+        scratch = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.scratch")
+        with suppress(FileExistsError):
+            opened = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_LINK, 0o666)
+            if fcntl is not None:
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(opened, fcntl.LOCK_EX)
+            if os.fstat(opened).st_nlink:
+                return scratch, opened
+            os.close(opened)  # `remove_scratch` was faster than the lock
+
+
+def _remove_abandoned(path):
+    opened = os.open(path, os.O_RDONLY | NO_LINK | getattr(os, "O_NONBLOCK", 0))
+    try:
+        found = os.fstat(opened)
+        if not stat.S_ISREG(found.st_mode) or _is_being_written(opened, found):
+            return
+        if os.name != "nt":
+            path.unlink()  # while it is locked
     finally:
-        scratch.unlink(missing_ok=True)
+        os.close(opened)
+    if os.name == "nt":
+        path.unlink()
 
 
-def remove_scratch(folder: Path) -> None:
-    """Remove the scratch files of `write_atomically` that killed processes left, and no others."""
-    for path in folder.glob(".*.scratch"):
-        if SCRATCH.fullmatch(path.name) and path.is_file() and not path.is_symlink():
-            path.unlink(missing_ok=True)
+def _is_being_written(opened, found):
+    if fcntl is not None:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            pass
+    return time.time() - found.st_mtime < ABANDONED
 
 
 def _make_way(path, keep):

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sparselearning import loading
 from sparselearning.orientation import PLAIN, Orientation
 from sparselearning.patterns import UNSTRUCTURED, Pattern, pattern_of, with_most, with_pattern, without_pattern
 from sparselearning.processes import distributed
@@ -110,14 +111,16 @@ def count(layers: Sequence[SparseLayer]) -> None:
         layer.nonzeros = int(number)
 
 
-def check_loadable(layers: Sequence[SparseLayer], saved: dict[str, Any]) -> None:
-    """Check that a saved state is of these layers: names, shapes and patterns.
+def check_loadable(layers: Sequence[SparseLayer], saved: Any) -> None:
+    """Check that a saved state is of these layers: names, shapes, patterns, and all else that `state_dict` returns.
 
     Raises:
         RuntimeError: if it is not; the message names the differences.
     """
+    if not isinstance(saved, dict) or not all(isinstance(name, str) for name in saved):
+        loading.refuse("'layers'", "a dict of layers by name", loading.describe(saved))
     here = {layer.name: tuple(layer.mask.shape) for layer in layers}
-    there = {name: tuple(entry["mask"].shape) for name, entry in saved.items()}
+    there = {name: shape_of(name, entry) for name, entry in saved.items()}
     if differing := [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]:
         lines = (
             f"{name}: {there.get(name, 'absent')} in the state, {here.get(name, 'absent')} here" for name in differing
@@ -127,6 +130,7 @@ def check_loadable(layers: Sequence[SparseLayer], saved: dict[str, Any]) -> None
         )
     for layer in layers:
         entry = saved[layer.name]
+        loading.check_layer(layer.name, entry, layer.mask, layer.mask[0].numel() if layer.mask.dim() else 1)
         if layer.pattern != UNSTRUCTURED and not with_most(layer.pattern, entry.get("most")).holds(entry["mask"]):
             raise RuntimeError(
                 f"The mask of {layer.name} in the state is not of the pattern {layer.pattern.name!r}. Call "
@@ -134,29 +138,11 @@ def check_loadable(layers: Sequence[SparseLayer], saved: dict[str, Any]) -> None
             )
 
 
-def check_numbers(state: dict[str, Any]) -> None:
-    """Check the counts of a saved state, as far as it has them, and that its masks are masks.
-
-    Raises:
-        RuntimeError: naming the first that none can be.
-    """
-    counts = {name: state[name] for name in ("steps", "baseline_nonzero") if name in state}
-    rates = {"prune_threshold": state.get("prune_threshold", 0.0)}
-    for name, entry in state["layers"].items():
-        counts[f"removed of {name}"] = entry["removed"]
-        rates[f"prune_rate of {name}"] = entry["prune_rate"]
-        if entry["mask"].dtype != torch.bool:
-            raise RuntimeError(f"The mask of {name} in the state is {entry['mask'].dtype}, not bool: it is damaged.")
-    for name, number in counts.items():
-        if not is_number(number) or number >= 2**63 or number != int(number):
-            raise RuntimeError(f"Expected {name} as a count of at least 0, got {number!r}: the state is damaged.")
-    for name, number in rates.items():
-        if not is_number(number):
-            raise RuntimeError(f"Expected {name} as a number of at least 0, got {number!r}: the state is damaged.")
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float | Tensor) and bool(value >= 0)
+def shape_of(name: str, saved: Any) -> tuple[int, ...]:
+    """Return the shape of a layer's mask in a saved state."""
+    saved = loading.check_entries(f"layers[{name!r}]", saved, loading.REQUIRED, loading.OPTIONAL)
+    loading.check_tensor(f"layers[{name!r}]['mask']", saved["mask"])
+    return tuple(saved["mask"].shape)
 
 
 class ByName(Generic[T]):
@@ -241,7 +227,9 @@ class Layers:
 
     def _remove(self, removed):
         self.layers = [layer for layer in self.layers if layer not in removed]
-        self.baseline_nonzero -= sum(layer.nonzeros + layer.left_over for layer in removed)
+        kept = self.baseline_nonzero - sum(layer.nonzeros + layer.left_over for layer in removed)
+        # The masks may hold more or fewer than the network is to keep, by what a user's function grew or pruned.
+        self.baseline_nonzero = min(max(kept, 0), sum(layer.mask.numel() for layer in self.layers))
         for layer in removed:
             self.kept_dense[layer.name] = (layer.weight, "its mask was removed")
             logger.info("%s stays dense: %d weights.", layer.name, layer.mask.numel())
@@ -278,12 +266,17 @@ class Layers:
         """Take what `state_dict` returned.
 
         Raises:
-            RuntimeError: if the masked weights differ in name or shape, or counts are none; nothing is changed then.
+            RuntimeError: if the masked weights differ in name or shape, or an entry is none that `state_dict` returns;
+                nothing is changed then.
         """
-        check_loadable(self.layers, state["layers"])
-        check_numbers(state)
+        self._check_state(state)
         for layer in self.layers:
             layer.load_state_dict(state["layers"][layer.name])
         self.baseline_nonzero = state["baseline_nonzero"]
         count(self.layers)
         distributed.check_agreement(self.masks.values())
+
+    def _check_state(self, state):
+        loading.check_entries("'mask'", state, [*loading.OF_ALL, *loading.OF_MASKING], ["sparse_training"])
+        check_loadable(self.layers, state["layers"])
+        loading.check_masking(self, state)

@@ -115,11 +115,12 @@ class Settings:
         self.schedule = self.draw_schedule(density)
         every, first = self.data.draw(st.integers(0, 3)), self.data.draw(st.integers(0, 2))
         reset, pull = self.data.draw(st.booleans()), self.data.draw(st.sampled_from([0.0, 1e-3]))
+        regrown = "zero" if self.weights in ("kept", "soft") else self.one_of(START_VALUES)
         return Masking(
             optimizer, DECAYS[self.one_of(DECAYS)](self.fraction(0)), prune_mode=self.mode(PRUNE_FUNCTIONS),
             growth_mode=self.mode(GROWTH_FUNCTIONS), redistribution_mode=self.mode(REDISTRIBUTION_FUNCTIONS),
             updates=Updates(every, first, density=self.schedule),
-            weights=WEIGHTS[self.weights](regrown=self.one_of(START_VALUES), reset_state=reset, pull=pull),
+            weights=WEIGHTS[self.weights](regrown=regrown, reset_state=reset, pull=pull),
         )  # fmt: skip
 
     def rescale(self):

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparselearning.layers import SparseLayer
+from sparselearning.loading import MOST_STEPS, check_entries, check_tensor, check_whole, describe, refuse
+
 
 class ObservedGradient:
     """The sum of a weight's dense gradients over the last `window` observed steps.
@@ -78,6 +81,22 @@ class ObservedGradient:
         gradient = state.get("gradient")
         self.sum = None if gradient is None else gradient.to(device, copy=True)
         self.steps, self.observing = state.get("observed", 0), state.get("observing", self.observing)
+
+
+def check_observed(layer: SparseLayer, state: Any) -> None:
+    """Check a saved state of the observed gradient of a layer's weight.
+
+    Raises:
+        RuntimeError: if it is none.
+    """
+    entry = f"'sparse_training'['layers'][{layer.name!r}]"
+    check_entries(entry, state, (), ("gradient", "observed", "observing"))
+    seen = state.get("gradient") is not None
+    if seen:
+        check_tensor(f"{entry}['gradient']", state["gradient"], layer.mask.shape, "floating")
+    check_whole(f"{entry}['observed']", state.get("observed", 0), int(seen), MOST_STEPS if seen else 0)
+    if not isinstance(state.get("observing", True), bool):
+        refuse(f"{entry}['observing']", "True or False", describe(state["observing"]))
 
 
 def plus(total: Tensor | None, part: Tensor) -> Tensor:

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from sparselearning.layers import SparseLayer
+from sparselearning.loading import MOST_STEPS, check_entries, check_whole
 from sparselearning.processes import distributed
 from sparselearning.sparse import optimizer_state
 from sparselearning.sparse.batch_last import forget_order, keep_order
 from sparselearning.sparse.interface import kernels
+from sparselearning.sparse.observed import check_observed
 from sparselearning.sparse.trained import KINDS, Trained, owners_of, why_not
 from sparselearning.weights.optimizer import momentum_of
 from sparselearning.weights.regrowth import gradient_scale
@@ -154,6 +156,21 @@ class SparseTraining(Zeros):
         layers = {name: module.observed.state_dict() for name, module in self.trained.items()}
         return {"since_update": self.since_update, "interval": self.interval, "layers": layers}
 
+    def check_state(self, state: dict[str, Any], layers: Layers, saved: dict[str, Any]) -> None:
+        """Check the observed gradients in a saved state; one of masked training holds none.
+
+        Raises:
+            RuntimeError: if they do not fit.
+        """
+        check_entries("'sparse_training'", state, (), ("since_update", "interval", "layers"))
+        check_whole("'since_update'", state.get("since_update", 0), 0, MOST_STEPS)
+        if state.get("interval") is not None:
+            check_whole("'interval'", state["interval"], 0, MOST_STEPS)
+        names = [layer.name for layer in layers]
+        observed = check_entries("'sparse_training'['layers']", state.get("layers", {}), (), names)
+        for layer in layers:
+            check_observed(layer, observed.get(layer.name, {}))
+
     def load_state_dict(self, state: dict[str, Any], layers: Layers) -> None:
         """Take what `state_dict` returned; an empty state stands for no observed gradients.
 
@@ -257,7 +274,7 @@ class SparseTraining(Zeros):
         """End an update of the masks: forget the gradients that were observed for it."""
         if not self.trained:
             return
-        self.interval, self.since_update, self.ahead = self.since_update, 0, ahead
+        self.interval, self.since_update, self.ahead = max(self.since_update, 1), 0, ahead
         for module in self.trained.values():
             module.observed.forget()
             module.observed.observing = self.observes(*ahead)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from sparselearning.functions import FunctionError
 from sparselearning.layers import SparseLayer
+from sparselearning.loading import check_tensor
 from sparselearning.native.zero import zero_inactive
 from sparselearning.patterns import without_pattern
 from sparselearning.processes import distributed
@@ -144,6 +145,20 @@ class DenseCopy(Zeros):
                 layer.memory["threshold"].copy_(threshold)
         self.remember(layers)
         self.show(layers)
+
+    def check_state(self, state: dict[str, Any], layers: Layers, saved: dict[str, Any]) -> None:
+        """Check that the saved memory of every layer holds its dense copy.
+
+        Raises:
+            RuntimeError: if it does not.
+        """
+        for layer in layers:
+            memory, entry = saved[layer.name].get("memory", {}), f"layers[{layer.name!r}]['memory']"
+            check_tensor(f"{entry}['dense']", memory.get("dense"), layer.mask.shape, "floating")
+            if self.backward:
+                check_tensor(f"{entry}['trained']", memory.get("trained"), layer.mask.shape, torch.bool)
+            if self.soft:
+                check_tensor(f"{entry}['threshold']", memory.get("threshold"), (), "floating")
 
     def load_state_dict(self, state: dict[str, Any], layers: Layers) -> None:
         """Show the network the copy that was loaded."""

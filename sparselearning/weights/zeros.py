@@ -120,5 +120,12 @@ class Zeros:
         """Return what is to be saved besides masks and weights."""
         return {}
 
+    def check_state(self, state: dict[str, Any], layers: Layers, saved: dict[str, Any]) -> None:
+        """Check what `load_state_dict` would take, and the saved states of the layers, by name; nothing is changed.
+
+        Raises:
+            RuntimeError: if it does not fit.
+        """
+
     def load_state_dict(self, state: dict[str, Any], layers: Layers) -> None:
         """Take what `state_dict` returned."""

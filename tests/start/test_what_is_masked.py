@@ -1,6 +1,6 @@
 """What is masked in the models that people use: weights of layers, and nothing else. Nothing dies of its masks.
 
-    python tests/start/test_architectures.py
+    python tests/start/test_what_is_masked.py
 
 writes the golden files anew: for each model the names of masked parameters, with # for numbers, and how a weight whose
 inputs come first, or that holds experts, is read. Models are built on the meta device, without memory for weights.
