@@ -10,6 +10,7 @@ version = re.search(r'__version__ = "(.+)"', (root / "sparselearning/__init__.py
 
 scripts = ["torchvision", "scikit-learn", "matplotlib", "tqdm", "tabulate"]
 export = ["onnx", "onnxscript", "safetensors"]
+models = ["timm", "transformers"]  # their tests skip by name without them
 test = ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright"]
 
 # Plain C++ behind a C interface, loaded with ctypes: one build serves every Python and torch. Optional: without a
@@ -36,5 +37,5 @@ setup(
     ext_modules=[native],
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
     install_requires=["torch>=2.6", "numpy"],
-    extras_require={"scripts": scripts, "export": export, "test": scripts + export + test},
+    extras_require={"scripts": scripts, "export": export, "models": models, "test": scripts + export + test},
 )

@@ -45,8 +45,8 @@ KINDS = {
 
 def main():
     """Measure, log and save."""
-    args = common.parse(__doc__, rounds=5)
-    names = ["lenet5"] if args.quick else list(RUNS)
+    args = common.parse(__doc__, rounds=5, models=(",".join(RUNS), "networks, with commas between"))
+    names = ["lenet5"] if args.quick else args.models.split(",")
     common.save(args, "epoch", [measure(args, name) for name in names])
 
 
