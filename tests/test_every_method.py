@@ -162,7 +162,7 @@ MORE_WORK = {  # operations, entries per weight and Python calls that masks may 
     "zero": (1, 2, 120),  # all inactive weights are set to zero at once
     "pulled": (1 + 3 * LAYERS, 10, 200),  # and a multiple of the signs is added to the gradients
     "kept": (1 + 15 * LAYERS, 40, 700),  # and weights are compared with a dense copy, exchanged for it, and back
-    "soft": (1 + 18 * LAYERS, 50, 800),  # and shrunk
+    "soft": (1 + 19 * LAYERS, 50, 800),  # and shrunk
 }
 
 

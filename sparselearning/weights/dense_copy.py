@@ -181,7 +181,7 @@ class DenseCopy(Zeros):
         """Return what the network sees of the dense copy where it is active."""
         dense = layer.memory["dense"]
         if self.soft:
-            return dense.sign() * (dense.abs() - layer.memory["threshold"]).clamp(min=0)
+            return (dense.abs() - layer.memory["threshold"]).clamp_(min=0).copysign_(dense)
         return dense
 
     @torch.no_grad()
