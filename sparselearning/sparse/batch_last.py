@@ -1,7 +1,8 @@
 """torch's own layers on activations whose batch is last in memory.
 
 torch sees CHWN memory as the channels_last order of a tensor whose channels and batch are exchanged. Pooling treats
-channels and images alike, so it is exact and fast on that exchanged view. A batch norm is given (1, C, H * W * N).
+channels and images alike, so it is exact and fast on that exchanged view. A batch norm by the statistics of the batch
+has a kernel (normalisation.py); any other is given (1, C, H * W * N).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from sparselearning.sparse.dispatch import unobserved
 from sparselearning.sparse.memory_order import is_turned, to_batch_first
 from sparselearning.sparse.modules import SparseConv2d, SparseLinear, SparseModule
+from sparselearning.sparse.normalisation import has_kernel, normalised
 
 
 class BatchLastPool:
@@ -42,6 +44,8 @@ class BatchLastBatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() != 4 or not is_turned(input):
             return super().forward(input)
+        if has_kernel(self, input):
+            return normalised(self, input)
         turned = input.movedim(0, -1)
         flat = super().forward(turned.reshape(1, input.shape[1], -1))
         return flat.reshape(turned.shape).movedim(-1, 0)
@@ -77,8 +81,8 @@ def forget_order(model: nn.Module) -> None:
 class PlainOrder:
     """A sparse layer whose output is in plain memory order, for models that call `.view()` on it."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
+    def forward(self, input: Tensor) -> Tensor:
+        y = super().forward(input)  # pyright: ignore[reportAttributeAccessIssue]
         return to_batch_first(y) if y.dim() in (2, 4) and unobserved(y) else y.contiguous()
 
 

@@ -18,8 +18,13 @@ def run(name: str, x: Tensor, *arguments) -> Tensor:
 
 def unobserved(x: Tensor) -> bool:
     """Return whether x is a plain tensor and nothing records, transforms or traces what is done with it."""
+    return not torch.is_grad_enabled() and is_plain(x)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Return whether x is a plain tensor and nothing but autograd looks at what is done with it."""
     return (
         type(x) is Tensor
-        and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_tracing() or transformed())
+        and not (torch.compiler.is_compiling() or is_tracing() or transformed())
         and not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
     )

@@ -18,7 +18,7 @@ from sparselearning.native.library import REBUILD, Library
 
 DTYPES = {torch.float32: "float", torch.float64: "double"}
 INDICES = {"start", "column", "order", "to_start", "to_column", "to_order"}  # int32 tensors, of any struct
-NUMBERS = {"value", "bias", "x", "dy", "scale", "shift", "result"}
+NUMBERS = {"value", "bias", "x", "dy", "scale", "shift", "mean", "variance", "dscale", "dshift", "result"}
 COUNTS = {name: f"{name}_count" for name in INDICES | NUMBERS}
 PLAIN = (Tensor, nn.Parameter)
 MOST = 2**31 - 1  # of any size that the kernels take
@@ -73,13 +73,29 @@ class Transposition(ctypes.Structure):
     _fields_ = (*spans("x result"), *fields("rows columns"))
 
 
-STRUCTS = {"affine": Affine, "transpose": Transposition, "transpose_rows": Sorting}  # Layer for all other kernels
+class Normalisation(ctypes.Structure):
+    """A batch normalisation by the statistics of the batch, or its gradients."""
+
+    _fields_ = (
+        *spans("x dy scale shift mean variance result dscale dshift"),
+        *fields("channels inner"),
+        ("eps", ctypes.c_double),
+    )
+
+
+STRUCTS = {  # Layer for all other kernels
+    "affine": Affine,
+    "transpose": Transposition,
+    "transpose_rows": Sorting,
+    "normalise": Normalisation,
+    "normalise_gradient": Normalisation,
+}
 
 
 @functools.cache
 def check_structs(loaded: Library) -> None:
     """Raise an ImportError if the library was built with other structs than these."""
-    ours = [ctypes.sizeof(kind) for kind in (Layer, Sorting, Affine, Transposition)]
+    ours = [ctypes.sizeof(kind) for kind in (Layer, Sorting, Affine, Transposition, Normalisation)]
     if loaded.sizes[1:] != ours:
         raise ImportError(f"{loaded.path.name} has structs of {loaded.sizes[1:]} bytes, not {ours}. {REBUILD}")
 

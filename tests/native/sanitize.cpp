@@ -2,7 +2,7 @@
 // refuses them or computes something of them. To be built with sanitizers. From the repository's root:
 //
 //     FLAGS="-std=c++17 -g -O1 -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all"
-//     g++ $FLAGS tests/native/sanitize.cpp -o /tmp/sanitize && /tmp/sanitize 300
+//     g++ $FLAGS tests/native/sanitize.cpp -o /tmp/sanitize && /tmp/sanitize 300 100000
 //
 // Tensors lie in vectors of their exact size, so that any access beyond an end is caught.
 #include <cmath>
@@ -11,6 +11,7 @@
 
 #define MANY_NUMBERS 0  // small layers are shared among threads too
 #include "../../sparselearning/native/kernels/kernels.cpp"
+#include "../../sparselearning/native/kernels/zero.cpp"
 
 namespace {
 
@@ -190,6 +191,40 @@ void check_rows(int64_t set, int64_t threads) {
     compare("rows", found, expected);
 }
 
+// A batch normalisation of channels whose numbers lie side by side, and its gradients.
+template <class S>
+void check_normalisation(int64_t set, int64_t threads) {
+    const int64_t channels = draw(1, 5), n = draw(0, 5) ? draw(1, 100) : draw(4000, 9000);
+    const auto x = numbers<S>(channels * n), dy = numbers<S>(channels * n), scale = numbers<S>(channels);
+    const auto shift = numbers<S>(channels);
+    std::vector<S> y(x.size()), dx(x.size()), mean(channels), variance(channels), dscale(channels), dshift(channels);
+    Normalisation<S> given{span(x), span(dy), span(scale), span(shift), target(mean), target(variance), target(y),
+                           target(dscale), target(dshift), channels, n, 1e-2};
+    normalise(Machine{set, threads, nullptr}, given);
+    given.result = target(dx);
+    normalise_gradient(Machine{set, threads, nullptr}, given);
+    std::vector<double> expected_y, expected_dx, expected_dscale;
+    for (int64_t c = 0; c < channels; ++c) {
+        const auto sum = [&](const auto& term) {
+            double total = 0;
+            for (int64_t i = c * n; i < (c + 1) * n; ++i) total += term(double(x[i]), double(dy[i]));
+            return total;
+        };
+        const double m = sum([](double x, double) { return x; }) / n;
+        const double inverse = 1 / std::sqrt(sum([m](double x, double) { return (x - m) * (x - m); }) / n + 1e-2);
+        const double dm = sum([](double, double dy) { return dy; }) / n;
+        expected_dscale.push_back(sum([=](double x, double dy) { return (x - m) * inverse * dy; }));
+        for (int64_t i = c * n; i < (c + 1) * n; ++i) {
+            const double normal = (x[i] - m) * inverse;
+            expected_y.push_back(normal * scale[c] + shift[c]);
+            expected_dx.push_back(scale[c] * inverse * (dy[i] - dm - normal * expected_dscale[c] / n));
+        }
+    }
+    compare("normalisation", y, expected_y);
+    compare("gradient of a normalisation", dx, expected_dx);
+    compare("gradient of a scale", dscale, expected_dscale);
+}
+
 int64_t wrong_number() {
     const int64_t choices[] = {0, -1, 1, 2, 3, 17, 65536, INT32_MAX, int64_t(INT32_MAX) + 1, INT64_MAX, INT64_MIN};
     return choices[draw(0, 10)];
@@ -237,7 +272,8 @@ int refused_of_wrong(Status (*run)(const Machine*, const Layer<S>*)) {
 
 template <class S>
 void other_functions_with_wrong_numbers(Status (*affine)(const Machine*, const Affine<S>*),
-                                        Status (*transpose)(const Machine*, const Transposition<S>*)) {
+                                        Status (*transpose)(const Machine*, const Transposition<S>*),
+                                        Status (*normalise)(const Machine*, const Normalisation<S>*)) {
     const auto size = [] { return draw(0, 3) ? draw(0, 5) : wrong_number(); };
     std::vector<S> x(draw(0, 60)), result(draw(0, 60)), scale(draw(0, 5)), shift(draw(0, 5));
     const Machine machine{0, 1, nullptr};
@@ -245,28 +281,39 @@ void other_functions_with_wrong_numbers(Status (*affine)(const Machine*, const A
     affine(&machine, &given);
     const Transposition<S> turned{span(x), target(result), size(), size()};
     transpose(&machine, &turned);
+    std::vector<S> mean(draw(0, 5)), variance(draw(0, 5)), dscale(draw(0, 5)), dshift(draw(0, 5));
+    const Normalisation<S> norm{span(x), span(shift), span(scale), span(shift), target(mean), target(variance),
+                                target(result), target(dscale), target(dshift), size(), size(), 1e-5};
+    normalise(&machine, &norm);
+    const std::vector<int8_t> mask(x.size(), 1);
+    const Weight weight{int64_t(x.data()), int64_t(mask.data()), int64_t(x.size()),
+                        draw(0, 3) ? int64_t(sizeof(S)) : wrong_number()};
+    sl_zero_inactive(&machine, &weight, 1);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-    const int rounds = argc > 1 ? std::atoi(argv[1]) : 100;
+    const int rounds = argc > 1 ? std::atoi(argv[1]) : 100, wrong = argc > 2 ? std::atoi(argv[2]) : 10'000;
     for (int i = 0; i < rounds; ++i)
         for (int set = 0; set <= sl_instruction_set(); ++set) {
             check(random_case<float>(), set, draw(1, 3));
             check(random_case<double>(), set, draw(1, 3));
             check_rows<float>(set, draw(1, 3));
             check_rows<double>(set, draw(1, 3));
+            check_normalisation<float>(set, draw(1, 3));
+            check_normalisation<double>(set, draw(1, 3));
         }
     int refused = 0;
-    const int wrong = 100 * rounds;
     for (int i = 0; i < wrong / 8; ++i) {
         for (auto run : {sl_forward_float, sl_input_gradient_float, sl_weight_gradient_float, sl_few_float})
             refused += refused_of_wrong<float>(run);
         for (auto run : {sl_forward_double, sl_input_gradient_double, sl_weight_gradient_double, sl_few_double})
             refused += refused_of_wrong<double>(run);
-        other_functions_with_wrong_numbers<float>(sl_affine_float, sl_transpose_float);
-        other_functions_with_wrong_numbers<double>(sl_affine_double, sl_transpose_double);
+        for (auto normalise : {sl_normalise_float, sl_normalise_gradient_float})
+            other_functions_with_wrong_numbers<float>(sl_affine_float, sl_transpose_float, normalise);
+        for (auto normalise : {sl_normalise_double, sl_normalise_gradient_double})
+            other_functions_with_wrong_numbers<double>(sl_affine_double, sl_transpose_double, normalise);
     }
     std::printf("%d calls with wrong arguments: %d refused, none out of bounds\n", wrong / 8 * 8, refused);
     std::printf("%d rounds on %d instruction sets: no difference\n", rounds, sl_instruction_set() + 1);

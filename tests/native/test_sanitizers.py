@@ -15,5 +15,5 @@ def test_kernels_pass_address_and_undefined_behaviour_sanitizers(tmp_path):
     flags = ["-std=c++17", "-g", "-O1", "-Wno-psabi", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     program = tmp_path / "sanitize"
     subprocess.run(["g++", *flags, SOURCE, "-o", program], check=True)
-    run = subprocess.run([program, "100"], capture_output=True, text=True)
+    run = subprocess.run([program, "100", "100000"], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -290,6 +290,13 @@ def test_a_sliced_state_loads_as_it_looks(assign):
     copy.deepcopy(layer)(x).sum().backward()
 
 
+def test_sparse_layers_take_their_input_by_the_name_of_dense_ones():
+    conv, sparse = sparse_conv(4, 6, 3)
+    linear, x = nn.Linear(6, 4), torch.randn(20, 4, 5, 6)
+    torch.testing.assert_close(sparse(input=x), conv(input=x), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(SparseLinear.from_dense(linear)(input=x), linear(input=x), atol=1e-4, rtol=1e-4)
+
+
 def test_sparse_layers_have_the_attributes_of_dense_ones():
     conv, sparse = sparse_conv(4, 6, (3, 2), stride=2, padding=1, dilation=(1, 2), groups=2)
     names = "in_channels out_channels kernel_size stride padding dilation groups padding_mode transposed output_padding"

@@ -7,7 +7,7 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Counts the changes of this file. library.py refuses a library that was built from another version of it.
-constexpr int64_t INTERFACE = 2;
+constexpr int64_t INTERFACE = 3;
 
 // What every function returns; library.py turns all but OK into errors.
 enum Status { OK, MISFIT, NO_MEMORY, TOO_LARGE, WRONG_SIZES };
@@ -70,6 +70,19 @@ struct Affine {
     Span<const S> x, scale, shift;
     Span<S> result;
     int64_t outer, channels, inner, relu;
+};
+
+// A batch normalisation by the statistics of the batch, or its gradients. The `inner` numbers of one channel lie side by
+// side. Without `scale` and `shift` these are 1 and 0.
+template <class S>
+struct Normalisation {
+    Span<const S> x, dy, scale, shift;
+    Span<S> mean, variance, result, dscale, dshift;
+    int64_t channels, inner;
+    double eps;
+
+    double scale_of(int64_t c) const { return scale.data ? scale[c] : 1; }
+    double shift_of(int64_t c) const { return shift.data ? shift[c] : 0; }
 };
 
 // result[column][row] = x[row][column].

@@ -1,4 +1,6 @@
 // Sparse convolutions and linear layers on a CPU, with a C interface; sparselearning/sparse/ops.py calls it.
+#include <array>
+#include <cmath>
 #include <cstring>
 #include <iterator>
 #include <utility>
@@ -72,10 +74,13 @@ struct Kernels {
     void (*multiply_few)(const Product<S>&);
     void (*transpose)(const Transposition<S>&, const Parallel&);
     void (*affine)(const Affine<S>&, const Parallel&);
+    void (*normalise)(const Normalisation<S>&, const Parallel&);
+    void (*normalise_gradient)(const Normalisation<S>&, const Parallel&);
 };
 
 #define KERNELS_OF(set) \
-    {set::convolve<S>, set::weight_gradient<S>, set::multiply_few<S>, set::transpose<S>, set::affine<S>}
+    {set::convolve<S>, set::weight_gradient<S>, set::multiply_few<S>,      set::transpose<S>, \
+     set::affine<S>,   set::normalise<S>,       set::normalise_gradient<S>}
 
 template <class S>
 const Kernels<S>& kernels(const Machine& machine) {
@@ -190,6 +195,32 @@ void affine(const Machine& machine, const Affine<S>& given) {
     kernels<S>(machine).affine(given, parallel_of(machine));
 }
 
+// The statistics and gradients that a normalisation writes have one number for each channel.
+template <class S>
+Parallel check_normalisation(const Machine& machine, const Normalisation<S>& given) {
+    require(given.channels >= 0 && given.inner >= 1);
+    const int64_t numbers = product_of({given.channels, given.inner});
+    require(given.x.count == numbers && given.result.count == numbers);
+    require(given.scale.count == (given.scale.data ? given.channels : 0));
+    require(given.shift.count == (given.shift.data ? given.channels : 0));
+    require(given.mean.count == given.channels && given.variance.count == given.channels);
+    return parallel_of(machine).only_if(numbers > MANY_INDICES);
+}
+
+template <class S>
+void normalise(const Machine& machine, const Normalisation<S>& given) {
+    const Parallel parallel = check_normalisation(machine, given);
+    kernels<S>(machine).normalise(given, parallel);
+}
+
+template <class S>
+void normalise_gradient(const Machine& machine, const Normalisation<S>& given) {
+    const Parallel parallel = check_normalisation(machine, given);
+    require(given.dy.count == given.x.count);
+    require(given.dscale.count == given.channels && given.dshift.count == given.channels);
+    kernels<S>(machine).normalise_gradient(given, parallel);
+}
+
 // Sorts the nonzeros by (input channel, phase), as the input gradient reads them. A row of the result is one phase
 // plane of one input channel; its columns are output channel in the group * taps + tap.
 void transpose_rows(const Machine& machine, const Sorting& given) {
@@ -241,7 +272,7 @@ EXPORT int sl_instruction_set() { return best_instruction_set(); }
 // Which version of interface.h this is; the sizes of its structs go to `sizes`.
 EXPORT int64_t sl_interface(int64_t* sizes) {
     const size_t known[] = {sizeof(Machine), sizeof(Layer<float>), sizeof(Sorting), sizeof(Affine<float>),
-                            sizeof(Transposition<float>)};
+                            sizeof(Transposition<float>), sizeof(Normalisation<float>)};
     std::copy(std::begin(known), std::end(known), sizes);
     return INTERFACE;
 }
@@ -264,3 +295,5 @@ EXPORT_FOR_ALL(weight_gradient, Layer)
 EXPORT_FOR_ALL(few, Layer)
 EXPORT_FOR_ALL(transpose, Transposition)
 EXPORT_FOR_ALL(affine, Affine)
+EXPORT_FOR_ALL(normalise, Normalisation)
+EXPORT_FOR_ALL(normalise_gradient, Normalisation)
