@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import NoReturn
@@ -68,7 +69,8 @@ def available_device(text: str) -> str:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"no device {text!r} here: {str(error).splitlines()[0]}") from None
+        reason = re.split("[.\n]", str(error))[0]  # torch may go on with all that it supports
+        raise argparse.ArgumentTypeError(f"no device {text!r} here: {reason}") from None
     return text
 
 

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -80,6 +81,9 @@ def log_head(folder: RunFolder, args: argparse.Namespace, masking: Masking | Non
     if masking is not None:
         active, inactive = masking.total_nonzero, masking.total_zero
         logger.info("density %.4f: %d weights active, %d not", masking.density, active, inactive)
+        if args.sparse_backend:
+            held = Counter(map(masking.held.describe, masking.layers))
+            logger.info("layers: %s", ", ".join(f"{count} {kind}" for kind, count in held.items()))
     logger.info(describe(flops, relative_flops(flops, masking, steps)))
 
 
