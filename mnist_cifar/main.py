@@ -156,7 +156,7 @@ def run(args):
     parts = resuming.parts_of_checkpoint(model, torch_optimizer(optimizer), scheduler, precision, masking)
     # Before a checkpoint is loaded: it sends the first process's statistics of BatchNorm to all.
     network = distributed.replicate(model)
-    first_epoch, begun, metrics = resuming.take(args, found, parts, model)
+    first_epoch, begun, metrics = resuming.take(args, found, parts, model, len(data.train))
     folder = RunFolder(args, metrics)
 
     with folder.log():

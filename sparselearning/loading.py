@@ -197,3 +197,38 @@ def check_like(entry: str, value: Any, known: Any, weight: Tensor) -> None:
         refuse(entry, "real numbers", describe(value))
     if any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True)):
         refuse(entry, "a number for each weight", "one for several")  # torch cannot write to it
+
+
+def check_schedule(name: str, part: Any, state: Any) -> None:
+    """Check the saved state of an LR scheduler or a loss scale, which takes whatever attributes it is given."""
+    if not isinstance(state, dict):
+        refuse(f"{name!r}", "a dict", describe(state))
+    own = part.state_dict()
+    for key, value in state.items():
+        entry = f"{name!r}[{describe(key)}]"
+        if key in own:
+            check_alike(entry, value, own[key])
+        elif not isinstance(key, str) or hasattr(part, key):
+            refuse(entry, "none of this name", describe(value))
+
+
+def check_alike(entry: str, value: Any, own: Any) -> None:
+    """Check that a value has the type of the one here, and that its numbers are numbers; None stands for any."""
+    if isinstance(own, dict):
+        if not isinstance(value, dict):
+            refuse(entry, "a dict", describe(value))
+        for key in own.keys() & value.keys():
+            check_alike(f"{entry}[{describe(key)}]", value[key], own[key])
+    elif isinstance(own, list | tuple):
+        if not isinstance(value, list | tuple) or len(value) != len(own):
+            refuse(entry, f"a list of {len(own)}", describe(value))
+        for i, pair in enumerate(zip(value, own, strict=True)):
+            check_alike(f"{entry}[{i}]", *pair)
+    elif isinstance(own, bool):
+        if not isinstance(value, bool):
+            refuse(entry, "True or False", describe(value))
+    elif isinstance(own, int | float):
+        if not isinstance(value, int | float) or not (abs(value) <= MOST_STEPS or abs(value) == math.inf):
+            refuse(entry, "a number", describe(value))
+    elif own is not None and not isinstance(value, type(own)):
+        refuse(entry, f"a {type(own).__name__}", describe(value))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparselearning.loading import check_alike, check_schedule
+
 
 @dataclass
 class Precision:
@@ -45,6 +47,7 @@ class Precision:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the state of the loss scale."""
+        check_schedule("precision", self.scaler, state)
         self.scaler.load_state_dict(state)
 
 
@@ -81,6 +84,7 @@ class ApexPrecision:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the master weights and the loss scale."""
+        check_alike("'precision'['loss_scale']", state["loss_scale"], dict(vars(self.optimizer.loss_scaler)))
         for group, saved in zip(self.optimizer.fp32_from_fp16_groups, state["masters"], strict=True):
             for master, value in zip(group, saved, strict=True):
                 master.copy_(value)

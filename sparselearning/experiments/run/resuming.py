@@ -6,6 +6,7 @@ images. A run that resumes from it computes what the uninterrupted run would hav
 
 import argparse
 import logging
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -22,6 +23,15 @@ from sparselearning.experiments.run.arguments import goes_on
 from sparselearning.experiments.run.folder import RunFolder
 from sparselearning.experiments.run.stopping import Stopped, StopRequests
 from sparselearning.experiments.run.training import Progress, check_weights
+from sparselearning.loading import (
+    MOST_STEPS,
+    check_entries,
+    check_number,
+    check_tensor,
+    check_whole,
+    describe,
+    refuse,
+)
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import Whole, is_sharded, reshard, shard_of, unsharded
 
@@ -181,22 +191,28 @@ class Checkpoints:
 
 
 def take(
-    args: argparse.Namespace, found: Found | None, parts: dict[str, Any], model: nn.Module
+    args: argparse.Namespace, found: Found | None, parts: dict[str, Any], model: nn.Module, images: int | None = None
 ) -> tuple[int, Progress | None, list[dict[str, Any]] | None]:
     """Load the checkpoint that `find` found, if the run goes on.
 
-    Each process gets its own random-number generators back, if there are as many processes as before.
+    Each process gets its own random-number generators back, if there are as many processes as before. `images` is the
+    number of training images, where the run shuffles them itself.
 
     Returns:
         The epoch to train next, its progress if it had begun, and the records of the epochs before it, which
         `RunFolder` takes; (args.start_epoch, None, None) for a new run.
 
     Raises:
-        CheckpointError: as `checkpoint.restore`.
+        CheckpointError: as `checkpoint.restore`, and for entries of the run that are none.
     """
     if found is None or not goes_on(args):
         return args.start_epoch, None, None
     saved = checkpoint.restore(*found, **parts)
+    try:
+        check_run(saved, model, images)
+        take_gradients(saved.get("gradients") or {}, model)
+    except RuntimeError as error:
+        raise checkpoint.CheckpointError(f"{found[0]}: {error}") from error
     others = saved.get("processes", [])
     rank = distributed.rank()
     if rank and len(others) == distributed.processes() - 1:
@@ -204,8 +220,59 @@ def take(
         checkpoint.set_random_state(mine["random"])
         for buffer, value in zip(model.buffers(), mine.get("buffers", []), strict=False):
             buffer.copy_(value)
-    for name, weight in model.named_parameters():
-        if (gradient := (saved.get("gradients") or {}).get(name)) is not None:
-            weight.grad = shard_of(gradient, weight) if is_sharded(weight) else gradient.to(weight.device)
     progress = saved.get("progress")
     return saved["epoch"] + 1, Progress(**progress) if progress else None, saved["metrics"]
+
+
+def take_gradients(saved: Any, model: nn.Module) -> None:
+    """Give the weights the gradients of a run that was stopped in its evaluation; a dict by name, or an empty one.
+
+    Raises:
+        RuntimeError: for entries that are no gradients of this model; nothing is changed then.
+    """
+    weights = dict(model.named_parameters())
+    for name, gradient in check_entries("'gradients'", saved, (), tuple(weights)).items():
+        if gradient is not None:
+            shape = getattr(weights[name], "active", weights[name]).shape  # on sparse kernels that of the values
+            check_tensor(f"'gradients'[{name!r}]", gradient, shape, "floating")
+    for name, gradient in saved.items():
+        if gradient is not None:
+            weight = weights[name]
+            weight.grad = shard_of(gradient, weight) if is_sharded(weight) else gradient.to(weight.device)
+
+
+def check_run(saved: dict[str, Any], model: nn.Module, images: int | None) -> None:
+    """Check what a checkpoint holds of a run beside its parts.
+
+    Raises:
+        RuntimeError: naming the entry, what was expected and what came.
+    """
+    check_whole("'epoch'", saved.get("epoch"), 0, MOST_STEPS)
+    metrics = saved.get("metrics")
+    if not isinstance(metrics, list) or not all(isinstance(record, dict) for record in metrics):
+        refuse("'metrics'", "a list of dicts", describe(metrics))
+    if saved.get("progress") is not None:
+        check_progress(saved["progress"], images)
+    others, buffers = saved.get("processes", []), [buffer.shape for buffer in model.buffers()]
+    if not isinstance(others, list):
+        refuse("'processes'", "a list of dicts", describe(others))
+    for i, other in enumerate(others):
+        entry = f"'processes'[{i}]"
+        kept = check_entries(entry, other, ("random",), ("buffers",)).get("buffers", [])
+        if not isinstance(kept, list) or len(kept) not in (0, len(buffers)):
+            refuse(f"{entry}['buffers']", f"a list of {len(buffers)} tensors", describe(kept))
+        for buffer, shape in zip(kept, buffers, strict=False):
+            check_tensor(f"{entry}['buffers']", buffer, shape)
+
+
+def check_progress(progress: Any, images: int | None) -> None:
+    """Check the progress of an epoch in a checkpoint; an order of images has each image once."""
+    check_entries("'progress'", progress, ("steps", "loss"), ("seconds", "order"))
+    check_whole("'progress'['steps']", progress["steps"], 0, MOST_STEPS)
+    check_number("'progress'['loss']", progress["loss"], -math.inf, math.inf)
+    check_number("'progress'['seconds']", progress.get("seconds", 0.0), 0, math.inf)
+    order = progress.get("order")
+    if images is not None and order is not None:
+        check_tensor("'progress'['order']", order, (images,), torch.int64)
+        if not torch.equal(order.sort().values, torch.arange(images)):
+            refuse("'progress'['order']", f"each of {images} images once", "others")
