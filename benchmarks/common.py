@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as main.py does, before torch loads
+# As main.py does, before torch loads.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000")}
 
 import numpy as np
 import torch
@@ -163,6 +165,7 @@ def machine(device: str) -> dict[str, Any]:
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         load_average=os.getloadavg()[0],
         omp_wait_policy=os.environ["OMP_WAIT_POLICY"],
+        gomp_spincount=os.environ.get("GOMP_SPINCOUNT"),
         torch=torch.__version__,
         numpy=np.__version__,
         python=platform.python_version(),

@@ -22,7 +22,9 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads: spinning threads fight for shared cores
+# Before torch loads: threads that spin for long fight for shared cores, and to wake one that sleeps takes 30 us.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000")}
 
 import torch
 from extensions import EXTENSIONS

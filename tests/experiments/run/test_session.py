@@ -203,13 +203,20 @@ def test_errors_in_training_end_alike(refusals, monkeypatch, error, status, line
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_openmp_waits_passively_from_the_moment_it_is_loaded(script, tmp_path):
-    (tmp_path / "torch.py").write_text("import os, sys\nsys.exit(os.environ['OMP_WAIT_POLICY'])")
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT)])
+def test_openmp_spins_for_a_moment_from_the_time_it_is_loaded(script, tmp_path):
+    (tmp_path / "torch.py").write_text(
+        "import os, sys\nsys.exit(' '.join(map(str, map(os.environ.get, ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')))))"
+    )
     command = [sys.executable, str(ROOT / script / "main.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.stderr == "passive\n"
+    plain = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    plain["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT)])
+    for own, expected in (
+        ({}, "passive 10000"),
+        ({"OMP_WAIT_POLICY": "active"}, "active None"),
+        ({"GOMP_SPINCOUNT": "5"}, "passive 5"),
+    ):
+        done = subprocess.run(command, env=plain | own, capture_output=True, text=True, timeout=60)
+        assert done.stderr == f"{expected}\n"
 
 
 @pytest.fixture
