@@ -214,7 +214,7 @@ class TrainedLinear(Trained, nn.Linear):
 
     def product(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        y = self.watch(rows, torch.ops.sparselearning.linear(rows, *self.arguments(), False))
+        y = self.watch(rows, ops.run("linear", rows, *self.arguments(), False))
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
     def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ class TrainedConv2d(Trained, nn.Conv2d):
 
     def product(self, x: Tensor) -> Tensor:
         images = x if x.dim() == 4 else x.unsqueeze(0)
-        y = self.watch(images, torch.ops.sparselearning.conv2d(images, *self.arguments(), *self.geometry(), False))
+        y = self.watch(images, ops.run("conv2d", images, *self.arguments(), *self.geometry(), False))
         return y if x.dim() == 4 else y.squeeze(0)
 
     def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
