@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from sparselearning import budget, functions, invariants, reports, schedules
 from sparselearning.flags import add_sparse_args
-from sparselearning.layers import Layers
 from sparselearning.methods import Method, arguments_of, find_function, hold
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import reshard
@@ -27,12 +26,13 @@ from sparselearning.schedules import CosineDecay, LinearDecay, Schedule, Updates
 from sparselearning.start.layers import Batches, Density, SparseInit, choose, new_layers
 from sparselearning.weights.optimizer import master_weights, torch_optimizer
 from sparselearning.weights.regrowth import keep_norms
+from sparselearning.weights.steps import Steps
 from sparselearning.weights.zeros import Zeros
 
 __all__ = ["CosineDecay", "LinearDecay", "Masking", "add_sparse_args"]
 
 
-class Masking(Layers):
+class Masking(Steps):
     """Holds binary masks on the weights of a model and moves them.
 
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -114,18 +114,6 @@ class Masking(Layers):
         masking.add_module(module, **of_module)
         return masking
 
-    def _watch_steps(self):
-        if self.held.acts_before_steps:
-            self.optimizer.register_step_pre_hook(lambda _, *given: self._before_step(*given))
-        self.optimizer.register_step_post_hook(lambda *_: self._after_step())
-        self.held.attach()
-        invariants.MASKINGS.add(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy (deepcopy, pickle): an optimizer's copy has lost its hooks, and would train unmasked."""
-        self.__dict__.update(state)
-        self._watch_steps()
-
     # Which weights are sparse
 
     def add_module(
@@ -188,24 +176,6 @@ class Masking(Layers):
         self.held.release(removed)
 
     # Training
-
-    @property
-    def param_groups(self) -> list[dict]:
-        """The optimizer's, so that GradScaler.step(masking) takes a Masking. LR schedulers take the optimizer."""
-        return self.stepper.param_groups
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, as the optimizer does. (Apex's names the argument otherwise, or has none.)"""
-        self.stepper.zero_grad(*(() if set_to_none else (False,)))
-
-    def step(self, closure: Callable | None = None) -> Any:
-        """Step the optimizer; the masks are applied right after, as after any step of the optimizer."""
-        return self.stepper.step(*(() if closure is None else (closure,)))
-
-    @torch.no_grad()
-    def _before_step(self, args, kwargs):
-        self._follow_weights()
-        self.held.before_step(self.layers, closure=args[1] if len(args) > 1 else kwargs.get("closure"))
 
     def _after_step(self):
         self.held.after_step(self.layers)

@@ -64,11 +64,6 @@ class SparseTraining(Zeros):
         self.interval: int | None = None  # steps between the last two updates
         self.carry = True
 
-    @property
-    def acts_before_steps(self) -> bool:
-        """Always."""
-        return True
-
     def attach(self) -> None:
         """Save the optimizer's state in dense form; hold the weights again where this is a copy."""
         self.optimizer.register_state_dict_post_hook(
@@ -182,20 +177,32 @@ class SparseTraining(Zeros):
             module.observed.load_state_dict(state.get("layers", {}).get(name, {}), module.dense.device)
 
     def before_step(self, layers: Layers, closure: Callable | None) -> None:
-        """Give the optimizer the values; take the dense gradients that it is going to use."""
-        scale = 1 / float(gradient_scale(self.optimizer))
-        overflowed = getattr(self.optimizer, "found_inf", None)  # a fused optimizer then skips the step
+        """Give the optimizer the values."""
         for module in self.trained.values():
             module.agree()
             optimizer_state.compact(self.optimizer, module)
+        super().before_step(layers, closure)
+
+    def before_evaluation(self, layers: Layers) -> None:
+        """Write the values into the weights, and show a closure the masked network."""
+        for module in self.trained.values():
+            module.write()
+        super().before_evaluation(layers)
+
+    def give(self, layers: Layers) -> None:
+        """Take the dense gradients that the optimizer is going to use."""
+        scale = 1 / float(gradient_scale(self.optimizer))
+        overflowed = getattr(self.optimizer, "found_inf", None)  # a fused optimizer then skips the step
+        for module in self.trained.values():
             if overflowed is not None and overflowed.item():
                 module.observed.drop()
-            elif closure is None:
+            else:
                 module.observed.take(module.position, scale)
-        super().before_step(layers, closure)
+        super().give(layers)
 
     def after_step(self, layers: Layers) -> None:
         """Write the values into the weights."""
+        super().after_step(layers)
         for module in self.trained.values():
             module.write()
 
@@ -243,7 +250,6 @@ class SparseTraining(Zeros):
         self.since_update, self.ahead = self.since_update + 1, ahead
         observing = self.observes(*ahead)
         for module in self.trained.values():
-            module.observed.take(module.position)  # a closure's, which came after `before_step`
             module.observed.observing = observing
 
     def observes(self, left: float, by_steps: bool) -> bool:

@@ -61,11 +61,6 @@ class DenseCopy(Zeros):
                 f"regrown={self.regrown!r}."
             )
 
-    @property
-    def acts_before_steps(self) -> bool:
-        """Whether `before_step` does anything."""
-        return True
-
     def check(self, module: nn.Module, layers: Layers) -> None:
         """Check that the weights are whole.
 
@@ -84,21 +79,24 @@ class DenseCopy(Zeros):
 
     @torch.no_grad()
     def before_step(self, layers: Layers, closure: Callable | None) -> None:
+        """Let the optimizer step the dense copy, or see what a closure is to see of it."""
+        self.notice(layers)
+        super().before_step(layers, closure)
+
+    @torch.no_grad()
+    def before_evaluation(self, layers: Layers) -> None:
+        """Copy what was trained since the last evaluation, and show a closure the active weights."""
+        if self.exchanged:
+            self.take(layers)
+        super().before_evaluation(layers)
+
+    def give(self, layers: Layers) -> None:
         """Let the optimizer step the dense copy where it is trained.
 
         The exploration term of Jayakumar et al. 2020 (section 2.3) is taken from the optimizer's weight decay: that of
         weights that are trained but inactive is divided by the layer's density.
-
-        Raises:
-            RuntimeError: if the step computes the loss itself, which would see the dense weights.
         """
-        if closure is not None:
-            raise RuntimeError(
-                f"weights={self.kind!r} exchanges weights around a step, and a closure would see the dense "
-                "ones. Call backward() first, and step() without closure."
-            )
-        self.notice(layers)
-        super().before_step(layers, closure)
+        self.pull_weights(layers)
         self.exchanged = True
         groups = self.optimizer.param_groups
         decay = {id(weight): group.get("weight_decay", 0) for group in groups for weight in group["params"]}
@@ -116,6 +114,12 @@ class DenseCopy(Zeros):
 
     @torch.no_grad()
     def after_step(self, layers: Layers) -> None:
+        """Copy what was trained, and show the network its active weights."""
+        super().after_step(layers)
+        if self.exchanged:
+            self.take(layers)
+
+    def take(self, layers: Layers) -> None:
         """Copy what was trained, and show the network its active weights."""
         for layer in layers:
             dense = layer.memory["dense"]

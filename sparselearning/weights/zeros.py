@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparselearning.layers import SparseLayer
 from sparselearning.native.zero import zero_inactive
-from sparselearning.weights.optimizer import gradient_of, momentum_of
+from sparselearning.weights.optimizer import gradient_of, mixes_entries, momentum_of
 from sparselearning.weights.regrowth import START_VALUES, pull_to_zero, start_regrown
 
 Layers = Sequence[SparseLayer]
@@ -46,11 +46,8 @@ class Zeros:
         if not 0 <= pull < math.inf:
             raise ValueError(f"Expected a pull of at least 0, got {pull}.")
         self.regrown, self.reset_state, self.pull = regrown, reset_state, pull
-
-    @property
-    def acts_before_steps(self) -> bool:
-        """Whether `before_step` does anything."""
-        return self.pull > 0
+        self.ready = False  # the optimizer was given what it is to step
+        self.gradients: dict[Tensor, Tensor] = {}  # dense ones, of an optimizer that is given masked ones
 
     def attach(self) -> None:
         """Register hooks; also in a copy of the optimizer and the layers, which has lost them."""
@@ -65,12 +62,39 @@ class Zeros:
         """Let go of weights that stay dense from now on."""
 
     def before_step(self, layers: Layers, closure: Callable | None) -> None:
-        """Give the optimizer what it is to step."""
+        """Give the optimizer what it is to step; if it evaluates a closure, that comes after each evaluation."""
+        if closure is None and not self.ready:
+            self.give(layers)
+
+    def before_evaluation(self, layers: Layers) -> None:
+        """Show a closure the masked network."""
+        self.ready = False
+        self.apply(layers)
+
+    @torch.no_grad()
+    def after_evaluation(self, layers: Layers) -> None:
+        """Give the optimizer what it is to step, with the gradients of a closure."""
+        self.give(layers)
+        self.ready = True
+
+    def give(self, layers: Layers) -> None:
+        """Give the optimizer what it is to step; the gradients are there."""
+        self.pull_weights(layers)
+        if mixes_entries(self.optimizer):
+            self.gradients = {
+                layer.master: layer.master.grad.clone() for layer in layers if layer.master.grad is not None
+            }
+            masks = {layer.master: layer.mask for layer in layers}
+            zero_inactive([weight.grad for weight in self.gradients], [masks[weight] for weight in self.gradients])
+
+    def pull_weights(self, layers: Layers) -> None:
+        """Pull the active weights to zero."""
         if self.pull:
             pull_to_zero([self.stepped_for(layer) for layer in layers], self.pull, self.optimizer)
 
     def after_step(self, layers: Layers) -> None:
         """Take over what the optimizer has left; also of a step that it skipped."""
+        self.ready = False
 
     def stepped(self, ahead: Ahead) -> None:
         """Count a step."""
@@ -78,6 +102,8 @@ class Zeros:
     def moved(self, layers: Layers, before: Sequence[Tensor]) -> None:
         """Follow masks that have moved; `before` is what they were."""
         start_regrown(layers, before, self.optimizer, self.regrown, self.reset_state)
+        if mixes_entries(self.optimizer):
+            self.optimizer.state.clear()  # the directions that it remembers are those of other weights
 
     def expect(self, steps: int) -> None:
         """Note that an update of the masks ends every so many steps, as at the end of epochs."""
@@ -114,7 +140,7 @@ class Zeros:
 
     def gradient_of(self, weight: Tensor) -> Tensor:
         """Return the gradient of a weight."""
-        return gradient_of(weight)
+        return self.gradients[weight] if weight in self.gradients else gradient_of(weight)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is to be saved besides masks and weights."""

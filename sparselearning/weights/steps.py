@@ -1,0 +1,63 @@
+"""The steps of an optimizer, which a Masking watches by hooks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from sparselearning import invariants
+from sparselearning.layers import Layers
+from sparselearning.weights.closures import closure_of, masked_closure, with_closure
+from sparselearning.weights.zeros import Zeros
+
+
+class Steps(Layers):
+    """The sparse layers of a network, told of every step of the optimizer that trains them."""
+
+    optimizer: torch.optim.Optimizer  # it steps the weights
+    stepper: Any  # that optimizer, or what wraps it
+    held: Zeros
+    _hooks: list[RemovableHandle]
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """The optimizer's, so that GradScaler.step(masking) takes a Masking. LR schedulers take the optimizer."""
+        return self.stepper.param_groups
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as the optimizer does. (Apex's names the argument otherwise, or has none.)"""
+        self.stepper.zero_grad(*(() if set_to_none else (False,)))
+
+    def step(self, closure: Callable | None = None) -> Any:
+        """Step the optimizer; the masks are applied right after, as after any step of the optimizer.
+
+        A closure sees the masked network whenever the optimizer evaluates it.
+        """
+        return self.stepper.step(*(() if closure is None else (masked_closure(self, closure),)))
+
+    def _watch_steps(self):
+        self._hooks = [
+            self.optimizer.register_step_pre_hook(lambda _, *given: self._before_step(*given)),
+            self.optimizer.register_step_post_hook(lambda *_: self._after_step()),
+        ]
+        self.held.attach()
+        invariants.MASKINGS.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: entry for name, entry in self.__dict__.items() if name != "_hooks"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy (deepcopy, pickle): an optimizer's copy has lost its hooks, and would train unmasked."""
+        self.__dict__.update(state)
+        self._watch_steps()
+
+    @torch.no_grad()
+    def _before_step(self, args, kwargs):
+        self._follow_weights()
+        closure = closure_of(args, kwargs)
+        self.held.before_step(self.layers, closure)
+        return None if closure is None else with_closure(args, kwargs, masked_closure(self, closure))
+
+    def _after_step(self):
+        raise NotImplementedError
