@@ -34,5 +34,5 @@ def masked_closure(masking: Any, closure: Callable) -> Callable:
         masking.held.after_evaluation(masking.layers)
         return loss
 
-    evaluate.masked_by = (*masked_by, masking)  # pyright: ignore[reportFunctionMemberAccess]
+    vars(evaluate)["masked_by"] = (*masked_by, masking)
     return evaluate

@@ -81,11 +81,15 @@ class Zeros:
         """Give the optimizer what it is to step; the gradients are there."""
         self.pull_weights(layers)
         if mixes_entries(self.optimizer):
-            self.gradients = {
-                layer.master: layer.master.grad.clone() for layer in layers if layer.master.grad is not None
-            }
-            masks = {layer.master: layer.mask for layer in layers}
-            zero_inactive([weight.grad for weight in self.gradients], [masks[weight] for weight in self.gradients])
+            self.keep_to_masks(layers)
+
+    def keep_to_masks(self, layers: Layers) -> None:
+        """Set the gradients of inactive weights to zero, and keep those of all weights for growth."""
+        self.gradients = {}
+        for layer in layers:
+            if (gradient := layer.master.grad) is not None:
+                self.gradients[layer.master] = gradient.clone()
+                zero_inactive([gradient], [layer.mask])
 
     def pull_weights(self, layers: Layers) -> None:
         """Pull the active weights to zero."""
