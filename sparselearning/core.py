@@ -24,6 +24,7 @@ from sparselearning.processes import distributed
 from sparselearning.processes.sharded import reshard
 from sparselearning.schedules import CosineDecay, LinearDecay, Schedule, Updates
 from sparselearning.start.layers import Batches, Density, SparseInit, choose, new_layers
+from sparselearning.weights.frozen import training_alone
 from sparselearning.weights.optimizer import master_weights, torch_optimizer
 from sparselearning.weights.regrowth import keep_norms
 from sparselearning.weights.steps import Steps
@@ -213,7 +214,7 @@ class Masking(Steps):
     def truncate_weights(self) -> None:
         """Move the masks once: prune, redistribute, grow. The number of active weights stays, or is the schedule's.
 
-        If a function fails, the masks stay as they were.
+        Layers that do not train keep their masks (weights/frozen.py). If a function fails, all masks stay as they were.
 
         Raises:
             NonFiniteError: if a weight, its momentum, or a gradient that a function reads is NaN or infinite.
@@ -223,16 +224,19 @@ class Masking(Steps):
             return
         reshard(self.modules)
         invariants.refuse_update(self)
-        with invariants.all_or_nothing(self) as before:
-            change = self._change_density()
-            functions.measure(self)
-            self._set_prune_rates(change)
-            functions.prune(self)
-            if functions.is_marked(self.measure, "after_pruning"):
+        with training_alone(self) as layers:
+            if not layers:
+                return
+            with invariants.all_or_nothing(self) as before:
+                change = self._change_density()
                 functions.measure(self)
-            functions.grow(self, self._redistribute(change))
-        invariants.keep_last_weights(self, before)
-        self.held.moved(self.layers, before)
+                self._set_prune_rates(change)
+                functions.prune(self)
+                if functions.is_marked(self.measure, "after_pruning"):
+                    functions.measure(self)
+                functions.grow(self, self._redistribute(change))
+            invariants.keep_last_weights(self, before)
+            self.held.moved(layers, before)
         self.apply_mask()
         self.held.updated(self.updates.ahead(self.steps))
 

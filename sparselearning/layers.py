@@ -38,6 +38,7 @@ class SparseLayer:
     prune_rate: float = 0.0  # fraction of active weights to prune
     memory: dict[str, Tensor] = field(default_factory=dict)  # what functions keep from update to update, by name
     orientation: Orientation = PLAIN  # which dimensions of the weight are outputs
+    trained: bool | None = None  # whether a step since the last update had a gradient; None: there was no step
 
     @property
     def pattern(self) -> Pattern:
@@ -93,6 +94,7 @@ class SparseLayer:
             "ever_active": self.ever_active,
             "memory": self.memory,
             "most": self.pattern.most,
+            "trained": self.trained,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -101,7 +103,7 @@ class SparseLayer:
         self.mask.copy_(placed_like(self.mask, state["mask"]))
         self.ever_active.copy_(placed_like(self.mask, state.get("ever_active", state["mask"])))
         self.removed, self.importance = state["removed"], state["importance"]
-        self.prune_rate = state["prune_rate"]
+        self.prune_rate, self.trained = state["prune_rate"], state.get("trained")
         self.memory = {key: placed_like(self.mask, value) for key, value in state.get("memory", {}).items()}
 
 

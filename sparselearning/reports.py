@@ -10,6 +10,7 @@ from torch import nn
 from sparselearning.processes.sharded import is_sharded
 from sparselearning.start.maskable import judge, usual_exceptions
 from sparselearning.start.names import named
+from sparselearning.weights.frozen import is_frozen
 from sparselearning.weights.optimizer import torch_optimizer
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,8 @@ def _small(orientation, shape):
 
 def _found(layer):
     """Yield what is suspicious of a layer that has its mask."""
+    if is_frozen(layer):
+        yield "frozen"
     yield from _small(layer.orientation, layer.mask.shape)
     if not is_sharded(layer.mask):
         rows = layer.orientation.matrix(layer.mask)

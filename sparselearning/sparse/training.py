@@ -143,8 +143,7 @@ class SparseTraining(Zeros):
 
     def stepped_for(self, layer: SparseLayer) -> Tensor:
         """Return what the optimizer steps for a layer: its values here, or its dense weight."""
-        module = self.trained.get(layer.name)
-        return layer.master if module is None else module.value
+        return self.trained[layer.name].value if layer.name in self.trained else layer.master
 
     def state_dict(self) -> dict[str, Any]:
         """Return the gradients observed since the last update of the masks, and when the next update is expected."""
@@ -183,17 +182,13 @@ class SparseTraining(Zeros):
             optimizer_state.compact(self.optimizer, module)
         super().before_step(layers, closure)
 
-    def before_evaluation(self, layers: Layers) -> None:
-        """Write the values into the weights, and show a closure the masked network."""
-        for module in self.trained.values():
-            module.write()
-        super().before_evaluation(layers)
-
     def give(self, layers: Layers) -> None:
         """Take the dense gradients that the optimizer is going to use."""
         scale = 1 / float(gradient_scale(self.optimizer))
         overflowed = getattr(self.optimizer, "found_inf", None)  # a fused optimizer then skips the step
         for module in self.trained.values():
+            if not module.dense.requires_grad:  # frozen
+                module.value.grad = None
             if overflowed is not None and overflowed.item():
                 module.observed.drop()
             else:
@@ -284,6 +279,12 @@ class SparseTraining(Zeros):
         for module in self.trained.values():
             module.observed.forget()
             module.observed.observing = self.observes(*ahead)
+
+    def gradient_is_known(self, layer: SparseLayer) -> bool:
+        """Tell whether a gradient was observed since the last update."""
+        if layer.name in self.trained:
+            return self.trained[layer.name].observed.sum is not None
+        return super().gradient_is_known(layer)
 
     def momentum_of(self, weight: Tensor) -> Tensor:
         """Return momentum where `weight` is active and the mean of its observed gradients elsewhere."""

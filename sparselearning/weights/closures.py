@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from sparselearning.weights.frozen import note_gradients
+
 
 def closure_of(args: tuple, kwargs: dict[str, Any]) -> Callable | None:
     """Return the closure among the arguments of an optimizer's step, of which the first is the optimizer."""
@@ -31,6 +33,7 @@ def masked_closure(masking: Any, closure: Callable) -> Callable:
     def evaluate(*args, **kwargs):
         masking.held.before_evaluation(masking.layers)
         loss = closure(*args, **kwargs)
+        note_gradients(masking)
         masking.held.after_evaluation(masking.layers)
         return loss
 

@@ -83,13 +83,6 @@ class DenseCopy(Zeros):
         self.notice(layers)
         super().before_step(layers, closure)
 
-    @torch.no_grad()
-    def before_evaluation(self, layers: Layers) -> None:
-        """Copy what was trained since the last evaluation, and show a closure the active weights."""
-        if self.exchanged:
-            self.take(layers)
-        super().before_evaluation(layers)
-
     def give(self, layers: Layers) -> None:
         """Let the optimizer step the dense copy where it is trained.
 
@@ -116,11 +109,8 @@ class DenseCopy(Zeros):
     def after_step(self, layers: Layers) -> None:
         """Copy what was trained, and show the network its active weights."""
         super().after_step(layers)
-        if self.exchanged:
-            self.take(layers)
-
-    def take(self, layers: Layers) -> None:
-        """Copy what was trained, and show the network its active weights."""
+        if not self.exchanged:
+            return
         for layer in layers:
             dense = layer.memory["dense"]
             dense.copy_(torch.where(layer.memory["trained"], layer.master, dense) if self.backward else layer.master)

@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from sparselearning import invariants
 from sparselearning.layers import Layers
 from sparselearning.weights.closures import closure_of, masked_closure, with_closure
+from sparselearning.weights.frozen import note_gradients
 from sparselearning.weights.zeros import Zeros
 
 
@@ -57,6 +58,8 @@ class Steps(Layers):
         self._follow_weights()
         closure = closure_of(args, kwargs)
         self.held.before_step(self.layers, closure)
+        if closure is None:
+            note_gradients(self)
         return None if closure is None else with_closure(args, kwargs, masked_closure(self, closure))
 
     def _after_step(self):

@@ -66,9 +66,10 @@ class Zeros:
         if closure is None and not self.ready:
             self.give(layers)
 
+    @torch.no_grad()
     def before_evaluation(self, layers: Layers) -> None:
-        """Show a closure the masked network."""
-        self.ready = False
+        """Show a closure the masked network, with what the optimizer has changed since the last evaluation."""
+        self.after_step(layers)
         self.apply(layers)
 
     @torch.no_grad()
@@ -137,6 +138,14 @@ class Zeros:
     def stepped_weights(self) -> set[int]:
         """Return the ids of weights in whose place the optimizer steps another tensor."""
         return set()
+
+    def has_gradient(self, layer: SparseLayer) -> bool:
+        """Tell whether the optimizer finds a gradient for a layer."""
+        return self.stepped_for(layer).grad is not None
+
+    def gradient_is_known(self, layer: SparseLayer) -> bool:
+        """Tell whether `gradient_of` has a gradient for a layer."""
+        return layer.master in self.gradients or self.has_gradient(layer)
 
     def momentum_of(self, weight: Tensor) -> Tensor:
         """Return the momentum of a weight."""
