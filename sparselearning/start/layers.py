@@ -64,7 +64,8 @@ def new_layers(
     if not layers:
         raise ValueError(
             f"{type(masking.optimizer).__name__} steps no weight of {type(module).__name__} that could be masked "
-            f"and is not yet. Build the optimizer from the module's parameters, and add the module once.{_hint(kept)}"
+            f"and is not yet. Build the optimizer from the module's parameters, and add the module once."
+            f"{_frozen_beside_adapters(kept)}{_hint(kept)}"
         )
     kept = {name: kept[name] for name in judged if name in kept}
     shapes = {name: layer.mask.shape for name, layer in layers.items()}
@@ -85,6 +86,17 @@ def _hint(kept):
     if not unknown:
         return ""
     return f" Dense stay {', '.join(unknown)}: {UNKNOWN}. To mask them, name them in sparse=[...]."
+
+
+def _frozen_beside_adapters(kept):
+    """Return a sentence on a model whose weights are frozen while adapters train, as that of peft."""
+    reasons = {reason for _, reason in kept.values()}
+    if not {"frozen", "adapter"} <= reasons:
+        return ""
+    return (
+        " Its weights are frozen, and its adapters stay dense: name them in sparse=['*lora_A*'] to mask them, or mask "
+        "the model before it gets adapters."
+    )
 
 
 def choose(

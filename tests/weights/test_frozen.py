@@ -244,3 +244,57 @@ def test_a_function_that_fails_leaves_frozen_and_other_layers_as_they_were():
     masking.grow = GROWTH_FUNCTIONS["random"]
     masking.at_end_of_epoch()
     masking.check()
+
+
+# Adapters
+
+external = pytest.mark.filterwarnings("ignore")
+
+
+def with_adapters(model):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["fc1", "fc2"]))
+
+
+@external
+@by_method
+def test_adapters_on_a_masked_model_train_and_its_masks_stay(modes):
+    model = mlp(20, 30, 10)
+    masking = masked(model, **modes)
+    train(model, masking, 2)
+    before, weights = snapshot(masking), [layer.weight.clone() for layer in masking.layers]
+    adapted = with_adapters(model)
+    adapters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    assert len(adapters) == 4
+    masking.optimizer.add_param_group({"params": adapters})
+    first = [adapter.clone() for adapter in adapters]
+    for _ in range(2):
+        train(adapted, masking, 3)
+        masking.at_end_of_epoch()
+        masking.check()
+    assert same(before, masking.masks)
+    assert all(map(torch.equal, weights, (layer.weight for layer in masking.layers)))
+    assert not any(map(torch.equal, first, adapters))
+
+
+@external
+def test_adapters_stay_dense_unless_they_are_named():
+    model = with_adapters(mlp(20, 30, 10))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora" in name or "base" in name)
+    masking = masked(model)
+    assert len(masking.masks) == 2
+    assert not any("lora" in name for name in masking.masks)
+    model = with_adapters(mlp(20, 30, 10))
+    masking = masked(model, density=0.5, sparse=["*lora_A*"])
+    assert len(masking.masks) == 2
+    assert all("lora_A" in name for name in masking.masks)
+    train(model, masking, 2)
+    masking.at_end_of_epoch()
+    masking.check()
+
+
+@external
+def test_a_model_of_frozen_weights_and_adapters_has_nothing_to_mask():
+    with pytest.raises(ValueError, match=r"steps no weight .* name them in sparse=\['\*lora_A\*'\] to mask them"):
+        masked(with_adapters(mlp(20, 30, 10)))
