@@ -24,6 +24,7 @@ from sparselearning.processes import distributed
 from sparselearning.processes.sharded import reshard
 from sparselearning.schedules import CosineDecay, LinearDecay, Schedule, Updates
 from sparselearning.start.layers import Batches, Density, SparseInit, choose, new_layers
+from sparselearning.weights import clipping, copies
 from sparselearning.weights.frozen import training_alone
 from sparselearning.weights.optimizer import master_weights, torch_optimizer
 from sparselearning.weights.regrowth import keep_norms
@@ -148,17 +149,21 @@ class Masking(Steps):
 
         Raises:
             ValueError: for a density, names, scores, masks or a pattern that do not fit, or nothing to mask.
-            RuntimeError: if another Masking masks one of the weights.
+            RuntimeError: if this Masking has been released.
+
+        Another Masking that masks one of the weights lets go of it; the log says so.
         """
         if rescale and self.held.keeps_inactive:
             raise ValueError(f"With weights={self.held.kind!r} magnitudes decide what is active; leave out rescale.")
+        self._refuse_released()
         reshard([module])
         skip = (remove_param_names,) if isinstance(remove_param_names, str) else tuple(remove_param_names)
         new, kept_dense = new_layers(self, module, skip, sparse_embeddings, dense, pattern, sparse)
         layers = list(new.values())
-        invariants.refuse_layers(self, module, layers)
         functions.check_patterns_fit(self, [*self.layers, *layers])
         choose(new, module, density, sparse_init, batches)
+        invariants.replace_others(self, layers)
+        self.held.check(module, layers)
         self.modules.append(module)
         self.layers += layers
         self._keep_dense(kept_dense)
@@ -171,10 +176,6 @@ class Masking(Steps):
         self.apply_mask()
         if self.verbose:
             self.print_nonzero_counts()
-
-    def _remove(self, removed):
-        super()._remove(removed)
-        self.held.release(removed)
 
     # Training
 
@@ -220,6 +221,7 @@ class Masking(Steps):
             NonFiniteError: if a weight, its momentum, or a gradient that a function reads is NaN or infinite.
             InvariantError: if the module or the optimizer no longer holds a weight, or something trains it unmasked.
         """
+        self._refuse_released()
         if not self.layers:
             return
         reshard(self.modules)
@@ -299,6 +301,7 @@ class Masking(Steps):
     def prune_every_k_steps(self, steps: int) -> None:
         self.updates = dataclasses.replace(self.updates, every=steps or 0)
 
+    apply_to, clip_grad_norm_ = copies.apply_to, clipping.clip_grad_norm_
     summary, print_nonzero_counts = reports.summary, reports.log_counts
 
     def __repr__(self) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sparselearning.layers import SparseLayer
 from sparselearning.loading import MOST_STEPS, check_entries, check_whole
@@ -59,18 +60,18 @@ class SparseTraining(Zeros):
         self.trained: dict[str, Trained] = {}  # by the layer's name
         self.reasons: dict[str, str] = {}  # why other layers stay masked, by name
         self.versions: dict[str, int] = {}  # of the mask that a layer's values follow
-        self.since_update = 0
+        self.since_update, self.carry = 0, True
         self.ahead: Ahead = (0.0, False)
         self.interval: int | None = None  # steps between the last two updates
-        self.carry = True
 
-    def attach(self) -> None:
+    def attach(self) -> list[RemovableHandle]:
         """Save the optimizer's state in dense form; hold the weights again where this is a copy."""
-        self.optimizer.register_state_dict_post_hook(
-            lambda _, saved: optimizer_state.save(self.optimizer, saved, self.trained)
-        )
         for module in self.trained.values():
             module.attach()
+        save = optimizer_state.save
+        return [
+            self.optimizer.register_state_dict_post_hook(lambda _, saved: save(self.optimizer, saved, self.trained))
+        ]
 
     def check(self, module: nn.Module, layers: Layers) -> None:
         """Check that some of the layers can train on sparse kernels.
@@ -125,8 +126,7 @@ class SparseTraining(Zeros):
                 continue
             self.versions.pop(layer.name)
             optimizer_state.exchange(self.optimizer, module.value, layer.weight)
-            if layer.weight in self.optimizer.state:
-                state = self.optimizer.state[layer.weight]
+            if state := self.optimizer.state.get(layer.weight):
                 state.update(optimizer_state.in_dense_form(state, module))
             module.end()
         if not self.trained:
@@ -136,6 +136,10 @@ class SparseTraining(Zeros):
     def describe(self, layer: SparseLayer) -> str:
         """Return whether the layer trains on sparse kernels, or why it does not."""
         return "sparse kernels" if layer.name in self.trained else f"masked: {self.reasons[layer.name]}"
+
+    def trained_mask(self, layer: SparseLayer) -> Tensor | None:
+        """Return None for a layer whose values are all active."""
+        return None if layer.name in self.trained else layer.mask
 
     def stepped_weights(self) -> set[int]:
         """Return the ids of the dense weights whose values the optimizer steps."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparselearning.invariants import stepped_by
 from sparselearning.layers import SparseLayer
 from sparselearning.patterns import pattern_of, patterns_for
 from sparselearning.processes import distributed
@@ -38,7 +39,7 @@ def new_layers(
         ValueError: if no weight can be masked, or a pattern does not fit one.
     """
     known = {id(layer.weight) for layer in masking.layers}
-    stepped = {id(parameter) for group in masking.optimizer.param_groups for parameter in group["params"]}
+    stepped = stepped_by(masking.optimizer)
     taken, layers = set(masking.masks), {}
     judged = {found.name: found for found in judge(module, sparse_embeddings, sparse)}
     kept = {name: (found.parameter, found.reason) for name, found in judged.items() if found.reason}

@@ -214,6 +214,10 @@ class DenseCopy(Zeros):
         """Return how the layer's weight is held, in a few words."""
         return "dense copy"
 
+    def trained_mask(self, layer: SparseLayer) -> Tensor | None:
+        """Return which entries of the dense copy the optimizer trains; None for all."""
+        return layer.memory["trained"] if self.backward else None
+
     def trained_density(self, layer: SparseLayer) -> float:
         """Return the fraction of the layer's weights that the optimizer trains."""
         return min(self.backward * layer.density, 1.0) if self.backward else 1.0

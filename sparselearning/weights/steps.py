@@ -41,9 +41,31 @@ class Steps(Layers):
         self._hooks = [
             self.optimizer.register_step_pre_hook(lambda _, *given: self._before_step(*given)),
             self.optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            *self.held.attach(),
         ]
-        self.held.attach()
         invariants.MASKINGS.add(self)
+
+    def _remove(self, removed):
+        super()._remove(removed)
+        self.held.release(removed)
+
+    def release(self) -> None:
+        """Let go of the optimizer and the model: the weights train densely from now on, pruned ones from zero.
+
+        A Masking does this by itself when another takes all its weights. It cannot be used again; make a new one.
+        """
+        self._remove(self.layers)
+        for hook in self._hooks:
+            hook.remove()
+        self.modules, self._hooks = [], []
+        invariants.MASKINGS.discard(self)
+
+    def _refuse_released(self):
+        if not self._hooks:
+            raise RuntimeError(
+                "This Masking has been released, or another took its weights, and it masks nothing any more. Use the "
+                "other one, or make a new Masking."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: entry for name, entry in self.__dict__.items() if name != "_hooks"}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sparselearning.layers import SparseLayer
 from sparselearning.native.zero import zero_inactive
@@ -49,8 +50,9 @@ class Zeros:
         self.ready = False  # the optimizer was given what it is to step
         self.gradients: dict[Tensor, Tensor] = {}  # dense ones, of an optimizer that is given masked ones
 
-    def attach(self) -> None:
-        """Register hooks; also in a copy of the optimizer and the layers, which has lost them."""
+    def attach(self) -> list[RemovableHandle]:
+        """Register hooks, and return them; also in a copy of the optimizer and the layers, which has lost them."""
+        return []
 
     def check(self, module: nn.Module, layers: Layers) -> None:
         """Check that the weights of `layers` in `module` can be held this way; nothing is changed yet."""
@@ -130,6 +132,10 @@ class Zeros:
     def trained_density(self, layer: SparseLayer) -> float:
         """Return the fraction of the layer's weights that the optimizer trains."""
         return layer.density
+
+    def trained_mask(self, layer: SparseLayer) -> Tensor | None:
+        """Return which entries of `stepped_for(layer)` the optimizer trains; None for all."""
+        return layer.mask
 
     def stepped_for(self, layer: SparseLayer) -> Tensor:
         """Return what the optimizer steps for a layer."""
