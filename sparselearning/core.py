@@ -186,6 +186,8 @@ class Masking(Steps):
         if found_inf is not None and found_inf.item():
             return
         self.steps += 1
+        if self.steps == 1:
+            functions.check_momenta(self)
         self.apply_mask()
         self.held.stepped(self.updates.ahead(self.steps))
         if self.updates.after_step(self.steps):
@@ -226,6 +228,7 @@ class Masking(Steps):
             return
         reshard(self.modules)
         invariants.refuse_update(self)
+        functions.check_momenta(self)
         with training_alone(self) as layers:
             if not layers:
                 return

@@ -205,6 +205,19 @@ class DenseCopy(Zeros):
             if not fresh and layer.name in self.shown:
                 self.shown[layer.name] = self.shown[layer.name].to(layer.mask.device) & layer.mask
 
+    def copies_of(self, layer: SparseLayer) -> list[Tensor]:
+        """Check that the optimizer keeps no copy of the weights, which would be dense.
+
+        Raises:
+            RuntimeError: if it does.
+        """
+        for name, _ in self.copies.of(layer.master, layer.mask, layer.memory["dense"]):
+            raise RuntimeError(
+                f"{type(self.copies.chain[0]).__name__} keeps a copy of the weights of its own, {name!r}, which is "
+                f"dense with weights={self.kind!r}. Use weights='zero', or an optimizer without a copy."
+            )
+        return []
+
     def release(self, layers: Layers) -> None:
         """Let go of weights that stay dense from now on."""
         for layer in layers:

@@ -10,6 +10,9 @@ from sparselearning import invariants
 from sparselearning.layers import Layers
 from sparselearning.weights.closures import closure_of, masked_closure, with_closure
 from sparselearning.weights.frozen import note_gradients
+from sparselearning.weights.optimizer import chain_of
+from sparselearning.weights.second_copies import SecondCopies
+from sparselearning.weights.wrappers import Watched, watch
 from sparselearning.weights.zeros import Zeros
 
 
@@ -19,7 +22,7 @@ class Steps(Layers):
     optimizer: torch.optim.Optimizer  # it steps the weights
     stepper: Any  # that optimizer, or what wraps it
     held: Zeros
-    _hooks: list[RemovableHandle]
+    _hooks: list[RemovableHandle | Watched]
 
     @property
     def param_groups(self) -> list[dict]:
@@ -38,10 +41,12 @@ class Steps(Layers):
         return self.stepper.step(*(() if closure is None else (masked_closure(self, closure),)))
 
     def _watch_steps(self):
+        self.held.copies = SecondCopies(chain_of(self.stepper))
         self._hooks = [
             self.optimizer.register_step_pre_hook(lambda _, *given: self._before_step(*given)),
             self.optimizer.register_step_post_hook(lambda *_: self._after_step()),
             *self.held.attach(),
+            *watch(self),
         ]
         invariants.MASKINGS.add(self)
 

@@ -16,6 +16,7 @@ from sparselearning.layers import SparseLayer
 from sparselearning.native.zero import zero_inactive
 from sparselearning.weights.optimizer import gradient_of, mixes_entries, momentum_of
 from sparselearning.weights.regrowth import START_VALUES, pull_to_zero, start_regrown
+from sparselearning.weights.second_copies import SecondCopies
 
 Layers = Sequence[SparseLayer]
 Ahead = tuple[float, bool]  # steps until the next update, and whether steps trigger all: schedules.Updates.ahead
@@ -47,6 +48,7 @@ class Zeros:
         if not 0 <= pull < math.inf:
             raise ValueError(f"Expected a pull of at least 0, got {pull}.")
         self.regrown, self.reset_state, self.pull = regrown, reset_state, pull
+        self.copies = SecondCopies([])  # of the weights; set by Masking
         self.ready = False  # the optimizer was given what it is to step
         self.gradients: dict[Tensor, Tensor] = {}  # dense ones, of an optimizer that is given masked ones
 
@@ -120,10 +122,16 @@ class Zeros:
 
     @torch.no_grad()
     def apply(self, layers: Layers) -> None:
-        """Set inactive weights to zero, in place."""
+        """Set inactive weights to zero, in place, also in copies that the optimizer keeps."""
         halves = [layer for layer in layers if layer.weight is not layer.master]
-        tensors = [layer.master for layer in layers] + [layer.weight for layer in halves]
-        zero_inactive(tensors, [layer.mask for layer in [*layers, *halves]])
+        copies = [(copy, layer.mask) for layer in layers for copy in self.copies_of(layer)]
+        tensors = [layer.master for layer in layers] + [layer.weight for layer in halves] + [copy for copy, _ in copies]
+        masks = [layer.mask for layer in [*layers, *halves]] + [mask.to(copy.device) for copy, mask in copies]
+        zero_inactive(tensors, masks)
+
+    def copies_of(self, layer: SparseLayer) -> list[Tensor]:
+        """Return the copies of a weight that the optimizer keeps."""
+        return [copy for _, copy in self.copies.of(layer.master, layer.mask)]
 
     def describe(self, layer: SparseLayer) -> str:
         """Return how the layer's weight is held, in a few words; empty for zeros."""
