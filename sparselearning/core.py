@@ -11,6 +11,7 @@ One update (sparse momentum, Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -30,6 +31,8 @@ from sparselearning.weights.optimizer import master_weights, torch_optimizer
 from sparselearning.weights.regrowth import keep_norms
 from sparselearning.weights.steps import Steps
 from sparselearning.weights.zeros import Zeros
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["CosineDecay", "LinearDecay", "Masking", "add_sparse_args"]
 
@@ -93,7 +96,7 @@ class Masking(Steps):
         self.prune = find_function("prune_mode", prune_mode)
         self.grow = find_function("growth_mode", growth_mode)
         self.measure = find_function("redistribution_mode", redistribution_mode)
-        self.verbose, self.steps = verbose, 0
+        self.verbose, self.steps, self.steps_of_last_epoch = verbose, 0, 0
         self.prune_threshold, self.tolerance = 0.001, 0.02  # of prune_mode="threshold"
         self._masters = master_weights(optimizer, required=fp16)
         self._gradients_read: list[tuple[Tensor, Tensor]] | None = None  # (weight, gradient) during an update
@@ -196,8 +199,10 @@ class Masking(Steps):
     def at_end_of_epoch(self) -> None:
         """Move the masks once, unless steps trigger their updates (`prune_every_k_steps`, `Updates.every`).
 
-        Do not call it after the last epoch: the weights that it grows start at zero, and nothing would train them.
+        Do not call it after the last epoch: the weights that it grows start at zero, and nothing would train them. The
+        log warns if the optimizer has made no step since the last call.
         """
+        reports.tell_of_epoch(self)
         if self.updates.after_epoch(self.steps):
             self._update()
 
@@ -266,9 +271,14 @@ class Masking(Steps):
         return budget.redistribute(lacking, self.layers)
 
     def check(self) -> None:
-        """Raise an InvariantError unless masks, weights and optimizer belong together; see `invariants.check`."""
+        """Raise an InvariantError unless masks, weights and optimizer belong together; see `invariants.check`.
+
+        A warning says if the density schedule has not arrived.
+        """
         reshard(self.modules)
         invariants.check(self)
+        if unfinished := reports.density_to_come(self):
+            logger.warning("%s", unfinished)
 
     # What functions read
 
@@ -326,5 +336,6 @@ class Masking(Steps):
         reshard(self.modules)
         super().load_state_dict(state)
         self.steps, self.prune_threshold = state["steps"], state["prune_threshold"]
+        self.steps_of_last_epoch = -1  # unknown
         self.held.load_state_dict(state.get("sparse_training", {}), self.layers)
         self.apply_mask()
