@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from sparselearning import budget, functions, invariants, reports, schedules
 from sparselearning.flags import add_sparse_args
 from sparselearning.methods import Method, arguments_of, find_function, hold
-from sparselearning.processes import distributed
 from sparselearning.processes.sharded import reshard
 from sparselearning.schedules import CosineDecay, LinearDecay, Schedule, Updates
 from sparselearning.start.layers import Batches, Density, SparseInit, choose, new_layers
-from sparselearning.weights import clipping, copies
+from sparselearning.weights import clipping, copies, destroyed
 from sparselearning.weights.frozen import training_alone
 from sparselearning.weights.optimizer import master_weights, torch_optimizer
 from sparselearning.weights.regrowth import keep_norms
@@ -124,7 +123,7 @@ class Masking(Steps):
     def add_module(
         self,
         module: nn.Module,
-        density: Density,
+        density: Density | None = None,
         sparse_init: SparseInit = "constant",
         remove_param_names: Iterable[str] = (),
         sparse_embeddings: bool = False,
@@ -133,8 +132,11 @@ class Masking(Steps):
         batches: Batches | None = None,
         rescale: bool = False,
         sparse: Iterable[str] = (),
+        state: dict[str, Any] | None = None,
     ) -> None:
         """Make the weights of `module` that the optimizer steps sparse; round(density * their number) stay active.
+
+        Another Masking that masks one of them lets go of it. The log warns if a trained network loses many weights.
 
         Args:
             density: fraction of the maskable weights that stays active, in (0, 1]; or {pattern of names: density}, of
@@ -149,12 +151,13 @@ class Masking(Steps):
             batches: (inputs, labels) pairs to score the weights on.
             rescale: enlarge each layer's weights until the active ones have the norm that all had (1% learns then).
             sparse: patterns of names to mask beside the weights of layers that multiply (start/maskable.py).
+            state: what `state_dict` returned: its masks are taken in place of new ones, which would set weights of a
+                loaded network to zero, and density and sparse_init are not read. All else of it is loaded once all its
+                layers are added.
 
         Raises:
             ValueError: for a density, names, scores, masks or a pattern that do not fit, or nothing to mask.
-            RuntimeError: if this Masking has been released.
-
-        Another Masking that masks one of the weights lets go of it; the log says so.
+            RuntimeError: if this Masking has been released, or the state is of another model.
         """
         if rescale and self.held.keeps_inactive:
             raise ValueError(f"With weights={self.held.kind!r} magnitudes decide what is active; leave out rescale.")
@@ -164,19 +167,17 @@ class Masking(Steps):
         new, kept_dense = new_layers(self, module, skip, sparse_embeddings, dense, pattern, sparse)
         layers = list(new.values())
         functions.check_patterns_fit(self, [*self.layers, *layers])
-        choose(new, module, density, sparse_init, batches)
+        choose(new, module, density, sparse_init, batches, state)
         invariants.replace_others(self, layers)
         self.held.check(module, layers)
-        self.modules.append(module)
-        self.layers += layers
-        self._keep_dense(kept_dense)
-        self._agree_and_count()
-        distributed.check_agreement(self.masks.values())
-        self.baseline_nonzero = self.total_nonzero + sum(layer.left_over for layer in self.layers)
+        self._take(module, layers, kept_dense)
         if rescale:
             keep_norms(layers)
+        destroyed.warn_of_masks(self, module, layers, sparse_init, state)
         self.held.add(module, layers, self.updates.ahead(self.steps))
         self.apply_mask()
+        if state is not None and state["layers"].keys() == self.masks.keys():
+            self.load_state_dict(state)
         if self.verbose:
             self.print_nonzero_counts()
 
@@ -203,6 +204,7 @@ class Masking(Steps):
         log warns if the optimizer has made no step since the last call.
         """
         reports.tell_of_epoch(self)
+        self.looks_left = destroyed.LOOKS
         if self.updates.after_epoch(self.steps):
             self._update()
 
@@ -215,6 +217,7 @@ class Masking(Steps):
         """Set all inactive weights to zero, in place; also where they are infinite or NaN."""
         self._follow_weights()
         self.held.apply(self.layers)
+        destroyed.remember(self.layers)
 
     # One update of the masks
 

@@ -38,6 +38,7 @@ class SparseLayer:
     prune_rate: float = 0.0  # fraction of active weights to prune
     memory: dict[str, Tensor] = field(default_factory=dict)  # what functions keep from update to update, by name
     orientation: Orientation = PLAIN  # which dimensions of the weight are outputs
+    version: int = -1  # torch's count of writes to `master` when it was masked last
     trained: bool | None = None  # whether a step since the last update had a gradient; None: there was no step
 
     @property
@@ -235,6 +236,15 @@ class Layers:
         for layer in removed:
             self.kept_dense[layer.name] = (layer.weight, "its mask was removed")
             logger.info("%s stays dense: %d weights.", layer.name, layer.mask.numel())
+
+    def _take(self, module, layers, kept_dense):
+        """Hold the masks of layers of a module; `kept_dense` are its other parameters, with the reason."""
+        self.modules.append(module)
+        self.layers += layers
+        self._keep_dense(kept_dense)
+        self._agree_and_count()
+        distributed.check_agreement(self.masks.values())
+        self.baseline_nonzero = self.total_nonzero + sum(layer.left_over for layer in self.layers)
 
     def _keep_dense(self, parameters):
         """Note (parameter, reason) by name; each parameter once, and none that is masked by now."""

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparselearning import loading
 from sparselearning.invariants import stepped_by
-from sparselearning.layers import SparseLayer
+from sparselearning.layers import SparseLayer, check_loadable
 from sparselearning.patterns import pattern_of, patterns_for
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import is_sharded
@@ -103,11 +104,21 @@ def _frozen_beside_adapters(kept):
 def choose(
     new: Mapping[str, SparseLayer],
     module: nn.Module,
-    density: Density,
+    density: Density | None,
     sparse_init: SparseInit,
     batches: Batches | None,
+    state: dict[str, Any] | None = None,
 ) -> None:
-    """Make the first weights of new layers active."""
+    """Make the first weights of new layers active; those of a saved state, if there is one.
+
+    Raises:
+        ValueError: as `masks.initial_masks`, and if there is neither a density nor a state.
+        RuntimeError: if the state is of other layers.
+    """
+    if state is not None:
+        density, sparse_init = 1.0, _saved_masks(new, state)
+    if density is None:
+        raise ValueError("Expected a density in (0, 1], got None. It can be left out beside a saved state alone.")
     if sparse_init == "resume":
         weights, empty = ({name: getattr(layer, part) for name, layer in new.items()} for part in ("master", "mask"))
         sparse_init = masks_of_nonzeros(weights, empty, density)
@@ -121,6 +132,13 @@ def choose(
     for name, layer in new.items():
         layer.mask.copy_(masks[name])
         layer.pattern = pattern_of(masks[name])
+
+
+def _saved_masks(new, state):
+    loading.check_entries("'mask'", state, [*loading.OF_ALL, *loading.OF_MASKING], ["sparse_training"])
+    names = {layer.name for layer in new.values()}
+    check_loadable(list(new.values()), {name: entry for name, entry in state["layers"].items() if name in names})
+    return {name: state["layers"][layer.name]["mask"] for name, layer in new.items()}
 
 
 def _from_first_process(scores: Tensor) -> Tensor:

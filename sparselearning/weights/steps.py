@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from sparselearning import invariants
 from sparselearning.layers import Layers
 from sparselearning.weights.closures import closure_of, masked_closure, with_closure
+from sparselearning.weights.destroyed import LOOKS, warn_of_written_weights
 from sparselearning.weights.frozen import note_gradients
 from sparselearning.weights.optimizer import chain_of
 from sparselearning.weights.second_copies import SecondCopies
@@ -22,6 +23,7 @@ class Steps(Layers):
     optimizer: torch.optim.Optimizer  # it steps the weights
     stepper: Any  # that optimizer, or what wraps it
     held: Zeros
+    looks_left = LOOKS
     _hooks: list[RemovableHandle | Watched]
 
     @property
@@ -83,6 +85,7 @@ class Steps(Layers):
     @torch.no_grad()
     def _before_step(self, args, kwargs):
         self._follow_weights()
+        warn_of_written_weights(self)
         closure = closure_of(args, kwargs)
         self.held.before_step(self.layers, closure)
         if closure is None:

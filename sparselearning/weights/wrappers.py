@@ -56,7 +56,7 @@ def watch(masking: Any) -> list[Watched]:
             (_, *args), kwargs = with_closure((None, *args), kwargs, masked_closure(masking, closure))
         result = method(*args, **kwargs)
         masking.held.after_step(masking.layers)
-        masking.held.apply(masking.layers)
+        masking.apply_mask()
         return result
 
     def perturb(method, args, kwargs):
@@ -65,7 +65,7 @@ def watch(masking: Any) -> list[Watched]:
             if gradient is not None and mask is not None:
                 zero_inactive([gradient], [mask])
         result = method(*args, **kwargs)
-        masking.held.apply(masking.layers)
+        masking.apply_mask()
         return result
 
     watched = []
