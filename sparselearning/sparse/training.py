@@ -52,6 +52,7 @@ class SparseTraining(Zeros):
     """
 
     kind = "sparse"
+    exchanges = True
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
@@ -121,8 +122,7 @@ class SparseTraining(Zeros):
     def release(self, layers: Layers) -> None:
         """Train these weights densely again."""
         for layer in layers:
-            module = self.trained.pop(layer.name, None)
-            if module is None:
+            if (module := self.trained.pop(layer.name, None)) is None:
                 continue
             self.versions.pop(layer.name)
             optimizer_state.exchange(self.optimizer, module.value, layer.weight)
@@ -208,8 +208,7 @@ class SparseTraining(Zeros):
     def apply(self, layers: Layers) -> None:
         """Let values follow masks that moved, and weights that somebody wrote; set inactive weights to zero."""
         for layer in layers:
-            module = self.trained.get(layer.name)
-            if module is None:
+            if (module := self.trained.get(layer.name)) is None:
                 continue
             if self.versions.get(layer.name) != layer.mask._version:
                 self.move(layer, module)

@@ -17,7 +17,7 @@ Top-KAST: Jayakumar et al. 2020, https://arxiv.org/abs/2106.03517, section 2. ST
 2023, https://arxiv.org/abs/2212.01076, without its scaling of weights. docs/methods.md says where else we differ.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class DenseCopy(Zeros):
         ValueError: as `Zeros`, and for `regrown`: a weight that grows has the value that it kept.
     """
 
-    keeps_inactive = True
+    exchanges = keeps_inactive = True
 
     def __init__(self, *, backward: float = 0.0, soft: bool = False, **settings: Any):
         super().__init__(**settings)
@@ -205,7 +205,7 @@ class DenseCopy(Zeros):
             if not fresh and layer.name in self.shown:
                 self.shown[layer.name] = self.shown[layer.name].to(layer.mask.device) & layer.mask
 
-    def copies_of(self, layer: SparseLayer) -> list[Tensor]:
+    def copies_of(self, layer: SparseLayer) -> Iterable[tuple[str, Tensor]]:
         """Check that the optimizer keeps no copy of the weights, which would be dense.
 
         Raises:
@@ -216,7 +216,7 @@ class DenseCopy(Zeros):
                 f"{type(self.copies.chain[0]).__name__} keeps a copy of the weights of its own, {name!r}, which is "
                 f"dense with weights={self.kind!r}. Use weights='zero', or an optimizer without a copy."
             )
-        return []
+        return ()
 
     def release(self, layers: Layers) -> None:
         """Let go of weights that stay dense from now on."""

@@ -59,8 +59,9 @@ def remember(layers: Iterable[SparseLayer]) -> None:
 
 def warn_of_written_weights(masking: Any) -> None:
     """Warn if weights were written since they were masked, and the coming step sets many nonzero ones to zero."""
-    written = [layer for layer in masking.layers if layer.version != layer.master._version]
-    written = [layer for layer in written if not is_sharded(layer.master)]
+    written = [
+        layer for layer in masking.layers if layer.version != layer.master._version and not is_sharded(layer.master)
+    ]
     if not written or masking.held.keeps_inactive or masking.looks_left <= 0:
         return
     masking.looks_left -= 1

@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 def note_gradients(masking: Any) -> None:
     """Note in every layer whether it has a gradient in this step, or had one in a step since the last update."""
     for layer in masking.layers:
-        layer.trained = bool(layer.trained) or masking.held.has_gradient(layer)
+        if not layer.trained:
+            layer.trained = masking.held.has_gradient(layer)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 Whoever swaps them in makes the network dense, unless they are masked too.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 # Names of copies in the states of ASGD, schedule-free optimizers, Lookahead and averages; and of what is none.
 COPIES: tuple[str, ...] = ("ax", "z", "slow_buffer", "lookahead_slow_buff", "cached_params", "swa_buffer", "ema")
 OTHERS: tuple[str, ...] = (
+    "step",
     "momentum_buffer",
     "exp_avg",
     "exp_avg_sq",
@@ -30,20 +31,25 @@ class SecondCopies:
     """
 
     def __init__(self, chain: Sequence[Any]):
-        self.chain = chain
-        self.is_copy: dict[str, bool] = dict.fromkeys(COPIES, True) | dict.fromkeys(OTHERS, False)
+        self.chain, self.wrapped = chain, len(chain) > 1
+        self.copies, self.others = set(COPIES), set(OTHERS)  # names
 
-    def of(self, weight: Tensor, mask: Tensor, values: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Yield name and tensor of every copy of a weight; `values` are those to compare with, if not its own."""
+    def of(self, weight: Tensor, mask: Tensor, values: Tensor | None = None) -> Iterable[tuple[str, Tensor]]:
+        """Return name and tensor of every copy of a weight; `values` are those to compare with, if not its own."""
+        if not self.chain:
+            return ()
+        if not self.wrapped and self.chain[0].state.get(weight, {}).keys() <= self.others:
+            return ()
+        return self.found(weight, mask, weight if values is None else values)
+
+    def found(self, weight: Tensor, mask: Tensor, values: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and tensor of every copy of a weight, after all that is known not to be one."""
         for name, tensor in self.candidates(weight):
             if not isinstance(tensor, Tensor) or tensor.shape != weight.shape or not tensor.is_floating_point():
                 continue
-            if (
-                name not in self.is_copy
-                and (found := is_close(tensor, weight if values is None else values, mask)) is not None
-            ):
-                self.is_copy[name] = found
-            if self.is_copy.get(name):
+            if name not in self.copies | self.others and (close := is_close(tensor, values, mask)) is not None:
+                (self.copies if close else self.others).add(name)
+            if name in self.copies:
                 yield name, tensor
 
     def candidates(self, weight: Tensor) -> Iterator[tuple[str, Any]]:

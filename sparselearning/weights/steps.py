@@ -82,15 +82,16 @@ class Steps(Layers):
         self.__dict__.update(state)
         self._watch_steps()
 
-    @torch.no_grad()
     def _before_step(self, args, kwargs):
-        self._follow_weights()
         warn_of_written_weights(self)
         closure = closure_of(args, kwargs)
-        self.held.before_step(self.layers, closure)
-        if closure is None:
-            note_gradients(self)
-        return None if closure is None else with_closure(args, kwargs, masked_closure(self, closure))
+        if self.held.acts_before_steps:
+            self._follow_weights()
+            self.held.before_step(self.layers, closure)
+        if closure is not None:
+            return with_closure(args, kwargs, masked_closure(self, closure))
+        note_gradients(self)
+        return None
 
     def _after_step(self):
         raise NotImplementedError

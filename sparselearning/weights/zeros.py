@@ -5,7 +5,8 @@ at the same moments.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Zeros:
     """
 
     kind = "zero"
+    exchanges = False  # whether the optimizer steps other tensors than the network sees
     keeps_inactive = False  # whether inactive weights keep their values
     optimizer: torch.optim.Optimizer  # set by Masking, as the next
     window: int  # steps before an update whose dense gradients its functions read
@@ -52,6 +54,16 @@ class Zeros:
         self.ready = False  # the optimizer was given what it is to step
         self.gradients: dict[Tensor, Tensor] = {}  # dense ones, of an optimizer that is given masked ones
 
+    @property
+    def acts_before_steps(self) -> bool:
+        """Whether `before_step` does anything."""
+        return self.exchanges or self.pull > 0 or self.mixes
+
+    @cached_property
+    def mixes(self) -> bool:
+        """Whether the optimizer joins the gradients of all weights into one direction."""
+        return mixes_entries(self.optimizer)
+
     def attach(self) -> list[RemovableHandle]:
         """Register hooks, and return them; also in a copy of the optimizer and the layers, which has lost them."""
         return []
@@ -65,6 +77,7 @@ class Zeros:
     def release(self, layers: Layers) -> None:
         """Let go of weights that stay dense from now on."""
 
+    @torch.no_grad()
     def before_step(self, layers: Layers, closure: Callable | None) -> None:
         """Give the optimizer what it is to step; if it evaluates a closure, that comes after each evaluation."""
         if closure is None and not self.ready:
@@ -85,7 +98,7 @@ class Zeros:
     def give(self, layers: Layers) -> None:
         """Give the optimizer what it is to step; the gradients are there."""
         self.pull_weights(layers)
-        if mixes_entries(self.optimizer):
+        if self.mixes:
             self.keep_to_masks(layers)
 
     def keep_to_masks(self, layers: Layers) -> None:
@@ -111,7 +124,7 @@ class Zeros:
     def moved(self, layers: Layers, before: Sequence[Tensor]) -> None:
         """Follow masks that have moved; `before` is what they were."""
         start_regrown(layers, before, self.optimizer, self.regrown, self.reset_state)
-        if mixes_entries(self.optimizer):
+        if self.mixes:
             self.optimizer.state.clear()  # the directions that it remembers are those of other weights
 
     def expect(self, steps: int) -> None:
@@ -124,14 +137,19 @@ class Zeros:
     def apply(self, layers: Layers) -> None:
         """Set inactive weights to zero, in place, also in copies that the optimizer keeps."""
         halves = [layer for layer in layers if layer.weight is not layer.master]
-        copies = [(copy, layer.mask) for layer in layers for copy in self.copies_of(layer)]
-        tensors = [layer.master for layer in layers] + [layer.weight for layer in halves] + [copy for copy, _ in copies]
-        masks = [layer.mask for layer in [*layers, *halves]] + [mask.to(copy.device) for copy, mask in copies]
+        tensors, masks = [layer.master for layer in layers], [layer.mask for layer in layers]
+        if halves:
+            tensors += [layer.weight for layer in halves]
+            masks += [layer.mask for layer in halves]
+        for layer in layers:
+            for _, copy in self.copies_of(layer):
+                tensors.append(copy)
+                masks.append(layer.mask.to(copy.device))
         zero_inactive(tensors, masks)
 
-    def copies_of(self, layer: SparseLayer) -> list[Tensor]:
-        """Return the copies of a weight that the optimizer keeps."""
-        return [copy for _, copy in self.copies.of(layer.master, layer.mask)]
+    def copies_of(self, layer: SparseLayer) -> Iterable[tuple[str, Tensor]]:
+        """Return name and tensor of each copy of a weight that the optimizer keeps."""
+        return self.copies.of(layer.master, layer.mask)
 
     def describe(self, layer: SparseLayer) -> str:
         """Return how the layer's weight is held, in a few words; empty for zeros."""
