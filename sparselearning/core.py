@@ -51,7 +51,7 @@ class Masking(Steps):
                 masking.at_end_of_epoch()
 
     Args:
-        optimizer: any torch optimizer (or a wrapper that holds one as `.optimizer`).
+        optimizer: any torch optimizer, or what wraps one under any attribute, such as SAM or Lookahead.
         prune_rate_decay: function from the number of optimizer steps to the fraction of active weights that an update
             moves, in [0, 1]; None keeps `prune_rate`.
         prune_mode, growth_mode, redistribution_mode: a key of the tables in prune.py, grow.py and redistribute.py, or

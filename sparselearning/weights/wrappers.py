@@ -52,6 +52,7 @@ def watch(masking: Any) -> list[Watched]:
     """
 
     def step(method, args, kwargs):
+        masking.held.ready = False
         if (closure := closure_of((None, *args), kwargs)) is not None:
             (_, *args), kwargs = with_closure((None, *args), kwargs, masked_closure(masking, closure))
         result = method(*args, **kwargs)

@@ -80,7 +80,7 @@ class Zeros:
     @torch.no_grad()
     def before_step(self, layers: Layers, closure: Callable | None) -> None:
         """Give the optimizer what it is to step; if it evaluates a closure, that comes after each evaluation."""
-        if closure is None and not self.ready:
+        if closure is None and not (self.ready and self.copies.wrapped):  # a wrapper may have evaluated a closure
             self.give(layers)
 
     @torch.no_grad()

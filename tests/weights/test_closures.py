@@ -198,3 +198,33 @@ def test_steps_without_a_closure_stay_as_they_are():
     masking.add_module(model, 0.2)
     train(model, masking.optimizer)
     assert_masks_hold(masking)
+
+
+def test_an_optimizer_that_fails_after_an_evaluation_pulls_as_before_afterwards():
+    def trained(failing):
+        torch.manual_seed(0)
+        model = mlp(20, 30, 10)
+        masking = masked(model, Failing(model.parameters(), lr=0.1), weights=Zeros(pull=0.1), **STATIC)
+        if failing:
+            with pytest.raises(ZeroDivisionError):
+                masking.step(closure_for(model))
+        masking.optimizer.fails = False
+        closure_for(model)()
+        masking.step()
+        return model
+
+    assert same(trained(False).state_dict(), trained(True).state_dict())
+
+
+class Failing(torch.optim.SGD):
+    """Fails right after it has evaluated its closure."""
+
+    fails = True
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if self.fails:
+            with torch.enable_grad():
+                closure()
+            raise ZeroDivisionError
+        super().step()

@@ -275,6 +275,11 @@ def test_adapters_on_a_masked_model_train_and_its_masks_stay(modes):
     assert same(before, masking.masks)
     assert all(map(torch.equal, weights, (layer.weight for layer in masking.layers)))
     assert not any(map(torch.equal, first, adapters))
+    merged = adapted.merge_and_unload()
+    assert (merged.fc1.weight.count_nonzero() + merged.fc2.weight.count_nonzero()) > 800
+    masking.apply_mask()
+    assert_masks_hold(masking)
+    assert merged.fc1.weight is masking.layers[0].weight
 
 
 @external
