@@ -11,6 +11,7 @@ One update (sparse momentum, Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,20 +20,23 @@ from torch import Tensor, nn
 
 from sparselearning import budget, functions, invariants, reports, schedules
 from sparselearning.flags import add_sparse_args
-from sparselearning.layers import Layers
 from sparselearning.methods import Method, arguments_of, find_function, hold
-from sparselearning.processes import distributed
 from sparselearning.processes.sharded import reshard
 from sparselearning.schedules import CosineDecay, LinearDecay, Schedule, Updates
 from sparselearning.start.layers import Batches, Density, SparseInit, choose, new_layers
+from sparselearning.weights import clipping, copies, destroyed
+from sparselearning.weights.frozen import training_alone
 from sparselearning.weights.optimizer import master_weights, torch_optimizer
 from sparselearning.weights.regrowth import keep_norms
+from sparselearning.weights.steps import Steps
 from sparselearning.weights.zeros import Zeros
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["CosineDecay", "LinearDecay", "Masking", "add_sparse_args"]
 
 
-class Masking(Layers):
+class Masking(Steps):
     """Holds binary masks on the weights of a model and moves them.
 
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -47,7 +51,7 @@ class Masking(Layers):
                 masking.at_end_of_epoch()
 
     Args:
-        optimizer: any torch optimizer (or a wrapper that holds one as `.optimizer`).
+        optimizer: any torch optimizer, or what wraps one under any attribute, such as SAM or Lookahead.
         prune_rate_decay: function from the number of optimizer steps to the fraction of active weights that an update
             moves, in [0, 1]; None keeps `prune_rate`.
         prune_mode, growth_mode, redistribution_mode: a key of the tables in prune.py, grow.py and redistribute.py, or
@@ -91,7 +95,7 @@ class Masking(Layers):
         self.prune = find_function("prune_mode", prune_mode)
         self.grow = find_function("growth_mode", growth_mode)
         self.measure = find_function("redistribution_mode", redistribution_mode)
-        self.verbose, self.steps = verbose, 0
+        self.verbose, self.steps, self.steps_of_last_epoch = verbose, 0, 0
         self.prune_threshold, self.tolerance = 0.001, 0.02  # of prune_mode="threshold"
         self._masters = master_weights(optimizer, required=fp16)
         self._gradients_read: list[tuple[Tensor, Tensor]] | None = None  # (weight, gradient) during an update
@@ -114,24 +118,12 @@ class Masking(Layers):
         masking.add_module(module, **of_module)
         return masking
 
-    def _watch_steps(self):
-        if self.held.acts_before_steps:
-            self.optimizer.register_step_pre_hook(lambda _, *given: self._before_step(*given))
-        self.optimizer.register_step_post_hook(lambda *_: self._after_step())
-        self.held.attach()
-        invariants.MASKINGS.add(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy (deepcopy, pickle): an optimizer's copy has lost its hooks, and would train unmasked."""
-        self.__dict__.update(state)
-        self._watch_steps()
-
     # Which weights are sparse
 
     def add_module(
         self,
         module: nn.Module,
-        density: Density,
+        density: Density | None = None,
         sparse_init: SparseInit = "constant",
         remove_param_names: Iterable[str] = (),
         sparse_embeddings: bool = False,
@@ -140,8 +132,11 @@ class Masking(Layers):
         batches: Batches | None = None,
         rescale: bool = False,
         sparse: Iterable[str] = (),
+        state: dict[str, Any] | None = None,
     ) -> None:
         """Make the weights of `module` that the optimizer steps sparse; round(density * their number) stay active.
+
+        Another Masking that masks one of them lets go of it. The log warns if a trained network loses many weights.
 
         Args:
             density: fraction of the maskable weights that stays active, in (0, 1]; or {pattern of names: density}, of
@@ -156,56 +151,37 @@ class Masking(Layers):
             batches: (inputs, labels) pairs to score the weights on.
             rescale: enlarge each layer's weights until the active ones have the norm that all had (1% learns then).
             sparse: patterns of names to mask beside the weights of layers that multiply (start/maskable.py).
+            state: what `state_dict` returned: its masks are taken in place of new ones, which would set weights of a
+                loaded network to zero, and density and sparse_init are not read. All else of it is loaded once all its
+                layers are added.
 
         Raises:
             ValueError: for a density, names, scores, masks or a pattern that do not fit, or nothing to mask.
-            RuntimeError: if another Masking masks one of the weights.
+            RuntimeError: if this Masking has been released, or the state is of another model.
         """
         if rescale and self.held.keeps_inactive:
             raise ValueError(f"With weights={self.held.kind!r} magnitudes decide what is active; leave out rescale.")
+        self._refuse_released()
         reshard([module])
         skip = (remove_param_names,) if isinstance(remove_param_names, str) else tuple(remove_param_names)
         new, kept_dense = new_layers(self, module, skip, sparse_embeddings, dense, pattern, sparse)
         layers = list(new.values())
-        invariants.refuse_layers(self, module, layers)
         functions.check_patterns_fit(self, [*self.layers, *layers])
-        choose(new, module, density, sparse_init, batches)
-        self.modules.append(module)
-        self.layers += layers
-        self._keep_dense(kept_dense)
-        self._agree_and_count()
-        distributed.check_agreement(self.masks.values())
-        self.baseline_nonzero = self.total_nonzero + sum(layer.left_over for layer in self.layers)
+        choose(new, module, density, sparse_init, batches, state)
+        invariants.replace_others(self, layers)
+        self.held.check(module, layers)
+        self._take(module, layers, kept_dense)
         if rescale:
             keep_norms(layers)
+        destroyed.warn_of_masks(self, module, layers, sparse_init, state)
         self.held.add(module, layers, self.updates.ahead(self.steps))
         self.apply_mask()
+        if state is not None and state["layers"].keys() == self.masks.keys():
+            self.load_state_dict(state)
         if self.verbose:
             self.print_nonzero_counts()
 
-    def _remove(self, removed):
-        super()._remove(removed)
-        self.held.release(removed)
-
     # Training
-
-    @property
-    def param_groups(self) -> list[dict]:
-        """The optimizer's, so that GradScaler.step(masking) takes a Masking. LR schedulers take the optimizer."""
-        return self.stepper.param_groups
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, as the optimizer does. (Apex's names the argument otherwise, or has none.)"""
-        self.stepper.zero_grad(*(() if set_to_none else (False,)))
-
-    def step(self, closure: Callable | None = None) -> Any:
-        """Step the optimizer; the masks are applied right after, as after any step of the optimizer."""
-        return self.stepper.step(*(() if closure is None else (closure,)))
-
-    @torch.no_grad()
-    def _before_step(self, args, kwargs):
-        self._follow_weights()
-        self.held.before_step(self.layers, closure=args[1] if len(args) > 1 else kwargs.get("closure"))
 
     def _after_step(self):
         self.held.after_step(self.layers)
@@ -214,6 +190,8 @@ class Masking(Layers):
         if found_inf is not None and found_inf.item():
             return
         self.steps += 1
+        if self.steps == 1:
+            functions.check_momenta(self)
         self.apply_mask()
         self.held.stepped(self.updates.ahead(self.steps))
         if self.updates.after_step(self.steps):
@@ -222,8 +200,11 @@ class Masking(Layers):
     def at_end_of_epoch(self) -> None:
         """Move the masks once, unless steps trigger their updates (`prune_every_k_steps`, `Updates.every`).
 
-        Do not call it after the last epoch: the weights that it grows start at zero, and nothing would train them.
+        Do not call it after the last epoch: the weights that it grows start at zero, and nothing would train them. The
+        log warns if the optimizer has made no step since the last call.
         """
+        reports.tell_of_epoch(self)
+        self.looks_left = destroyed.LOOKS
         if self.updates.after_epoch(self.steps):
             self._update()
 
@@ -236,6 +217,7 @@ class Masking(Layers):
         """Set all inactive weights to zero, in place; also where they are infinite or NaN."""
         self._follow_weights()
         self.held.apply(self.layers)
+        destroyed.remember(self.layers)
 
     # One update of the masks
 
@@ -243,26 +225,31 @@ class Masking(Layers):
     def truncate_weights(self) -> None:
         """Move the masks once: prune, redistribute, grow. The number of active weights stays, or is the schedule's.
 
-        If a function fails, the masks stay as they were.
+        Layers that do not train keep their masks (weights/frozen.py). If a function fails, all masks stay as they were.
 
         Raises:
             NonFiniteError: if a weight, its momentum, or a gradient that a function reads is NaN or infinite.
             InvariantError: if the module or the optimizer no longer holds a weight, or something trains it unmasked.
         """
+        self._refuse_released()
         if not self.layers:
             return
         reshard(self.modules)
         invariants.refuse_update(self)
-        with invariants.all_or_nothing(self) as before:
-            change = self._change_density()
-            functions.measure(self)
-            self._set_prune_rates(change)
-            functions.prune(self)
-            if functions.is_marked(self.measure, "after_pruning"):
+        functions.check_momenta(self)
+        with training_alone(self) as layers:
+            if not layers:
+                return
+            with invariants.all_or_nothing(self) as before:
+                change = self._change_density()
                 functions.measure(self)
-            functions.grow(self, self._redistribute(change))
-        invariants.keep_last_weights(self, before)
-        self.held.moved(self.layers, before)
+                self._set_prune_rates(change)
+                functions.prune(self)
+                if functions.is_marked(self.measure, "after_pruning"):
+                    functions.measure(self)
+                functions.grow(self, self._redistribute(change))
+            invariants.keep_last_weights(self, before)
+            self.held.moved(layers, before)
         self.apply_mask()
         self.held.updated(self.updates.ahead(self.steps))
 
@@ -287,9 +274,14 @@ class Masking(Layers):
         return budget.redistribute(lacking, self.layers)
 
     def check(self) -> None:
-        """Raise an InvariantError unless masks, weights and optimizer belong together; see `invariants.check`."""
+        """Raise an InvariantError unless masks, weights and optimizer belong together; see `invariants.check`.
+
+        A warning says if the density schedule has not arrived.
+        """
         reshard(self.modules)
         invariants.check(self)
+        if unfinished := reports.density_to_come(self):
+            logger.warning("%s", unfinished)
 
     # What functions read
 
@@ -325,6 +317,7 @@ class Masking(Layers):
     def prune_every_k_steps(self, steps: int) -> None:
         self.updates = dataclasses.replace(self.updates, every=steps or 0)
 
+    apply_to, clip_grad_norm_ = copies.apply_to, clipping.clip_grad_norm_
     summary, print_nonzero_counts = reports.summary, reports.log_counts
 
     def __repr__(self) -> str:
@@ -346,5 +339,6 @@ class Masking(Layers):
         reshard(self.modules)
         super().load_state_dict(state)
         self.steps, self.prune_threshold = state["steps"], state["prune_threshold"]
+        self.steps_of_last_epoch = -1  # unknown
         self.held.load_state_dict(state.get("sparse_training", {}), self.layers)
         self.apply_mask()

@@ -31,7 +31,7 @@ from sparselearning.layers import count
 from sparselearning.patterns import UNSTRUCTURED
 from sparselearning.processes.sharded import fetch, is_sharded
 from sparselearning.selection import drop_lowest_jointly
-from sparselearning.weights.optimizer import keeps_momentum, keeps_second_moment
+from sparselearning.weights.optimizer import keeps_momentum, keeps_second_moment, refuse_missing_momentum
 
 SIGNATURES = {
     "prune_mode": ("masking", "mask", "weight", "name"),
@@ -159,6 +159,18 @@ def check_readable(functions: Sequence[Callable], optimizer: torch.optim.Optimiz
         raise FunctionError(
             "A 'dense_magnitude' mode compares the values of inactive weights: Masking(..., weights='kept'), or 'soft'."
         )
+
+
+def check_momenta(masking: Any) -> None:
+    """Check that there is a momentum of every weight that has been stepped, where a function is marked to read it.
+
+    Raises:
+        RuntimeError: if there is none; settings such as `betas` promise one that not every optimizer keeps.
+    """
+    if any(surely_reads(function, "momentum") for function in (masking.prune, masking.grow, masking.measure)):
+        for layer in masking.layers:
+            if layer.trained:
+                refuse_missing_momentum(masking.optimizer, masking.held.stepped_for(layer))
 
 
 def check_patterns_fit(masking: Any, layers: Sequence[Any]) -> None:

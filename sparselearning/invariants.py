@@ -1,6 +1,7 @@
 """What always holds between masks, weights and optimizer, and what to do where it does not."""
 
 import gc
+import logging
 import math
 import weakref
 from collections.abc import Iterator, Sequence
@@ -8,13 +9,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparselearning.layers import SparseLayer, count
 from sparselearning.patterns import with_pattern, without_pattern
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import count_active, fetch, is_sharded
 from sparselearning.selection import drop_lowest, drop_lowest_jointly
+
+logger = logging.getLogger(__name__)
 
 MASKINGS: weakref.WeakSet[Any] = weakref.WeakSet()  # all there are, so that no two mask one weight
 
@@ -52,27 +55,28 @@ def check(masking: Any) -> None:
         raise InvariantError("\n".join(problems))
 
 
-def refuse_layers(masking: Any, module: nn.Module, new: Sequence[SparseLayer]) -> None:
-    """Check that no other Masking masks one of these weights, and that they can be held as this one holds weights.
+def replace_others(masking: Any, new: Sequence[SparseLayer]) -> None:
+    """Let every other Masking go of the weights of `new` layers; two would undo each other's masks.
 
-    Raises:
-        RuntimeError: if another Masking masks one.
-        ValueError: if they cannot be held so.
+    So a cell of a notebook can be run twice, and a trainer can fit twice: nobody has to find the first Masking.
     """
-    masking.held.check(module, new)
     weights = {id(layer.weight) for layer in new}
 
     def masked_elsewhere():
-        layers = (layer for other in MASKINGS if other is not masking for layer in other.layers)
-        return [layer.name for layer in layers if id(layer.weight) in weights]
+        shared = {other: [layer for layer in other.layers if id(layer.weight) in weights] for other in MASKINGS}
+        return {other: layers for other, layers in shared.items() if layers and other is not masking}
 
     if masked_elsewhere():
         gc.collect()  # an optimizer and a Masking that nobody holds any more hold each other
-    if names := masked_elsewhere():
-        raise RuntimeError(
-            f"Another Masking masks {', '.join(names)}; two would undo each other's masks. Use that one, or call "
-            "its remove_weight_partial_name('') first."
-        )
+    for other, layers in masked_elsewhere().items():
+        names = ", ".join(layer.name for layer in layers)
+        same = other.optimizer is masking.optimizer
+        hint = "" if same else " It was made with another optimizer, whose steps would train the weights unmasked."
+        logger.log(logging.INFO if same else logging.WARNING, "Another Masking lets go of %s.%s", names, hint)
+        if len(layers) == len(other.layers):
+            other.release()
+        else:
+            other._remove(layers)
 
 
 def refuse_update(masking: Any) -> None:
@@ -211,11 +215,16 @@ def _refuse_what_is_not_finite(tensors):
         )
 
 
+def stepped_by(optimizer: torch.optim.Optimizer) -> set[int]:
+    """Return the ids of the parameters that an optimizer steps, also of those it is given other tensors for."""
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return stepped.union(*(other.held.stepped_weights() for other in MASKINGS if other.optimizer is optimizer))
+
+
 def _strangers(masking):
     """Return what is wrong with who owns and who steps the weights."""
     owned = {id(parameter) for module in masking.modules for parameter in module.parameters()}
-    stepped = {id(parameter) for group in masking.optimizer.param_groups for parameter in group["params"]}
-    stepped |= masking.held.stepped_weights()
+    stepped = stepped_by(masking.optimizer)
     replaced = "the module holds another parameter now, which is not masked. Replace parameters before add_module, or "
     problems = [
         f"{layer.name}: {replaced}make a new Masking." for layer in masking.layers if id(layer.weight) not in owned

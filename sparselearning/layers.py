@@ -38,6 +38,8 @@ class SparseLayer:
     prune_rate: float = 0.0  # fraction of active weights to prune
     memory: dict[str, Tensor] = field(default_factory=dict)  # what functions keep from update to update, by name
     orientation: Orientation = PLAIN  # which dimensions of the weight are outputs
+    version: int = -1  # torch's count of writes to `master` when it was masked last
+    trained: bool | None = None  # whether a step since the last update had a gradient; None: there was no step
 
     @property
     def pattern(self) -> Pattern:
@@ -93,6 +95,7 @@ class SparseLayer:
             "ever_active": self.ever_active,
             "memory": self.memory,
             "most": self.pattern.most,
+            "trained": self.trained,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -101,7 +104,7 @@ class SparseLayer:
         self.mask.copy_(placed_like(self.mask, state["mask"]))
         self.ever_active.copy_(placed_like(self.mask, state.get("ever_active", state["mask"])))
         self.removed, self.importance = state["removed"], state["importance"]
-        self.prune_rate = state["prune_rate"]
+        self.prune_rate, self.trained = state["prune_rate"], state.get("trained")
         self.memory = {key: placed_like(self.mask, value) for key, value in state.get("memory", {}).items()}
 
 
@@ -233,6 +236,15 @@ class Layers:
         for layer in removed:
             self.kept_dense[layer.name] = (layer.weight, "its mask was removed")
             logger.info("%s stays dense: %d weights.", layer.name, layer.mask.numel())
+
+    def _take(self, module, layers, kept_dense):
+        """Hold the masks of layers of a module; `kept_dense` are its other parameters, with the reason."""
+        self.modules.append(module)
+        self.layers += layers
+        self._keep_dense(kept_dense)
+        self._agree_and_count()
+        distributed.check_agreement(self.masks.values())
+        self.baseline_nonzero = self.total_nonzero + sum(layer.left_over for layer in self.layers)
 
     def _keep_dense(self, parameters):
         """Note (parameter, reason) by name; each parameter once, and none that is masked by now."""

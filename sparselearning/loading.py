@@ -14,7 +14,7 @@ from torch import Tensor
 from sparselearning.processes.sharded import local_part
 
 REQUIRED = ("mask", "removed", "importance", "prune_rate")  # of a layer
-OPTIONAL = ("ever_active", "memory", "most")
+OPTIONAL = ("ever_active", "memory", "most", "trained")
 OF_ALL = ("baseline_nonzero", "layers")
 OF_MASKING = ("steps", "prune_threshold")
 MOST_STEPS = 2**53  # steps are divided as floats
@@ -88,6 +88,8 @@ def check_layer(name: str, state: Any, mask: Tensor, group: int) -> None:
     check_number(f"{entry}['prune_rate']", state["prune_rate"], 0, 1)
     if (most := state.get("most")) is not None:
         check_whole(f"{entry}['most']", most, 1, group)
+    if not isinstance(state.get("trained"), bool | None):
+        refuse(f"{entry}['trained']", "True, False or None", describe(state["trained"]))
     check_memory(f"{entry}['memory']", state.get("memory", {}), mask)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from sparselearning.processes.sharded import is_sharded
 from sparselearning.start.maskable import judge, usual_exceptions
 from sparselearning.start.names import named
+from sparselearning.weights.frozen import is_frozen
 from sparselearning.weights.optimizer import torch_optimizer
 
 logger = logging.getLogger(__name__)
@@ -114,11 +115,42 @@ def _small(orientation, shape):
 
 def _found(layer):
     """Yield what is suspicious of a layer that has its mask."""
+    if is_frozen(layer):
+        yield "frozen"
     yield from _small(layer.orientation, layer.mask.shape)
     if not is_sharded(layer.mask):
         rows = layer.orientation.matrix(layer.mask)
         if empty := len(rows) - int(rows.any(1).sum()):
             yield f"{empty} of {len(rows)} outputs without inputs"
+
+
+def tell_of_epoch(masking: Any) -> None:
+    """Warn if the optimizer has made no step since the last epoch; log how far the density has come."""
+    if masking.layers and masking.steps == masking.steps_of_last_epoch:
+        logger.warning(
+            "%s has made no step since the last call of at_end_of_epoch (%d in all), or its hooks do not run. Make the "
+            "Masking with the optimizer that trains the weights, or with the wrapper that is stepped.",
+            type(masking.optimizer).__name__,
+            masking.steps,
+        )
+    masking.steps_of_last_epoch = masking.steps
+    if unfinished := density_to_come(masking):
+        logger.info("%s", unfinished)
+
+
+def density_to_come(masking: Any) -> str:
+    """Return a sentence on a density that the schedule has not reached yet, or nothing if there is none."""
+    end = masking.updates.ends_at()
+    if end is None or not masking.layers:
+        return ""
+    target, size = masking.updates.density_at(end), masking.total_nonzero + masking.total_zero
+    if masking.total_nonzero <= 1.01 * target * size + len(masking.layers):
+        return ""
+    why = "no update has come since, or frozen layers keep theirs"
+    return (
+        f"The density is {masking.density:.4g} after {masking.steps} steps, and the schedule's is {target:.4g} from "
+        f"step {end} on: {why if masking.steps >= end else 'train so long, or let it end earlier'}."
+    )
 
 
 def log_counts(masking: Any) -> None:

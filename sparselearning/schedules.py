@@ -67,6 +67,16 @@ class Updates:
             left.append(self.last - step)
         return min(left), self.every > 0 or (self.last is not None and step >= self.last)
 
+    def ends_at(self) -> int | None:
+        """Return the step at which the density schedule ends; None if it does not say, or there is none.
+
+        >>> Updates(density=CubicDensity(1.0, 0.1, begin=0, finish=100)).ends_at()
+        100
+        """
+        if self.density is None or self.last is not None:
+            return None if self.density is None else self.last
+        return getattr(self.density, "finish", getattr(self.density, "at", None))
+
     def density_at(self, step: int) -> float | None:
         """Return the density that an update after this step leaves; None if it stays as it is.
 

@@ -11,6 +11,8 @@ from sparselearning import Masking, network_wide
 from sparselearning.invariants import InvariantError, NonFiniteError
 from sparselearning.sparse import available
 
+needs_kernels = pytest.mark.skipif(not available(), reason="built without sparse kernels")
+
 
 def test_check_passes_through_training():
     masking = masked(mlp(20, 30, 10))
@@ -168,13 +170,66 @@ def test_every_gradient_that_a_function_reads_is_checked():
 # Two Maskings
 
 
-def test_a_second_masking_on_a_weight_is_refused():
+@pytest.mark.parametrize("weights", ["zero", "kept", pytest.param("sparse", marks=needs_kernels)])
+@pytest.mark.parametrize("optimizers", ["one", "two"])
+def test_a_second_masking_takes_the_weights_of_the_first(optimizers, weights, caplog):
+    model = mlp(6, 5, 4)
+    first = masked(model, weights=weights)
+    train(model, first, 2)
+    second = masked(model, first.optimizer if optimizers == "one" else sgd(model), 0.5, weights=weights)
+    warned = "Another Masking lets go of fc1.weight, fc2.weight. It was made with another optimizer" in caplog.text
+    assert warned == (optimizers == "two")
+    assert first.layers == []
+    for _ in range(2):
+        train(model, second, 2)
+        second.at_end_of_epoch()
+        second.check()
+    assert second.steps == 4
+    assert first.steps == 2
+    assert second.total_nonzero == 25
+    with pytest.raises(RuntimeError, match="This Masking has been released, or another took its weights"):
+        first.at_end_of_epoch()
+    with pytest.raises(RuntimeError, match="This Masking has been released, or another took its weights"):
+        first.add_module(model, 0.5)
+
+
+def test_a_second_masking_takes_single_layers_of_the_first():
     model = mlp(6, 5, 4)
     first = masked(model)
-    with pytest.raises(RuntimeError, match=r"Another Masking masks fc1\.weight, fc2\.weight"):
-        masked(model, sgd(model))
-    first.remove_weight_partial_name("")
-    masked(model, sgd(model)).check()
+    second = Masking(first.optimizer, None)
+    second.add_module(model.fc2, 0.5)
+    assert list(first.masks) == ["fc1.weight"]
+    for _ in range(2):
+        train(model, first, 2)
+        for masking in (first, second):
+            masking.at_end_of_epoch()
+            masking.check()
+
+
+def test_a_second_masking_that_cannot_be_made_leaves_the_first_as_it_was():
+    model = mlp(6, 5, 4)
+    first = masked(model)
+    with pytest.raises(ValueError, match="density"):
+        masked(model, first.optimizer, density=2.0)
+    train(model, first, 2)
+    first.at_end_of_epoch()
+    first.check()
+
+
+@pytest.mark.parametrize("weights", ["zero", "kept", "soft", pytest.param("sparse", marks=needs_kernels)])
+def test_a_model_trains_densely_after_its_masking_is_released(weights):
+    model = mlp(6, 5, 4)
+    masking = masked(model, weights=weights)
+    train(model, masking, 1)
+    inactive = ~masking.masks["fc1.weight"]
+    masking.release()
+    train(model, masking.optimizer, 2)
+    assert model.fc1.weight[inactive].any()
+    assert type(model.fc1) is nn.Linear
+    assert not masking.optimizer._optimizer_step_pre_hooks
+    assert not masking.optimizer._optimizer_step_post_hooks
+    masking.release()  # a second time changes nothing
+    masked(model, masking.optimizer).check()
 
 
 def test_a_second_masking_takes_what_the_first_left_dense():

@@ -335,3 +335,42 @@ def test_hugging_face_trainer(tmp_path):
     assert masking.steps == 6
     assert masking.total_nonzero == 180
     assert_masks_hold(masking)
+
+
+@trainer
+@pytest.mark.parametrize("sparse_init", ["constant", "resume"])
+def test_lightning_that_fits_twice_with_lbfgs(sparse_init, tmp_path):
+    lightning = pytest.importorskip("lightning")
+    seen = []
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model, self.masking = mlp(20, 30, 10), None
+
+        def training_step(self, batch, _):
+            seen.append(all(not layer.weight[~layer.mask].any() for layer in self.masking.layers))
+            return self.model(batch[0]).square().mean()
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.LBFGS(self.parameters(), max_iter=4)
+            first = self.masking is None
+            self.masking = masked(
+                self,
+                optimizer,
+                sparse_init="constant" if first else sparse_init,
+                growth_mode="random",
+                redistribution_mode="none",
+            )
+            return optimizer
+
+    module = Module()
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(16, 20)), batch_size=8)
+    for _ in range(2):
+        quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        lightning.Trainer(accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, **quiet).fit(module, data)
+        assert module.masking.steps == 2
+        assert module.masking.total_nonzero == 180
+        assert_masks_hold(module.masking)
+    assert len(seen) > 8
+    assert all(seen)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sparselearning.layers import SparseLayer
 from sparselearning.loading import MOST_STEPS, check_entries, check_whole
@@ -51,6 +52,7 @@ class SparseTraining(Zeros):
     """
 
     kind = "sparse"
+    exchanges = True
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
@@ -59,23 +61,18 @@ class SparseTraining(Zeros):
         self.trained: dict[str, Trained] = {}  # by the layer's name
         self.reasons: dict[str, str] = {}  # why other layers stay masked, by name
         self.versions: dict[str, int] = {}  # of the mask that a layer's values follow
-        self.since_update = 0
+        self.since_update, self.carry = 0, True
         self.ahead: Ahead = (0.0, False)
         self.interval: int | None = None  # steps between the last two updates
-        self.carry = True
 
-    @property
-    def acts_before_steps(self) -> bool:
-        """Always."""
-        return True
-
-    def attach(self) -> None:
+    def attach(self) -> list[RemovableHandle]:
         """Save the optimizer's state in dense form; hold the weights again where this is a copy."""
-        self.optimizer.register_state_dict_post_hook(
-            lambda _, saved: optimizer_state.save(self.optimizer, saved, self.trained)
-        )
         for module in self.trained.values():
             module.attach()
+        save = optimizer_state.save
+        return [
+            self.optimizer.register_state_dict_post_hook(lambda _, saved: save(self.optimizer, saved, self.trained))
+        ]
 
     def check(self, module: nn.Module, layers: Layers) -> None:
         """Check that some of the layers can train on sparse kernels.
@@ -125,13 +122,11 @@ class SparseTraining(Zeros):
     def release(self, layers: Layers) -> None:
         """Train these weights densely again."""
         for layer in layers:
-            module = self.trained.pop(layer.name, None)
-            if module is None:
+            if (module := self.trained.pop(layer.name, None)) is None:
                 continue
             self.versions.pop(layer.name)
             optimizer_state.exchange(self.optimizer, module.value, layer.weight)
-            if layer.weight in self.optimizer.state:
-                state = self.optimizer.state[layer.weight]
+            if state := self.optimizer.state.get(layer.weight):
                 state.update(optimizer_state.in_dense_form(state, module))
             module.end()
         if not self.trained:
@@ -142,14 +137,17 @@ class SparseTraining(Zeros):
         """Return whether the layer trains on sparse kernels, or why it does not."""
         return "sparse kernels" if layer.name in self.trained else f"masked: {self.reasons[layer.name]}"
 
+    def trained_mask(self, layer: SparseLayer) -> Tensor | None:
+        """Return None for a layer whose values are all active."""
+        return None if layer.name in self.trained else layer.mask
+
     def stepped_weights(self) -> set[int]:
         """Return the ids of the dense weights whose values the optimizer steps."""
         return {id(module.dense) for module in self.trained.values()}
 
     def stepped_for(self, layer: SparseLayer) -> Tensor:
         """Return what the optimizer steps for a layer: its values here, or its dense weight."""
-        module = self.trained.get(layer.name)
-        return layer.master if module is None else module.value
+        return self.trained[layer.name].value if layer.name in self.trained else layer.master
 
     def state_dict(self) -> dict[str, Any]:
         """Return the gradients observed since the last update of the masks, and when the next update is expected."""
@@ -182,28 +180,35 @@ class SparseTraining(Zeros):
             module.observed.load_state_dict(state.get("layers", {}).get(name, {}), module.dense.device)
 
     def before_step(self, layers: Layers, closure: Callable | None) -> None:
-        """Give the optimizer the values; take the dense gradients that it is going to use."""
-        scale = 1 / float(gradient_scale(self.optimizer))
-        overflowed = getattr(self.optimizer, "found_inf", None)  # a fused optimizer then skips the step
+        """Give the optimizer the values."""
         for module in self.trained.values():
             module.agree()
             optimizer_state.compact(self.optimizer, module)
+        super().before_step(layers, closure)
+
+    def give(self, layers: Layers) -> None:
+        """Take the dense gradients that the optimizer is going to use."""
+        scale = 1 / float(gradient_scale(self.optimizer))
+        overflowed = getattr(self.optimizer, "found_inf", None)  # a fused optimizer then skips the step
+        for module in self.trained.values():
+            if not module.dense.requires_grad:  # frozen
+                module.value.grad = None
             if overflowed is not None and overflowed.item():
                 module.observed.drop()
-            elif closure is None:
+            else:
                 module.observed.take(module.position, scale)
-        super().before_step(layers, closure)
+        super().give(layers)
 
     def after_step(self, layers: Layers) -> None:
         """Write the values into the weights."""
+        super().after_step(layers)
         for module in self.trained.values():
             module.write()
 
     def apply(self, layers: Layers) -> None:
         """Let values follow masks that moved, and weights that somebody wrote; set inactive weights to zero."""
         for layer in layers:
-            module = self.trained.get(layer.name)
-            if module is None:
+            if (module := self.trained.get(layer.name)) is None:
                 continue
             if self.versions.get(layer.name) != layer.mask._version:
                 self.move(layer, module)
@@ -243,7 +248,6 @@ class SparseTraining(Zeros):
         self.since_update, self.ahead = self.since_update + 1, ahead
         observing = self.observes(*ahead)
         for module in self.trained.values():
-            module.observed.take(module.position)  # a closure's, which came after `before_step`
             module.observed.observing = observing
 
     def observes(self, left: float, by_steps: bool) -> bool:
@@ -278,6 +282,12 @@ class SparseTraining(Zeros):
         for module in self.trained.values():
             module.observed.forget()
             module.observed.observing = self.observes(*ahead)
+
+    def gradient_is_known(self, layer: SparseLayer) -> bool:
+        """Tell whether a gradient was observed since the last update."""
+        if layer.name in self.trained:
+            return self.trained[layer.name].observed.sum is not None
+        return super().gradient_is_known(layer)
 
     def momentum_of(self, weight: Tensor) -> Tensor:
         """Return momentum where `weight` is active and the mean of its observed gradients elsewhere."""

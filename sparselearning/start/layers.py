@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparselearning.layers import SparseLayer
+from sparselearning import loading
+from sparselearning.invariants import stepped_by
+from sparselearning.layers import SparseLayer, check_loadable
 from sparselearning.patterns import pattern_of, patterns_for
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import is_sharded
@@ -38,7 +40,7 @@ def new_layers(
         ValueError: if no weight can be masked, or a pattern does not fit one.
     """
     known = {id(layer.weight) for layer in masking.layers}
-    stepped = {id(parameter) for group in masking.optimizer.param_groups for parameter in group["params"]}
+    stepped = stepped_by(masking.optimizer)
     taken, layers = set(masking.masks), {}
     judged = {found.name: found for found in judge(module, sparse_embeddings, sparse)}
     kept = {name: (found.parameter, found.reason) for name, found in judged.items() if found.reason}
@@ -64,7 +66,8 @@ def new_layers(
     if not layers:
         raise ValueError(
             f"{type(masking.optimizer).__name__} steps no weight of {type(module).__name__} that could be masked "
-            f"and is not yet. Build the optimizer from the module's parameters, and add the module once.{_hint(kept)}"
+            f"and is not yet. Build the optimizer from the module's parameters, and add the module once."
+            f"{_frozen_beside_adapters(kept)}{_hint(kept)}"
         )
     kept = {name: kept[name] for name in judged if name in kept}
     shapes = {name: layer.mask.shape for name, layer in layers.items()}
@@ -87,14 +90,35 @@ def _hint(kept):
     return f" Dense stay {', '.join(unknown)}: {UNKNOWN}. To mask them, name them in sparse=[...]."
 
 
+def _frozen_beside_adapters(kept):
+    """Return a sentence on a model whose weights are frozen while adapters train, as that of peft."""
+    reasons = {reason for _, reason in kept.values()}
+    if not {"frozen", "adapter"} <= reasons:
+        return ""
+    return (
+        " Its weights are frozen, and its adapters stay dense: name them in sparse=['*lora_A*'] to mask them, or mask "
+        "the model before it gets adapters."
+    )
+
+
 def choose(
     new: Mapping[str, SparseLayer],
     module: nn.Module,
-    density: Density,
+    density: Density | None,
     sparse_init: SparseInit,
     batches: Batches | None,
+    state: dict[str, Any] | None = None,
 ) -> None:
-    """Make the first weights of new layers active."""
+    """Make the first weights of new layers active; those of a saved state, if there is one.
+
+    Raises:
+        ValueError: as `masks.initial_masks`, and if there is neither a density nor a state.
+        RuntimeError: if the state is of other layers.
+    """
+    if state is not None:
+        density, sparse_init = 1.0, _saved_masks(new, state)
+    if density is None:
+        raise ValueError("Expected a density in (0, 1], got None. It can be left out beside a saved state alone.")
     if sparse_init == "resume":
         weights, empty = ({name: getattr(layer, part) for name, layer in new.items()} for part in ("master", "mask"))
         sparse_init = masks_of_nonzeros(weights, empty, density)
@@ -108,6 +132,13 @@ def choose(
     for name, layer in new.items():
         layer.mask.copy_(masks[name])
         layer.pattern = pattern_of(masks[name])
+
+
+def _saved_masks(new, state):
+    loading.check_entries("'mask'", state, [*loading.OF_ALL, *loading.OF_MASKING], ["sparse_training"])
+    names = {layer.name for layer in new.values()}
+    check_loadable(list(new.values()), {name: entry for name, entry in state["layers"].items() if name in names})
+    return {name: state["layers"][layer.name]["mask"] for name, layer in new.items()}
 
 
 def _from_first_process(scores: Tensor) -> Tensor:

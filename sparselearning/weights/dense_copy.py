@@ -17,7 +17,7 @@ Top-KAST: Jayakumar et al. 2020, https://arxiv.org/abs/2106.03517, section 2. ST
 2023, https://arxiv.org/abs/2212.01076, without its scaling of weights. docs/methods.md says where else we differ.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class DenseCopy(Zeros):
         ValueError: as `Zeros`, and for `regrown`: a weight that grows has the value that it kept.
     """
 
-    keeps_inactive = True
+    exchanges = keeps_inactive = True
 
     def __init__(self, *, backward: float = 0.0, soft: bool = False, **settings: Any):
         super().__init__(**settings)
@@ -60,11 +60,6 @@ class DenseCopy(Zeros):
                 f"With weights={self.kind!r} a weight that grows has the value that it kept; leave out "
                 f"regrown={self.regrown!r}."
             )
-
-    @property
-    def acts_before_steps(self) -> bool:
-        """Whether `before_step` does anything."""
-        return True
 
     def check(self, module: nn.Module, layers: Layers) -> None:
         """Check that the weights are whole.
@@ -84,21 +79,17 @@ class DenseCopy(Zeros):
 
     @torch.no_grad()
     def before_step(self, layers: Layers, closure: Callable | None) -> None:
+        """Let the optimizer step the dense copy, or see what a closure is to see of it."""
+        self.notice(layers)
+        super().before_step(layers, closure)
+
+    def give(self, layers: Layers) -> None:
         """Let the optimizer step the dense copy where it is trained.
 
         The exploration term of Jayakumar et al. 2020 (section 2.3) is taken from the optimizer's weight decay: that of
         weights that are trained but inactive is divided by the layer's density.
-
-        Raises:
-            RuntimeError: if the step computes the loss itself, which would see the dense weights.
         """
-        if closure is not None:
-            raise RuntimeError(
-                f"weights={self.kind!r} exchanges weights around a step, and a closure would see the dense "
-                "ones. Call backward() first, and step() without closure."
-            )
-        self.notice(layers)
-        super().before_step(layers, closure)
+        self.pull_weights(layers)
         self.exchanged = True
         groups = self.optimizer.param_groups
         decay = {id(weight): group.get("weight_decay", 0) for group in groups for weight in group["params"]}
@@ -117,6 +108,9 @@ class DenseCopy(Zeros):
     @torch.no_grad()
     def after_step(self, layers: Layers) -> None:
         """Copy what was trained, and show the network its active weights."""
+        super().after_step(layers)
+        if not self.exchanged:
+            return
         for layer in layers:
             dense = layer.memory["dense"]
             dense.copy_(torch.where(layer.memory["trained"], layer.master, dense) if self.backward else layer.master)
@@ -211,6 +205,19 @@ class DenseCopy(Zeros):
             if not fresh and layer.name in self.shown:
                 self.shown[layer.name] = self.shown[layer.name].to(layer.mask.device) & layer.mask
 
+    def copies_of(self, layer: SparseLayer) -> Iterable[tuple[str, Tensor]]:
+        """Check that the optimizer keeps no copy of the weights, which would be dense.
+
+        Raises:
+            RuntimeError: if it does.
+        """
+        for name, _ in self.copies.of(layer.master, layer.mask, layer.memory["dense"]):
+            raise RuntimeError(
+                f"{type(self.copies.chain[0]).__name__} keeps a copy of the weights of its own, {name!r}, which is "
+                f"dense with weights={self.kind!r}. Use weights='zero', or an optimizer without a copy."
+            )
+        return ()
+
     def release(self, layers: Layers) -> None:
         """Let go of weights that stay dense from now on."""
         for layer in layers:
@@ -219,6 +226,10 @@ class DenseCopy(Zeros):
     def describe(self, layer: SparseLayer) -> str:
         """Return how the layer's weight is held, in a few words."""
         return "dense copy"
+
+    def trained_mask(self, layer: SparseLayer) -> Tensor | None:
+        """Return which entries of the dense copy the optimizer trains; None for all."""
+        return layer.memory["trained"] if self.backward else None
 
     def trained_density(self, layer: SparseLayer) -> float:
         """Return the fraction of the layer's weights that the optimizer trains."""

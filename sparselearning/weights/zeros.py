@@ -5,16 +5,19 @@ at the same moments.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sparselearning.layers import SparseLayer
 from sparselearning.native.zero import zero_inactive
-from sparselearning.weights.optimizer import gradient_of, momentum_of
+from sparselearning.weights.optimizer import gradient_of, mixes_entries, momentum_of
 from sparselearning.weights.regrowth import START_VALUES, pull_to_zero, start_regrown
+from sparselearning.weights.second_copies import SecondCopies
 
 Layers = Sequence[SparseLayer]
 Ahead = tuple[float, bool]  # steps until the next update, and whether steps trigger all: schedules.Updates.ahead
@@ -36,6 +39,7 @@ class Zeros:
     """
 
     kind = "zero"
+    exchanges = False  # whether the optimizer steps other tensors than the network sees
     keeps_inactive = False  # whether inactive weights keep their values
     optimizer: torch.optim.Optimizer  # set by Masking, as the next
     window: int  # steps before an update whose dense gradients its functions read
@@ -46,14 +50,23 @@ class Zeros:
         if not 0 <= pull < math.inf:
             raise ValueError(f"Expected a pull of at least 0, got {pull}.")
         self.regrown, self.reset_state, self.pull = regrown, reset_state, pull
+        self.copies = SecondCopies([])  # of the weights; set by Masking
+        self.ready = False  # the optimizer was given what it is to step
+        self.gradients: dict[Tensor, Tensor] = {}  # dense ones, of an optimizer that is given masked ones
 
     @property
     def acts_before_steps(self) -> bool:
         """Whether `before_step` does anything."""
-        return self.pull > 0
+        return self.exchanges or self.pull > 0 or self.mixes
 
-    def attach(self) -> None:
-        """Register hooks; also in a copy of the optimizer and the layers, which has lost them."""
+    @cached_property
+    def mixes(self) -> bool:
+        """Whether the optimizer joins the gradients of all weights into one direction."""
+        return mixes_entries(self.optimizer)
+
+    def attach(self) -> list[RemovableHandle]:
+        """Register hooks, and return them; also in a copy of the optimizer and the layers, which has lost them."""
+        return []
 
     def check(self, module: nn.Module, layers: Layers) -> None:
         """Check that the weights of `layers` in `module` can be held this way; nothing is changed yet."""
@@ -64,13 +77,46 @@ class Zeros:
     def release(self, layers: Layers) -> None:
         """Let go of weights that stay dense from now on."""
 
+    @torch.no_grad()
     def before_step(self, layers: Layers, closure: Callable | None) -> None:
-        """Give the optimizer what it is to step."""
+        """Give the optimizer what it is to step; if it evaluates a closure, that comes after each evaluation."""
+        if closure is None and not (self.ready and self.copies.wrapped):  # a wrapper may have evaluated a closure
+            self.give(layers)
+
+    @torch.no_grad()
+    def before_evaluation(self, layers: Layers) -> None:
+        """Show a closure the masked network, with what the optimizer has changed since the last evaluation."""
+        self.after_step(layers)
+        self.apply(layers)
+
+    @torch.no_grad()
+    def after_evaluation(self, layers: Layers) -> None:
+        """Give the optimizer what it is to step, with the gradients of a closure."""
+        self.give(layers)
+        self.ready = True
+
+    def give(self, layers: Layers) -> None:
+        """Give the optimizer what it is to step; the gradients are there."""
+        self.pull_weights(layers)
+        if self.mixes:
+            self.keep_to_masks(layers)
+
+    def keep_to_masks(self, layers: Layers) -> None:
+        """Set the gradients of inactive weights to zero, and keep those of all weights for growth."""
+        self.gradients = {}
+        for layer in layers:
+            if (gradient := layer.master.grad) is not None:
+                self.gradients[layer.master] = gradient.clone()
+                zero_inactive([gradient], [layer.mask])
+
+    def pull_weights(self, layers: Layers) -> None:
+        """Pull the active weights to zero."""
         if self.pull:
             pull_to_zero([self.stepped_for(layer) for layer in layers], self.pull, self.optimizer)
 
     def after_step(self, layers: Layers) -> None:
         """Take over what the optimizer has left; also of a step that it skipped."""
+        self.ready = False
 
     def stepped(self, ahead: Ahead) -> None:
         """Count a step."""
@@ -78,6 +124,8 @@ class Zeros:
     def moved(self, layers: Layers, before: Sequence[Tensor]) -> None:
         """Follow masks that have moved; `before` is what they were."""
         start_regrown(layers, before, self.optimizer, self.regrown, self.reset_state)
+        if self.mixes:
+            self.optimizer.state.clear()  # the directions that it remembers are those of other weights
 
     def expect(self, steps: int) -> None:
         """Note that an update of the masks ends every so many steps, as at the end of epochs."""
@@ -87,10 +135,21 @@ class Zeros:
 
     @torch.no_grad()
     def apply(self, layers: Layers) -> None:
-        """Set inactive weights to zero, in place."""
+        """Set inactive weights to zero, in place, also in copies that the optimizer keeps."""
         halves = [layer for layer in layers if layer.weight is not layer.master]
-        tensors = [layer.master for layer in layers] + [layer.weight for layer in halves]
-        zero_inactive(tensors, [layer.mask for layer in [*layers, *halves]])
+        tensors, masks = [layer.master for layer in layers], [layer.mask for layer in layers]
+        if halves:
+            tensors += [layer.weight for layer in halves]
+            masks += [layer.mask for layer in halves]
+        for layer in layers:
+            for _, copy in self.copies_of(layer):
+                tensors.append(copy)
+                masks.append(layer.mask.to(copy.device))
+        zero_inactive(tensors, masks)
+
+    def copies_of(self, layer: SparseLayer) -> Iterable[tuple[str, Tensor]]:
+        """Return name and tensor of each copy of a weight that the optimizer keeps."""
+        return self.copies.of(layer.master, layer.mask)
 
     def describe(self, layer: SparseLayer) -> str:
         """Return how the layer's weight is held, in a few words; empty for zeros."""
@@ -100,6 +159,10 @@ class Zeros:
         """Return the fraction of the layer's weights that the optimizer trains."""
         return layer.density
 
+    def trained_mask(self, layer: SparseLayer) -> Tensor | None:
+        """Return which entries of `stepped_for(layer)` the optimizer trains; None for all."""
+        return layer.mask
+
     def stepped_for(self, layer: SparseLayer) -> Tensor:
         """Return what the optimizer steps for a layer."""
         return layer.master
@@ -108,13 +171,21 @@ class Zeros:
         """Return the ids of weights in whose place the optimizer steps another tensor."""
         return set()
 
+    def has_gradient(self, layer: SparseLayer) -> bool:
+        """Tell whether the optimizer finds a gradient for a layer."""
+        return self.stepped_for(layer).grad is not None
+
+    def gradient_is_known(self, layer: SparseLayer) -> bool:
+        """Tell whether `gradient_of` has a gradient for a layer."""
+        return layer.master in self.gradients or self.has_gradient(layer)
+
     def momentum_of(self, weight: Tensor) -> Tensor:
         """Return the momentum of a weight."""
         return momentum_of(self.optimizer, weight)
 
     def gradient_of(self, weight: Tensor) -> Tensor:
         """Return the gradient of a weight."""
-        return gradient_of(weight)
+        return self.gradients[weight] if weight in self.gradients else gradient_of(weight)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is to be saved besides masks and weights."""

@@ -176,21 +176,6 @@ def test_a_random_start_of_weights_that_keep_their_values_is_refused():
 # What goes wrong
 
 
-@pytest.mark.parametrize(
-    "step",
-    [
-        lambda masking, closure: masking.step(closure),
-        lambda masking, closure: masking.optimizer.step(closure),
-        lambda masking, closure: masking.optimizer.step(closure=closure),
-    ],
-    ids=["masking", "optimizer", "by name"],
-)
-def test_a_closure_would_see_the_dense_copy_and_is_refused(step):
-    _, masking = kept([[4.0, 0.5, 2.0, 1.0]], [[T, F, F, F]], "kept")
-    with pytest.raises(RuntimeError, match="and a closure would see the dense ones"):
-        step(masking, lambda: 0.0)
-
-
 @pytest.mark.parametrize("argument", ["prune_mode", "growth_mode"])
 def test_modes_that_compare_inactive_weights_need_them_kept(argument):
     with pytest.raises(
