@@ -24,7 +24,7 @@ from sparselearning.methods import Method, arguments_of, find_function, hold
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import reshard
 from sparselearning.schedules import CosineDecay, LinearDecay, Schedule, Updates
-from sparselearning.start.layers import Batches, Density, SparseInit, choose, new_layers
+from sparselearning.start.layers import Batches, Density, SparseInit, choose, new_layers, set_budgets
 from sparselearning.weights.optimizer import master_weights, torch_optimizer
 from sparselearning.weights.regrowth import keep_norms
 from sparselearning.weights.zeros import Zeros
@@ -92,7 +92,7 @@ class Masking(Layers):
         self.grow = find_function("growth_mode", growth_mode)
         self.measure = find_function("redistribution_mode", redistribution_mode)
         self.verbose, self.steps = verbose, 0
-        self.prune_threshold, self.tolerance = 0.001, 0.02  # of prune_mode="threshold"
+        self.tolerance = 0.02  # of prune_mode="threshold"
         self._masters = master_weights(optimizer, required=fp16)
         self._gradients_read: list[tuple[Tensor, Tensor]] | None = None  # (weight, gradient) during an update
         self.held = hold(weights, self.optimizer, self.prune, self.grow, self.measure)
@@ -145,7 +145,8 @@ class Masking(Layers):
 
         Args:
             density: fraction of the maskable weights that stays active, in (0, 1]; or {pattern of names: density}, of
-                which the first that matches a name counts (start/names.py).
+                which the first that matches a name counts (start/names.py). Weights move among the layers of a pattern,
+                or of all modules whose density is a number.
             sparse_init: 'constant' (the same density everywhere), 'linear' (Erdos-Renyi), 'erdos_renyi_kernel' or a
                 function from a weight's shape to its share; scores by name, or 'snip', 'grasp', 'synflow'; masks by
                 name, or 'resume': the nonzero weights, and zeros if the density asks for more (start/masks.py).
@@ -168,6 +169,7 @@ class Masking(Layers):
         new, kept_dense = new_layers(self, module, skip, sparse_embeddings, dense, pattern, sparse)
         layers = list(new.values())
         invariants.refuse_layers(self, module, layers)
+        set_budgets(self, new, density)
         functions.check_patterns_fit(self, [*self.layers, *layers])
         choose(new, module, density, sparse_init, batches)
         self.modules.append(module)
@@ -175,7 +177,7 @@ class Masking(Layers):
         self._keep_dense(kept_dense)
         self._agree_and_count()
         distributed.check_agreement(self.masks.values())
-        self.baseline_nonzero = self.total_nonzero + sum(layer.left_over for layer in self.layers)
+        self._keep_counts()
         if rescale:
             keep_norms(layers)
         self.held.add(module, layers, self.updates.ahead(self.steps))
@@ -254,36 +256,31 @@ class Masking(Layers):
         reshard(self.modules)
         invariants.refuse_update(self)
         with invariants.all_or_nothing(self) as before:
-            change = self._change_density()
-            functions.measure(self)
-            self._set_prune_rates(change)
-            functions.prune(self)
-            if functions.is_marked(self.measure, "after_pruning"):
-                functions.measure(self)
-            functions.grow(self, self._redistribute(change))
+            changes = budget.change_density(self.updates.density_at(self.steps), self.layers)
+            for part in self.budgets:
+                with self.only(part):
+                    functions.measure(self)
+                    self._set_prune_rates(changes)
+                    functions.prune(self)
+                    if functions.is_marked(self.measure, "after_pruning"):
+                        functions.measure(self)
+                    functions.grow(self, self._redistribute(changes))
         invariants.keep_last_weights(self, before)
         self.held.moved(self.layers, before)
         self.apply_mask()
         self.held.updated(self.updates.ahead(self.steps))
 
-    def _change_density(self):
-        """Set how many weights are to be active; return how many each layer gains (loses, if negative)."""
-        if (density := self.updates.density_at(self.steps)) is None:
-            return [0] * len(self.layers)
-        self.baseline_nonzero, change = budget.change_to(density, self.layers)
-        return change
-
-    def _set_prune_rates(self, change):
-        rate = schedules.rate_at(self.prune_rate_decay, self.steps)
+    def _set_prune_rates(self, changes):
+        rate, change = schedules.rate_at(self.prune_rate_decay, self.steps), [changes[name] for name in self.masks]
         for layer, own in zip(self.layers, budget.prune_rates(rate, change, self.layers), strict=True):
             layer.prune_rate = own
 
-    def _redistribute(self, change):
-        """Return how many weights each layer grows, together as many as the network lacks."""
+    def _redistribute(self, changes):
+        """Return how many weights each layer grows, together as many as their budget lacks."""
         # A user's function may have grown more, or pruned less, than it was asked to.
         lacking = max(self.baseline_nonzero - self.total_nonzero, 0)
         if functions.is_marked(self.measure, "gives_back"):
-            return budget.give_back(lacking, change, self.layers)
+            return budget.give_back(lacking, [changes[name] for name in self.masks], self.layers)
         return budget.redistribute(lacking, self.layers)
 
     def check(self) -> None:
@@ -345,6 +342,6 @@ class Masking(Layers):
         """
         reshard(self.modules)
         super().load_state_dict(state)
-        self.steps, self.prune_threshold = state["steps"], state["prune_threshold"]
+        self.steps = state["steps"]
         self.held.load_state_dict(state.get("sparse_training", {}), self.layers)
         self.apply_mask()

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from sparselearning.budget import shares
-from sparselearning.layers import count
+from sparselearning.layers import count, layers_of
 from sparselearning.patterns import UNSTRUCTURED
 from sparselearning.processes.sharded import fetch, is_sharded
 from sparselearning.selection import drop_lowest_jointly
@@ -173,9 +173,12 @@ def check_patterns_fit(masking: Any, layers: Sequence[Any]) -> None:
     name = patterned[0].pattern.name
     if any(is_sharded(layer.mask) for layer in layers):
         raise ValueError(f"The pattern {name!r} needs whole weights, got sharded ones. Use DistributedDataParallel.")
-    sizes = sorted({layer.pattern.size for layer in layers})
+    # A schedule of the network divides its weights among all layers; else they move within budgets.
+    groups = [layers_of(budget, layers) for budget in {layer.budget: None for layer in layers}]
+    groups = [layers] if callable(masking.updates.density) else groups
+    sizes = max((sorted({layer.pattern.size for layer in group}) for group in groups), key=len)
     in_prune, in_grow = (is_marked(function, "single_weights") for function in (masking.prune, masking.grow))
-    if in_grow or (in_prune and sizes[-1] > 1):
+    if in_grow or (in_prune and any(layer.pattern.size > 1 for layer in layers)):
         mode = f"growth_mode={masking.growth_mode!r}" if in_grow else f"prune_mode={masking.prune_mode!r}"
         raise ValueError(f"{mode} moves single weights, and the pattern {name!r} does not let it. Choose another.")
     if masking.updates.density is not None and (len(sizes) > 1 or patterned[0].pattern.even):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparselearning.layers import SparseLayer, count
+from sparselearning.layers import SparseLayer, count, layers_of
 from sparselearning.patterns import with_pattern, without_pattern
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import count_active, fetch, is_sharded
@@ -40,14 +40,17 @@ def check(masking: Any) -> None:
     """
     distributed.check_agreement(masking.masks.values())
     problems = [*_strangers(masking), *(problem for layer in masking.layers for problem in _problems(layer))]
-    expected = masking.baseline_nonzero - sum(layer.left_over for layer in masking.layers)
     in_place = all(layer.mask.device == layer.weight.device for layer in masking.layers)
-    active = sum(int(count_active(layer.mask)) for layer in masking.layers) if in_place else expected
-    if active != expected:
-        problems.append(
-            f"{active} weights are active, {expected} should be. A prune or grow function did not do "
-            "what it was asked, or a mask was edited; the next update of the masks makes up for it."
-        )
+    for budget in masking.budgets if in_place else ():
+        layers = layers_of(budget, masking.layers)
+        expected = budget.nonzeros - sum(layer.left_over for layer in layers)
+        active = sum(int(count_active(layer.mask)) for layer in layers)
+        if active != expected:
+            some = f" of {budget.pattern!r}" if len(masking.budgets) > 1 else ""
+            problems.append(
+                f"{active} weights{some} are active, {expected} should be. A prune or grow function did not do "
+                "what it was asked, or a mask was edited; the next update of the masks makes up for it."
+            )
     if problems:
         raise InvariantError("\n".join(problems))
 
@@ -94,7 +97,7 @@ def all_or_nothing(masking: Any) -> Iterator[list[Tensor]]:
     Raises:
         NonFiniteError: for such a gradient.
     """
-    before, baseline = [layer.mask.clone() for layer in masking.layers], masking.baseline_nonzero
+    before, kept = [layer.mask.clone() for layer in masking.layers], {b: b.nonzeros for b in masking.budgets}
     masking._gradients_read = []
     try:
         yield before
@@ -103,7 +106,8 @@ def all_or_nothing(masking: Any) -> Iterator[list[Tensor]]:
         for layer, mask in zip(masking.layers, before, strict=True):
             layer.mask.copy_(mask)
         count(masking.layers)
-        masking.baseline_nonzero = baseline
+        for budget, number in kept.items():
+            budget.nonzeros = number
         raise
     finally:
         masking._gradients_read = None
@@ -116,10 +120,17 @@ def keep_last_weights(masking: Any, before: Sequence[Tensor]) -> None:
     `before` is what the masks were. A layer without active weights passes nothing on, and no importance would let it
     grow. A magnitude that is compared over the network may empty one, a function of a user's, or a density that falls,
     and growth may leave it so. The largest weight that the layer had stays then, and in its place the smallest of the
-    others leaves, so that the number of active weights is the same. With blocks these are blocks. Layers whose units
-    differ in size exchange none, and grow what they lost.
+    others of its budget leaves, so that the number of active weights is the same. With blocks these are blocks. Layers
+    whose units differ in size exchange none, and grow what they lost.
     """
     masking._agree_and_count()
+    masks = {layer.name: mask for layer, mask in zip(masking.layers, before, strict=True)}
+    for budget in masking.budgets:
+        with masking.only(budget):
+            _refill(masking, [masks[name] for name in masking.masks])
+
+
+def _refill(masking, before):
     layers = masking.layers
     if all(layer.nonzeros for layer in layers) or len({layer.pattern.step(layer.mask.shape) for layer in layers}) > 1:
         return

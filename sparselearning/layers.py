@@ -1,8 +1,9 @@
 """The sparse layers of a network: each weight with its mask and counts, and views, removal and saving of them all."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from sparselearning import loading
 from sparselearning.orientation import PLAIN, Orientation
-from sparselearning.patterns import UNSTRUCTURED, Pattern, pattern_of, with_most, with_pattern, without_pattern
+from sparselearning.patterns import Pattern, pattern_of, with_most, with_pattern, without_pattern
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import count_active, fetch, placed_like
 from sparselearning.start.maskable import canonical_name
@@ -18,6 +19,15 @@ from sparselearning.start.maskable import canonical_name
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Budget:
+    """How many weights some layers keep active together; weights move among these layers and no others."""
+
+    pattern: str = "*"  # of names, in `add_module(density={pattern: ...})`
+    nonzeros: int = 0  # active weights to keep
+    prune_threshold: float = 0.001  # of prune_mode="threshold" and "adaptive_threshold"
 
 
 @dataclass(eq=False)
@@ -38,6 +48,7 @@ class SparseLayer:
     prune_rate: float = 0.0  # fraction of active weights to prune
     memory: dict[str, Tensor] = field(default_factory=dict)  # what functions keep from update to update, by name
     orientation: Orientation = PLAIN  # which dimensions of the weight are outputs
+    budget: Budget = field(default_factory=Budget)
 
     @property
     def pattern(self) -> Pattern:
@@ -105,44 +116,15 @@ class SparseLayer:
         self.memory = {key: placed_like(self.mask, value) for key, value in state.get("memory", {}).items()}
 
 
+def layers_of(budget: Budget, layers: Sequence[SparseLayer]) -> list[SparseLayer]:
+    """Return those of the layers whose weights this budget counts."""
+    return [layer for layer in layers if layer.budget is budget]
+
+
 def count(layers: Sequence[SparseLayer]) -> None:
     """Count the active weights of every layer."""
     for layer, number in zip(layers, fetch([count_active(layer.mask) for layer in layers]), strict=True):
         layer.nonzeros = int(number)
-
-
-def check_loadable(layers: Sequence[SparseLayer], saved: Any) -> None:
-    """Check that a saved state is of these layers: names, shapes, patterns, and all else that `state_dict` returns.
-
-    Raises:
-        RuntimeError: if it is not; the message names the differences.
-    """
-    if not isinstance(saved, dict) or not all(isinstance(name, str) for name in saved):
-        loading.refuse("'layers'", "a dict of layers by name", loading.describe(saved))
-    here = {layer.name: tuple(layer.mask.shape) for layer in layers}
-    there = {name: shape_of(name, entry) for name, entry in saved.items()}
-    if differing := [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]:
-        lines = (
-            f"{name}: {there.get(name, 'absent')} in the state, {here.get(name, 'absent')} here" for name in differing
-        )
-        raise RuntimeError(
-            f"The masks are of another model. {'; '.join(lines)}. Call add_module with the model that was saved."
-        )
-    for layer in layers:
-        entry = saved[layer.name]
-        loading.check_layer(layer.name, entry, layer.mask, layer.mask[0].numel() if layer.mask.dim() else 1)
-        if layer.pattern != UNSTRUCTURED and not with_most(layer.pattern, entry.get("most")).holds(entry["mask"]):
-            raise RuntimeError(
-                f"The mask of {layer.name} in the state is not of the pattern {layer.pattern.name!r}. Call "
-                "add_module with the pattern and the density that were saved."
-            )
-
-
-def shape_of(name: str, saved: Any) -> tuple[int, ...]:
-    """Return the shape of a layer's mask in a saved state."""
-    saved = loading.check_entries(f"layers[{name!r}]", saved, loading.REQUIRED, loading.OPTIONAL)
-    loading.check_tensor(f"layers[{name!r}]['mask']", saved["mask"])
-    return tuple(saved["mask"].shape)
 
 
 class ByName(Generic[T]):
@@ -184,7 +166,49 @@ class Layers:
         self.modules: list[nn.Module] = []
         self.layers: list[SparseLayer] = []
         self.kept_dense: dict[str, tuple[Tensor, str]] = {}  # name -> parameter without a mask, and why it has none
-        self.baseline_nonzero = 0  # active weights that the network keeps
+        self.network = Budget()  # of all layers whose density is a number
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """Those of the layers: one for all that have a number as density, one for each pattern of the others."""
+        return list(dict.fromkeys(layer.budget for layer in self.layers)) or [self.network]
+
+    @property
+    def baseline_nonzero(self) -> int:
+        """Active weights that the network keeps."""
+        return sum(budget.nonzeros for budget in self.budgets)
+
+    @baseline_nonzero.setter
+    def baseline_nonzero(self, number: int) -> None:
+        if len(self.budgets) > 1:
+            raise AttributeError(f"There are {len(self.budgets)} budgets. Set masking.budgets[i].nonzeros of one.")
+        self.budgets[0].nonzeros = number
+
+    @property
+    def prune_threshold(self) -> float:
+        """The magnitude below which 'threshold' prunes; budgets move theirs apart, and one given here is for all."""
+        return self.budgets[0].prune_threshold
+
+    @prune_threshold.setter
+    def prune_threshold(self, magnitude: float) -> None:
+        for budget in self.budgets:
+            budget.prune_threshold = magnitude
+
+    @contextmanager
+    def only(self, budget: Budget) -> Iterator[None]:
+        """Hold the layers of one budget alone for a while, so that an update moves them as a network of their own."""
+        layers = self.layers
+        self.layers = layers_of(budget, layers)
+        try:
+            yield
+        finally:
+            self.layers = layers
+
+    def _keep_counts(self):
+        """Let each budget keep as many weights as are active now."""
+        for budget in self.budgets:
+            layers = layers_of(budget, self.layers)
+            budget.nonzeros = sum(layer.nonzeros + layer.left_over for layer in layers)
 
     @property
     def density(self) -> float:
@@ -227,9 +251,10 @@ class Layers:
 
     def _remove(self, removed):
         self.layers = [layer for layer in self.layers if layer not in removed]
-        kept = self.baseline_nonzero - sum(layer.nonzeros + layer.left_over for layer in removed)
-        # The masks may hold more or fewer than the network is to keep, by what a user's function grew or pruned.
-        self.baseline_nonzero = min(max(kept, 0), sum(layer.mask.numel() for layer in self.layers))
+        for budget in {layer.budget for layer in removed}:
+            kept = budget.nonzeros - sum(layer.nonzeros + layer.left_over for layer in layers_of(budget, removed))
+            # The masks may hold more or fewer than are to be kept, by what a user's function grew or pruned.
+            budget.nonzeros = min(max(kept, 0), sum(layer.mask.numel() for layer in layers_of(budget, self.layers)))
         for layer in removed:
             self.kept_dense[layer.name] = (layer.weight, "its mask was removed")
             logger.info("%s stays dense: %d weights.", layer.name, layer.mask.numel())
@@ -260,7 +285,8 @@ class Layers:
     def state_dict(self) -> dict[str, Any]:
         """Return masks and counts; plain numbers and tensors."""
         layers = {layer.name: layer.state_dict() for layer in self.layers}
-        return {"baseline_nonzero": self.baseline_nonzero, "layers": layers}
+        state = {"baseline_nonzero": self.baseline_nonzero, "layers": layers}
+        return state | ({"budgets": [asdict(budget) for budget in self.budgets]} if len(self.budgets) > 1 else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` returned.
@@ -272,11 +298,22 @@ class Layers:
         self._check_state(state)
         for layer in self.layers:
             layer.load_state_dict(state["layers"][layer.name])
-        self.baseline_nonzero = state["baseline_nonzero"]
         count(self.layers)
+        self._load_budgets(state)
         distributed.check_agreement(self.masks.values())
 
+    def _load_budgets(self, state):
+        self.prune_threshold = state["prune_threshold"]
+        if len(self.budgets) == 1:
+            self.baseline_nonzero = state["baseline_nonzero"]
+            return
+        saved = state.get("budgets", [{}] * len(self.budgets))
+        for budget, entry in zip(self.budgets, saved, strict=True):
+            layers = layers_of(budget, self.layers)  # a file without budgets has their masks alone
+            budget.nonzeros = entry.get("nonzeros", sum(layer.nonzeros + layer.left_over for layer in layers))
+            budget.prune_threshold = entry.get("prune_threshold", budget.prune_threshold)
+
     def _check_state(self, state):
-        loading.check_entries("'mask'", state, [*loading.OF_ALL, *loading.OF_MASKING], ["sparse_training"])
-        check_loadable(self.layers, state["layers"])
+        loading.check_entries("'mask'", state, [*loading.OF_ALL, *loading.OF_MASKING], ["sparse_training", "budgets"])
+        loading.check_layers(self.layers, state["layers"])
         loading.check_masking(self, state)

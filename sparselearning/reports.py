@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from sparselearning.layers import layers_of
 from sparselearning.processes.sharded import is_sharded
 from sparselearning.start.maskable import judge, usual_exceptions
 from sparselearning.start.names import named
@@ -29,12 +30,14 @@ def in_one_line(masking: Any) -> str:
 
 
 def summary(masking: Any) -> str:
-    """Return a table of the masked layers, then of the parameters that stay dense, with the reason.
+    """Return a table of the masked layers, their sums, and the parameters that stay dense, with the reason.
 
-    Importance is a layer's share in the last update; a note says how a weight is held, where not by zeros, and what is
-    suspicious: one or two outputs or inputs, outputs without inputs.
+    Where patterns of names have densities of their own, there is a sum for each. Importance is a layer's share in the
+    last update, of all layers or of those of its pattern; a note says how a weight is held, where not by zeros, and
+    what is suspicious: one or two outputs or inputs, outputs without inputs.
     """
-    names = [*masking.masks, *masking.kept_dense, "masked weights"]
+    budgets = {f"all of {budget.pattern!r}": budget for budget in masking.budgets if len(masking.budgets) > 1}
+    names = [*masking.masks, *masking.kept_dense, *budgets, "masked weights"]
     width = max(map(len, names))
     rows = [COLUMNS.format("layer", "shape", "active", "of", "density", "importance", "note", width=width)]
     for layer in masking.layers:
@@ -44,9 +47,11 @@ def summary(masking: Any) -> str:
         rows.append(
             COLUMNS.format(layer.name, *counts, f"{layer.importance:.4f}", ", ".join(notes), width=width).rstrip()
         )
-    size = masking.total_nonzero + masking.total_zero
-    total = ("", masking.total_nonzero, size, f"{masking.density:.4f}", "", "")
-    rows.append(COLUMNS.format("masked weights", *total, width=width).rstrip())
+    sums = {name: layers_of(budget, masking.layers) for name, budget in budgets.items()}
+    for name, layers in (sums | {"masked weights": masking.layers}).items():
+        active, size = sum(layer.nonzeros for layer in layers), sum(layer.mask.numel() for layer in layers)
+        total = ("", active, size, f"{active / max(size, 1):.4f}", "", "")
+        rows.append(COLUMNS.format(name, *total, width=width).rstrip())
     for name, (parameter, reason) in masking.kept_dense.items():
         dense = (_shape(parameter), parameter.numel(), parameter.numel(), "dense", "", reason)
         rows.append(COLUMNS.format(name, *dense, width=width))

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparselearning.layers import SparseLayer
+from sparselearning.layers import Budget, SparseLayer
 from sparselearning.patterns import pattern_of, patterns_for
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import is_sharded
 from sparselearning.start.maskable import UNKNOWN, judge, maskable_parameters, usual_exceptions
 from sparselearning.start.masks import Density, SparseInit, initial_masks, masks_of_nonzeros
-from sparselearning.start.names import named
+from sparselearning.start.names import by_density, named
 from sparselearning.start.scores import SCORES, Batches, scores_of
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def new_layers(
         taken.add(name)
         mask = torch.zeros_like(weight, dtype=torch.bool)
         layers[own_name] = SparseLayer(name, weight, master, mask, mask.clone())
-        layers[own_name].orientation = judged[own_name].orientation
+        layers[own_name].orientation, layers[own_name].budget = judged[own_name].orientation, masking.network
     if not layers:
         raise ValueError(
             f"{type(masking.optimizer).__name__} steps no weight of {type(module).__name__} that could be masked "
@@ -85,6 +85,19 @@ def _hint(kept):
     if not unknown:
         return ""
     return f" Dense stay {', '.join(unknown)}: {UNKNOWN}. To mask them, name them in sparse=[...]."
+
+
+def set_budgets(masking: Any, new: Mapping[str, SparseLayer], density: Density) -> None:
+    """Give the layers of each pattern of {pattern: density} a budget; where it is a number they keep the network's.
+
+    Raises:
+        ValueError: for densities that do not fit the names (see `names.by_density`).
+    """
+    threshold = masking.prune_threshold
+    for pattern, _, names in by_density(list(new), density) if isinstance(density, Mapping) else ():
+        budget = Budget(pattern, prune_threshold=threshold)
+        for name in names:
+            new[name].budget = budget
 
 
 def choose(

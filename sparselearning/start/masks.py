@@ -48,7 +48,7 @@ def initial_masks(
             "or masks."
         )
     masks = {}
-    for part, names in by_density(list(empty), density):
+    for _, part, names in by_density(list(empty), density):
         group = [empty[name] for name in names]
         size = sum(mask.numel() for mask in group)
         total = round(part * size)
@@ -89,7 +89,7 @@ def masks_of_nonzeros(
     nonzero = {name: weight.detach() != 0 for name, weight in weights.items()}
     found = dict(zip(nonzero, map(int, fetch([count_active(mask) for mask in nonzero.values()])), strict=True))
     masks = {}
-    for part, names in by_density(list(weights), density):
+    for _, part, names in by_density(list(weights), density):
         counts, patterns = [found[name] for name in names], [pattern_of(empty[name]) for name in names]
         size = sum(empty[name].numel() for name in names)
         room = [

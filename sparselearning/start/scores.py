@@ -144,7 +144,7 @@ def synflow(
         }
         if done == rounds:
             break
-        for part, names in groups:
+        for _, part, names in groups:
             among = [masks[name] for name in names]
             active = sum(int(mask.sum()) for mask in among)
             left = round(part ** (done / rounds) * sum(mask.numel() for mask in among))

@@ -143,7 +143,6 @@ NONZEROS = "--sparse-init resume takes the nonzeros of a checkpoint: "
         ("--start-epoch 3", "--start-epoch 3 is after the last of 2 epochs"),
         ("--start-fraction 0.9 --stop-fraction 0.1", "Expected 0 <= start_fraction <= stop_fraction <= 1"),
         ("--start-density 0.5", "A start_density needs a density_schedule"),
-        ("--density-schedule cubic --layer-density *=0.5", "own changes the density of the network"),
         ("--unknown", "unrecognized arguments: --unknown"),
     ],
 )
