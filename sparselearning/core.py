@@ -25,8 +25,9 @@ from sparselearning.processes import distributed
 from sparselearning.processes.sharded import reshard
 from sparselearning.schedules import CosineDecay, LinearDecay, Schedule, Updates
 from sparselearning.start.layers import Batches, Density, SparseInit, choose, new_layers, set_budgets
-from sparselearning.weights.optimizer import master_weights, torch_optimizer
+from sparselearning.weights.optimizer import master_weights
 from sparselearning.weights.regrowth import keep_norms
+from sparselearning.weights.together import optimizer_of
 from sparselearning.weights.zeros import Zeros
 
 __all__ = ["CosineDecay", "LinearDecay", "Masking", "add_sparse_args"]
@@ -47,7 +48,8 @@ class Masking(Layers):
                 masking.at_end_of_epoch()
 
     Args:
-        optimizer: any torch optimizer (or a wrapper that holds one as `.optimizer`).
+        optimizer: any torch optimizer (or a wrapper that holds one as `.optimizer`), or a list of those that step one
+            network, such as [muon, adamw]; the masks move when all have stepped.
         prune_rate_decay: function from the number of optimizer steps to the fraction of active weights that an update
             moves, in [0, 1]; None keeps `prune_rate`.
         prune_mode, growth_mode, redistribution_mode: a key of the tables in prune.py, grow.py and redistribute.py, or
@@ -84,15 +86,14 @@ class Masking(Layers):
         super().__init__()
         if updates is not None and prune_every_k_steps:
             raise ValueError("Say updates=Updates(every=k), or prune_every_k_steps=k without updates; not both.")
-        self.optimizer, self.stepper = torch_optimizer(optimizer), optimizer
+        self.optimizer, self.stepper = optimizer_of(optimizer)
         self.prune_rate_decay = schedules.decay_of(prune_rate_decay, prune_rate)
         self.updates = updates or Updates(every=prune_every_k_steps or 0)
         self.prune_mode, self.growth_mode, self.redistribution_mode = prune_mode, growth_mode, redistribution_mode
         self.prune = find_function("prune_mode", prune_mode)
         self.grow = find_function("growth_mode", growth_mode)
         self.measure = find_function("redistribution_mode", redistribution_mode)
-        self.verbose, self.steps = verbose, 0
-        self.tolerance = 0.02  # of prune_mode="threshold"
+        self.verbose, self.steps, self.tolerance = verbose, 0, 0.02  # the last of prune_mode="threshold"
         self._masters = master_weights(optimizer, required=fp16)
         self._gradients_read: list[tuple[Tensor, Tensor]] | None = None  # (weight, gradient) during an update
         self.held = hold(weights, self.optimizer, self.prune, self.grow, self.measure)
@@ -170,7 +171,7 @@ class Masking(Layers):
         layers = list(new.values())
         invariants.refuse_layers(self, module, layers)
         set_budgets(self, new, density)
-        functions.check_patterns_fit(self, [*self.layers, *layers])
+        functions.check_fit(self, [*self.layers, *layers])
         choose(new, module, density, sparse_init, batches)
         self.modules.append(module)
         self.layers += layers
@@ -215,8 +216,10 @@ class Masking(Layers):
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and found_inf.item():
             return
-        self.steps += 1
         self.apply_mask()
+        if getattr(self.optimizer, "behind", None):  # one of several optimizers has stepped, and others have not
+            return
+        self.steps += 1
         self.held.stepped(self.updates.ahead(self.steps))
         if self.updates.after_step(self.steps):
             self._update()

@@ -151,22 +151,48 @@ def check_readable(functions: Sequence[Callable], optimizer: torch.optim.Optimiz
         RuntimeError: if the optimizer keeps no momentum, or no second moment, and a function reads it.
         FunctionError: if a function reads the values of inactive weights and they are not kept.
     """
-    if any(surely_reads(function, "momentum") for function in functions):
-        keeps_momentum(optimizer, required=True)
-    if any(surely_reads(function, "second_moment") for function in functions):
-        keeps_second_moment(optimizer, required=True)
+    for each in getattr(optimizer, "members", [optimizer]):
+        if any(surely_reads(function, "momentum") for function in functions):
+            keeps_momentum(each, required=True)
+        if any(surely_reads(function, "second_moment") for function in functions):
+            keeps_second_moment(each, required=True)
     if not keeps_inactive and any(surely_reads(function, "inactive") for function in functions):
         raise FunctionError(
             "A 'dense_magnitude' mode compares the values of inactive weights: Masking(..., weights='kept'), or 'soft'."
         )
 
 
-def check_patterns_fit(masking: Any, layers: Sequence[Any]) -> None:
-    """Check that the functions and the density schedule can keep the patterns of these layers.
+def check_fit(masking: Any, layers: Sequence[Any]) -> None:
+    """Check that the functions and the density schedule can keep the patterns of these layers, and compare them.
 
     Raises:
         ValueError: if they cannot.
     """
+    _check_patterns_fit(masking, layers)
+    _check_comparable(masking, layers)
+
+
+def _check_comparable(masking, layers):
+    """Check that functions which compare momenta of layers compare those of one kind of optimizer."""
+    compared = [] if is_marked(masking.measure, "gives_back") else [masking.measure]
+    compared += [function for function in (masking.prune, masking.grow) if is_marked(function, "network_wide")]
+    if not any(surely_reads(function, "momentum") for function in compared):
+        return
+    members = getattr(masking.optimizer, "members", [masking.optimizer])
+    kinds = {id(w): type(member).__name__ for member in members for g in member.param_groups for w in g["params"]}
+    for budget in {layer.budget: None for layer in layers}:
+        found = sorted({kinds[id(layer.master)] for layer in layers_of(budget, layers)})
+        if len(found) > 1:
+            raise ValueError(
+                f"The momenta of {' and '.join(found)} have different units, and "
+                f"redistribution_mode={masking.redistribution_mode!r} or growth_mode={masking.growth_mode!r} compares "
+                "them. Give the weights of each optimizer a density of their own, density={pattern: ...}, or use "
+                "redistribution_mode='magnitude', 'nonzeros' or 'none', and growth layer by layer."
+            )
+
+
+def _check_patterns_fit(masking, layers):
+    """Check that the functions and the density schedule can keep the patterns of these layers."""
     patterned = [layer for layer in layers if layer.pattern != UNSTRUCTURED]
     if not patterned:
         return

@@ -222,7 +222,8 @@ def hold(
     the last step if one may read the gradient, and none otherwise.
 
     Raises:
-        ValueError: for an unknown name, or an object that holds the weights of another Masking.
+        ValueError: for an unknown name, an object that holds the weights of another Masking, or several optimizers
+            whose weights cannot be held so.
         TypeError: for anything else.
         RuntimeError, FunctionError: if a function reads what is not there; see `functions.check_readable`.
     """
@@ -239,6 +240,11 @@ def hold(
         )
     if hasattr(held, "optimizer"):
         raise ValueError(f"This {type(held).__name__} holds the weights of another Masking. Make one for each.")
+    if hasattr(optimizer, "members") and (held.kind != "zero" or held.acts_before_steps):
+        raise ValueError(
+            f"weights={held.kind!r}{' with a pull' * (held.kind == 'zero')} needs one optimizer, got several. Make a "
+            "Masking for each of them."
+        )
     functions = (prune, grow, measure)
     check_readable(functions, optimizer, held.keeps_inactive)
     held.optimizer = optimizer
