@@ -113,7 +113,7 @@ def choose(
         sparse_init = masks_of_nonzeros(weights, empty, density)
     elif isinstance(sparse_init, str) and sparse_init in SCORES:
         others = [name for name, _ in maskable_parameters(module) if name not in new]
-        sparse_init = scores_of(sparse_init, module, batches, density, others)
+        sparse_init = scores_of(sparse_init, module, batches, density, others, sparse=list(new))
     if isinstance(sparse_init, Mapping) and distributed.in_process_group():
         sparse_init = {name: _from_first_process(tensor) for name, tensor in sparse_init.items()}
     empty = {name: layer.mask for name, layer in new.items()}

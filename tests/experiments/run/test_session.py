@@ -66,7 +66,9 @@ def test_a_wrong_value_of_a_flag_gets_the_same_line(answer, flag):
             assert status == 2
             assert re.fullmatch(r"main\.py: error: .+\n", line)
             refused += 1
-    assert refused or flag in ("--run-dir", "--dense-layers"), "any folder and any pattern of names may be meant"
+    assert refused or flag in ("--run-dir", "--dense-layers", "--sparse-layers"), (
+        "any folder and any pattern of names may be meant"
+    )
 
 
 @pytest.fixture
