@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 
 from sparselearning.layers import SparseLayer, layers_of
 from sparselearning.selection import apportion, count_of
+from sparselearning.slices import number_of_slices
 from sparselearning.start.distributions import at_least_one_each, none_empty
 
 Layers = Sequence[SparseLayer]
@@ -69,7 +70,8 @@ def change_to(density: float, layers: Layers) -> list[int]:
     units = round(density * sum(layer.mask.numel() for layer in layers) / unit)
     active = [layer.nonzeros // unit for layer in layers]
     room = [layer.room // unit for layer in layers]
-    units = at_least_one_each(units, [layer.mask.numel() // unit if layer.nonzeros else 0 for layer in layers])
+    sizes = [layer.mask.numel() // unit if layer.nonzeros else 0 for layer in layers]
+    units = at_least_one_each(units, sizes, [number_of_slices(layer.mask.shape, layer.norm_dim) for layer in layers])
     rise = units - sum(active)
     if rise > sum(room):
         raise ValueError(f"The density schedule asks for a density of {density}, more than the pattern can hold.")

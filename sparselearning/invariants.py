@@ -15,6 +15,8 @@ from sparselearning.patterns import with_pattern, without_pattern
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import count_active, fetch, is_sharded
 from sparselearning.selection import drop_lowest, drop_lowest_jointly
+from sparselearning.slices import are_empty, largest_of_each
+from sparselearning.start.parametrized import REFUSED, stored_weights
 
 MASKINGS: weakref.WeakSet[Any] = weakref.WeakSet()  # all there are, so that no two mask one weight
 
@@ -63,6 +65,7 @@ def refuse_layers(masking: Any, module: nn.Module, new: Sequence[SparseLayer]) -
         ValueError: if they cannot be held so.
     """
     masking.held.check(module, new)
+    _refuse_slices(masking, [layer for layer in new if layer.norm_dim is not None])
     weights = {id(layer.weight) for layer in new}
 
     def masked_elsewhere():
@@ -75,6 +78,16 @@ def refuse_layers(masking: Any, module: nn.Module, new: Sequence[SparseLayer]) -
         raise RuntimeError(
             f"Another Masking masks {', '.join(names)}; two would undo each other's masks. Use that one, or call "
             "its remove_weight_partial_name('') first."
+        )
+
+
+def _refuse_slices(masking, layers):
+    """Check that slices which weight_norm divides by their norms can be kept from being empty."""
+    shrunk = masking.held.kind == "soft"
+    if unfit := [x.name for x in layers if shrunk or is_sharded(x.mask) or x.pattern.name != "unstructured"]:
+        raise ValueError(
+            f"weight_norm divides by the norms of slices of {', '.join(unfit)}, which would become empty with "
+            "weights='soft', a pattern, or sharded weights. Leave these out, or name the layers in dense=[...]."
         )
 
 
@@ -132,19 +145,37 @@ def keep_last_weights(masking: Any, before: Sequence[Tensor]) -> None:
 
 def _refill(masking, before):
     layers = masking.layers
-    if all(layer.nonzeros for layer in layers) or len({layer.pattern.step(layer.mask.shape) for layer in layers}) > 1:
+    if all(layer.nonzeros and layer.norm_dim is None for layer in layers):
         return
-    emptied = [i for i, layer in enumerate(layers) if not layer.nonzeros and _count(before[i])]
-    for i in emptied:
-        layers[i].mask.copy_(_largest_unit(layers[i], before[i]))
-    added = len(emptied) * layers[0].pattern.size
-    _drop_smallest(layers, added - min(added, max(masking.baseline_nonzero - masking.total_nonzero, 0)))
+    alike = len({layer.pattern.step(layer.mask.shape) for layer in layers}) == 1
+    for group in [layers] if alike else [[layer] for layer in layers if layer.norm_dim is not None]:
+        added = 0
+        for layer in group:
+            last = _given_back(layer, before[layers.index(layer)])
+            added += _count(last & ~layer.mask)
+            layer.mask.logical_or_(without_pattern(last))
+        _drop_smallest(group, added - min(added, max(masking.baseline_nonzero - masking.total_nonzero, 0)))
     masking._agree_and_count()
 
 
+def _given_back(layer, before):
+    """Return the mask of what a layer, or each slice of it that weight_norm divides by its norm, may not lose."""
+    if layer.norm_dim is None:
+        return torch.zeros_like(layer.mask) if layer.nonzeros or not _count(before) else _largest_unit(layer, before)
+    empty = are_empty(layer.mask & (_magnitude(layer) > 0), layer.norm_dim)  # a weight that has just grown is zero
+    return largest_of_each(_magnitude(layer), before & empty, layer.norm_dim)
+
+
 def _drop_smallest(layers, number):
-    """Drop the smallest weights of all layers, but leave each its largest."""
-    lasting = [_largest_unit(layer, layer.mask) for layer in layers]
+    """Drop the smallest weights of all layers, but leave each its largest, or that of each slice."""
+    if not number:
+        return
+    lasting = [
+        _largest_unit(layer, layer.mask)
+        if layer.norm_dim is None
+        else largest_of_each(_magnitude(layer), layer.mask, layer.norm_dim)
+        for layer in layers
+    ]
     others = [
         with_pattern(without_pattern(layer.mask) & ~last, layer.pattern)
         for layer, last in zip(layers, lasting, strict=True)
@@ -228,7 +259,14 @@ def _strangers(masking):
     stepped = {id(parameter) for group in masking.optimizer.param_groups for parameter in group["params"]}
     stepped |= masking.held.stepped_weights()
     replaced = "the module holds another parameter now, which is not masked. Replace parameters before add_module, or "
+    masked = {id(layer.weight): layer.name for layer in masking.layers}
+    late = (each for module in masking.modules for each in stored_weights(module) if id(each.parameter) in masked)
     problems = [
+        f"{masked[id(each.parameter)]}: {each.reason.removeprefix(REFUSED)}."
+        for each in late
+        if each.reason.startswith(REFUSED)
+    ]
+    problems += [
         f"{layer.name}: {replaced}make a new Masking." for layer in masking.layers if id(layer.weight) not in owned
     ]
     return problems + [
@@ -246,3 +284,5 @@ def _problems(layer):
         )
     elif (layer.weight.masked_fill(layer.mask, 0) != 0).any():
         yield f"{layer.name}: inactive weights are not zero. Call apply_mask() after writing weights."
+    elif layer.norm_dim is not None and are_empty(layer.mask & (layer.weight != 0), layer.norm_dim).any():
+        yield f"{layer.name}: a slice has no weight but zeros, and weight_norm divides by its norm."

@@ -48,6 +48,7 @@ class SparseLayer:
     prune_rate: float = 0.0  # fraction of active weights to prune
     memory: dict[str, Tensor] = field(default_factory=dict)  # what functions keep from update to update, by name
     orientation: Orientation = PLAIN  # which dimensions of the weight are outputs
+    norm_dim: int | None = None  # each slice along it keeps a weight, for weight_norm; -1: the whole weight is one
     budget: Budget = field(default_factory=Budget)
 
     @property

@@ -82,7 +82,7 @@ def describe(
     width = max((len(found.name) for found in judged), default=0)
     rows = [PARAMETERS.format("parameter", "shape", "number", "", "why, or what to look at", width=width)]
     masked = 0
-    for name, parameter, reason, orientation in judged:
+    for name, parameter, reason, orientation, _ in judged:
         if not reason:
             reason = "named to stay dense" if name in chosen else ""
         if not reason and optimizer is not None and id(parameter) not in stepped:

@@ -14,6 +14,7 @@ from sparselearning.processes.sharded import is_sharded
 from sparselearning.start.maskable import UNKNOWN, judge, maskable_parameters, usual_exceptions
 from sparselearning.start.masks import Density, SparseInit, initial_masks, masks_of_nonzeros
 from sparselearning.start.names import by_density, named
+from sparselearning.start.parametrized import REFUSED
 from sparselearning.start.scores import SCORES, Batches, scores_of
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,11 @@ def new_layers(
     judged = {found.name: found for found in judge(module, sparse_embeddings, sparse)}
     kept = {name: (found.parameter, found.reason) for name, found in judged.items() if found.reason}
     weights = {name: found.parameter for name, found in judged.items() if not found.reason}
+    refused = {name: found for name, found in judged.items() if found.reason.startswith(REFUSED)}
     parts = [part for part in skip if part not in weights]
-    named_dense = {*skip, *named(list(weights), dense, usual_exceptions(module))}
+    could_be = [name for name in judged if name in weights or name in refused]
+    named_dense = {*skip, *named(could_be, dense, usual_exceptions(module))}
+    _refuse([found for name, found in refused.items() if not _stays_dense(name, named_dense, parts)])
     for own_name, weight in weights.items():
         name, master = own_name, masking.master_of(weight)
         if id(weight) in known:
@@ -52,7 +56,7 @@ def new_layers(
         if id(master) not in stepped:
             kept[own_name] = (weight, "the optimizer does not step it")
             continue
-        if own_name in named_dense or any(part in own_name for part in parts):
+        if _stays_dense(own_name, named_dense, parts):
             kept[own_name] = (weight, "named to stay dense")
             continue
         while name in taken:  # a second module may use the names of the first
@@ -60,7 +64,11 @@ def new_layers(
         taken.add(name)
         mask = torch.zeros_like(weight, dtype=torch.bool)
         layers[own_name] = SparseLayer(name, weight, master, mask, mask.clone())
-        layers[own_name].orientation, layers[own_name].budget = judged[own_name].orientation, masking.network
+        layers[own_name].orientation, layers[own_name].norm_dim = (
+            judged[own_name].orientation,
+            judged[own_name].norm_dim,
+        )
+        layers[own_name].budget = masking.network
     if not layers:
         raise ValueError(
             f"{type(masking.optimizer).__name__} steps no weight of {type(module).__name__} that could be masked "
@@ -73,6 +81,16 @@ def new_layers(
     if hint := _hint(kept):
         logger.warning("%s", hint.strip())
     return layers, kept
+
+
+def _stays_dense(name, named_dense, parts):
+    return name in named_dense or any(part in name for part in parts)
+
+
+def _refuse(found):
+    if found:
+        reasons = "; ".join(f"{each.name}, {each.reason.removeprefix(REFUSED)}" for each in found)
+        raise ValueError(f"These weights cannot be masked: {reasons}. Or name what is to stay dense in dense=[...].")
 
 
 def _orientations(layers):
@@ -117,7 +135,8 @@ def choose(
     if isinstance(sparse_init, Mapping) and distributed.in_process_group():
         sparse_init = {name: _from_first_process(tensor) for name, tensor in sparse_init.items()}
     empty = {name: layer.mask for name, layer in new.items()}
-    masks = initial_masks(empty, density, sparse_init, _orientations(new))
+    norm_dims = {name: layer.norm_dim for name, layer in new.items() if layer.norm_dim is not None}
+    masks = initial_masks(empty, density, sparse_init, _orientations(new), norm_dims)
     for name, layer in new.items():
         layer.mask.copy_(masks[name])
         layer.pattern = pattern_of(masks[name])

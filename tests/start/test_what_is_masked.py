@@ -58,7 +58,7 @@ BUILDERS = {"timm": build_timm, "transformers": build_transformers}
 def masked_in(model):
     """Return the pattern of names of masked parameters -> how the weight is read, in words, or an empty string."""
     found = {}
-    for name, _, reason, way in judge(model):
+    for name, _, reason, way, _ in judge(model):
         if not reason:
             words = ["experts"] * way.stacked + ["inputs first"] * way.inputs_first
             found[re.sub(r"\d+", "#", name)] = "" if way == PLAIN else ", ".join(words)
@@ -74,7 +74,7 @@ def test_weights_of_layers_are_masked_and_nothing_else(library, name):
     assert masked_in(model) == golden(library)[name]
     layers = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
     owners = {id(p): part for part in model.modules() for p in part.parameters(recurse=False)}
-    for _, parameter, reason, _ in judge(model):
+    for _, parameter, reason, _, _ in judge(model):
         owner = owners[id(parameter)]
         known = isinstance(owner, layers) or type(owner).__name__ == "Conv1D" or "Expert" in type(owner).__name__
         assert reason or (known and parameter.dim() > 1)
