@@ -21,6 +21,7 @@ from torch import nn
 from sparselearning import Masking
 from sparselearning.orientation import PLAIN
 from sparselearning.start.maskable import judge
+from sparselearning.start.parametrized import stored_weights
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 GOLDEN = Path(__file__).parent / "golden"
@@ -74,6 +75,7 @@ def test_weights_of_layers_are_masked_and_nothing_else(library, name):
     assert masked_in(model) == golden(library)[name]
     layers = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
     owners = {id(p): part for part in model.modules() for p in part.parameters(recurse=False)}
+    owners |= {id(each.parameter): each.module for each in stored_weights(model)}
     for _, parameter, reason, _, _ in judge(model):
         owner = owners[id(parameter)]
         known = isinstance(owner, layers) or type(owner).__name__ == "Conv1D" or "Expert" in type(owner).__name__
