@@ -32,6 +32,7 @@ from sparselearning.patterns import UNSTRUCTURED
 from sparselearning.processes.sharded import fetch, is_sharded
 from sparselearning.selection import drop_lowest_jointly
 from sparselearning.weights.optimizer import keeps_momentum, keeps_second_moment
+from sparselearning.weights.together import members_of
 
 SIGNATURES = {
     "prune_mode": ("masking", "mask", "weight", "name"),
@@ -151,7 +152,7 @@ def check_readable(functions: Sequence[Callable], optimizer: torch.optim.Optimiz
         RuntimeError: if the optimizer keeps no momentum, or no second moment, and a function reads it.
         FunctionError: if a function reads the values of inactive weights and they are not kept.
     """
-    for each in getattr(optimizer, "members", [optimizer]):
+    for each in members_of(optimizer):
         if any(surely_reads(function, "momentum") for function in functions):
             keeps_momentum(each, required=True)
         if any(surely_reads(function, "second_moment") for function in functions):
@@ -178,7 +179,7 @@ def _check_comparable(masking, layers):
     compared += [function for function in (masking.prune, masking.grow) if is_marked(function, "network_wide")]
     if not any(surely_reads(function, "momentum") for function in compared):
         return
-    members = getattr(masking.optimizer, "members", [masking.optimizer])
+    members = members_of(masking.optimizer)
     kinds = {id(w): type(member).__name__ for member in members for g in member.param_groups for w in g["params"]}
     for budget in {layer.budget: None for layer in layers}:
         found = sorted({kinds[id(layer.master)] for layer in layers_of(budget, layers)})

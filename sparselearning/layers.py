@@ -167,12 +167,12 @@ class Layers:
         self.modules: list[nn.Module] = []
         self.layers: list[SparseLayer] = []
         self.kept_dense: dict[str, tuple[Tensor, str]] = {}  # name -> parameter without a mask, and why it has none
-        self.network = Budget()  # of all layers whose density is a number
+        self.common = Budget()  # of all layers whose density is a number
 
     @property
     def budgets(self) -> list[Budget]:
         """Those of the layers: one for all that have a number as density, one for each pattern of the others."""
-        return list(dict.fromkeys(layer.budget for layer in self.layers)) or [self.network]
+        return list(dict.fromkeys(layer.budget for layer in self.layers)) or [self.common]
 
     @property
     def baseline_nonzero(self) -> int:

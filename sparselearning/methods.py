@@ -34,6 +34,7 @@ from sparselearning.schedules import (
 from sparselearning.sparse.training import WINDOW, SparseTraining
 from sparselearning.start.masks import Density, SparseInit
 from sparselearning.weights.dense_copy import DenseCopy
+from sparselearning.weights.together import members_of
 from sparselearning.weights.zeros import Zeros
 
 FUNCTIONS: Mapping[str, Mapping[str, Callable]] = {
@@ -240,7 +241,7 @@ def hold(
         )
     if hasattr(held, "optimizer"):
         raise ValueError(f"This {type(held).__name__} holds the weights of another Masking. Make one for each.")
-    if hasattr(optimizer, "members") and (held.kind != "zero" or held.acts_before_steps):
+    if len(members_of(optimizer)) > 1 and (held.kind != "zero" or held.acts_before_steps):
         raise ValueError(
             f"weights={held.kind!r}{' with a pull' * (held.kind == 'zero')} needs one optimizer, got several. Make a "
             "Masking for each of them."

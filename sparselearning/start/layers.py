@@ -68,7 +68,7 @@ def new_layers(
             judged[own_name].orientation,
             judged[own_name].norm_dim,
         )
-        layers[own_name].budget = masking.network
+        layers[own_name].budget = masking.common
     if not layers:
         raise ValueError(
             f"{type(masking.optimizer).__name__} steps no weight of {type(module).__name__} that could be masked "

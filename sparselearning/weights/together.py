@@ -13,6 +13,11 @@ from torch import Tensor
 from sparselearning.weights.optimizer import torch_optimizer
 
 
+def members_of(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """Return the optimizers that an optimizer consists of: several, or itself."""
+    return optimizer.members if isinstance(optimizer, Together) else [optimizer]
+
+
 def optimizer_of(given: Any) -> tuple[torch.optim.Optimizer, Any]:
     """Return the torch optimizer of what Masking was given, and what steps it: wrappers, or several together."""
     stepper = Together(given) if isinstance(given, list | tuple) else given

@@ -106,3 +106,16 @@ def test_what_several_optimizers_cannot_do_is_refused():
         masking.step(lambda: 0.0)
     with pytest.raises(RuntimeError, match="state_dict of each"):
         masking.optimizer.state_dict()
+
+
+def test_a_gradient_scaler_steps_both():
+    model = mlp(20, 30, 20, 10)
+    _, masking = masked(model)
+    scaler = torch.amp.GradScaler("cpu")
+    for _ in range(2):
+        masking.zero_grad()
+        scaler.scale(model(torch.randn(4, 20)).square().mean()).backward()
+        scaler.step(masking)
+        scaler.update()
+    assert masking.steps == 2
+    assert_masks_hold(masking)
