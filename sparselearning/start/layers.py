@@ -63,12 +63,9 @@ def new_layers(
             name = f"{len(masking.modules)}.{name}"
         taken.add(name)
         mask = torch.zeros_like(weight, dtype=torch.bool)
-        layers[own_name] = SparseLayer(name, weight, master, mask, mask.clone())
-        layers[own_name].orientation, layers[own_name].norm_dim = (
-            judged[own_name].orientation,
-            judged[own_name].norm_dim,
-        )
-        layers[own_name].budget = masking.common
+        found = judged[own_name]
+        layers[own_name] = SparseLayer(name, weight, master, mask, mask.clone(), orientation=found.orientation)
+        layers[own_name].norm_dim, layers[own_name].budget = found.norm_dim, masking.common
     if not layers:
         raise ValueError(
             f"{type(masking.optimizer).__name__} steps no weight of {type(module).__name__} that could be masked "

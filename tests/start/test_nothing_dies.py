@@ -27,12 +27,12 @@ ALWAYS = {"test_resnet", "test_vit", "mobilenetv3_small_050", "gpt2", "t5", "mix
 ANY_SIZE = """cpubone_nano cs3darknet_focus_s csatv2 cspnext_tiny densenet121 dla46_c dpn48b edgenext_xx_small
 efficientvim_m1 efficientvit_b0 ese_vovnet19b_slim_dw fasternet_t0 fastvit_t8 ghostnet_050
 hardcorenas_b hgnetv2_b0 iformer_t inception_next_atto lcnetv2_small legacy_seresnet18
-mobilenetv3_small_050 poolformer_s12 pvt_v2_b0 regnetx_002 repghostnet_050 resnest14d resnetv2_18
-rexnet_100 shvit_s1 skresnet18 starnet_s050 test_convnext test_convnext2 test_convnext3
+mobilenetv3_small_050 pvt_v2_b0 regnetx_002 repghostnet_050 resnest14d resnetv2_18
+rexnet_100 skresnet18 starnet_s050 test_convnext test_convnext2 test_convnext3
 test_efficientnet test_efficientnet_evos test_efficientnet_gn test_efficientnet_ln test_mambaout
 test_nfnet test_resnet tiny_vit_5m_224 tinynet_e""".split()  # noqa: SIM905
 ONE_SIZE = """cait_xxs24_224 convit_tiny deit_tiny_patch16_224 efficientformerv2_s0 efficientvit_m0
-eva02_tiny_patch14_224 gcvit_xxtiny gmlp_ti16_224 levit_128 mobileone_s1 mobilevit_xxs pit_ti_224
+eva02_tiny_patch14_224 gcvit_xxtiny gmlp_ti16_224 levit_128 mobilevit_xxs pit_ti_224
 repvit_m1 swiftformer_xs test_byobnet test_coatnet test_maxvit test_vit test_vit2 test_vit3
 test_vit4 test_vit_relpos visformer_tiny xcit_nano_12_p8_224""".split()  # noqa: SIM905
 
