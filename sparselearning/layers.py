@@ -15,6 +15,7 @@ from sparselearning.patterns import Pattern, pattern_of, with_most, with_pattern
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import count_active, fetch, placed_like
 from sparselearning.start.maskable import canonical_name
+from sparselearning.start.names import plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -233,12 +234,11 @@ class Layers:
         Raises:
             KeyError: if no masked weight has this name.
         """
-        names = {name, f"{name}.weight"}
-        if names.isdisjoint(self.masks):  # a name under a wrapper
-            names = {canonical_name(name), f"{canonical_name(name)}.weight"}
-        if names.isdisjoint(self.masks):
-            raise KeyError(f"No masked weight is called {name!r}. There are {', '.join(self.masks)}.")
-        self._remove([layer for layer in self.layers if layer.name in names])
+        for text in (name, canonical_name(name)):  # the second of a name under a wrapper
+            names = {text, f"{text}.weight"}
+            if found := [x for x in self.layers if x.name in names or plain_name(x.name) in names]:
+                return self._remove(found)
+        raise KeyError(f"No masked weight is called {name!r}. There are {', '.join(self.masks)}.")
 
     def remove_weight_partial_name(self, partial_name: str) -> None:
         """Train the weights whose name contains `partial_name` densely from now on."""

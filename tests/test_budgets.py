@@ -15,6 +15,7 @@ from sparselearning.methods import METHODS
 from sparselearning.prune import PRUNE_FUNCTIONS
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
 from sparselearning.schedules import CubicDensity, StepDensity
+from sparselearning.sparse import available
 
 DENSITIES = {"fc1": 0.9, "fc[23]": 0.2, "*": 0.3}
 COUNTS = [270, 75, 15]  # of 300, 375 and 50 weights
@@ -285,3 +286,27 @@ def test_blocks_of_different_sizes_move_within_their_patterns():
         assert counts(masking) == [192, 288]
     with pytest.raises(ValueError, match="units of pattern 'neuron' have 16, 24 weights in different layers"):
         masked(mlp(16, 24, 24, 24), density=0.5, pattern="neuron")
+
+
+def test_a_copy_has_budgets_of_its_own():
+    model = network()
+    masking = masked(model, density=DENSITIES)
+    train(model, masking, 1)
+    other, again = copy.deepcopy((model, masking))
+    again.remove_weight("fc1")
+    assert [budget.nonzeros for budget in masking.budgets] == COUNTS
+    for network_, one in ((model, masking), (other, again)):
+        train(network_, one)
+        one.at_end_of_epoch()
+        one.check()
+
+
+@pytest.mark.skipif(not available(), reason="built without sparse kernels")
+@pytest.mark.parametrize("growth", ["momentum", "gradient", "random"])
+def test_sparse_kernels_keep_every_budget(growth):
+    model = network()
+    masking = masked(model, density={"fc1": 0.5, "*": 0.2}, weights="sparse", growth_mode=growth)
+    for _ in range(2):
+        train(model, masking, 2)
+        masking.at_end_of_epoch()
+        assert counts(masking) == [150, 85]

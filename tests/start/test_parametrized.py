@@ -126,6 +126,8 @@ def test_check_finds_a_slice_of_zeros():
 def test_names_of_layers_mean_their_parametrized_weights():
     masking = masked(normed_mlp(), density={"fc1": 0.5, "fc2.weight": 0.2, "*": 0.1})
     assert list(masking.name2nonzeros.values()) == [300, 120, 20]
+    masking.remove_weight("fc1")
+    assert list(masking.masks) == [stored("fc2"), "fc3.weight"]
     masking = Masking(sgd(model := normed_mlp()), None)
     masking.add_module(model, 0.5, dense=["fc1", "last"])
     assert list(masking.masks) == [stored("fc2")]
