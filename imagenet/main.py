@@ -378,7 +378,7 @@ def density_of_masked(args, model):
     Raises:
         ValueError: if the parameters without masks are more than that.
     """
-    weights = {name: weight.numel() for name, weight in maskable_parameters(model)}
+    weights = {name: weight.numel() for name, weight in maskable_parameters(model, sparse=args.sparse_layers)}
     dense = named(list(weights), args.dense_layers, usual_exceptions(model))
     masked = sum(size for name, size in weights.items() if name not in dense)
     parameters = sum(parameter.numel() for parameter in model.parameters())

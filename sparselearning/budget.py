@@ -5,15 +5,20 @@ size) weights are to be active after an update, and each layer's share of the ch
 
     c_i = +-apportion(|n - sum nnz|, nnz, room)
 
+Layers of different budgets (`add_module(density={pattern: ...})`) exchange no weights: an update moves each budget as a
+network of its own, and the density of the network is that of all budgets, in proportion to what they hold.
+
 If the density falls, layer i prunes k_i = -c_i + ceil(p_i * (nnz_i + c_i)) weights. After pruning the network grows as
 many weights as it lacks: what was pruned, less what the density fell by, or plus what it rose by.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from sparselearning.budgets import layers_of
 from sparselearning.layers import SparseLayer
 from sparselearning.selection import apportion, count_of
+from sparselearning.slices import number_of_slices
 from sparselearning.start.distributions import at_least_one_each, none_empty
 
 Layers = Sequence[SparseLayer]
@@ -25,8 +30,32 @@ def unit_of(layers: Layers) -> int:
     return sizes.pop() if len(sizes) == 1 else 1
 
 
-def change_to(density: float, layers: Layers) -> tuple[int, list[int]]:
-    """Return how many weights are active at this density, and how many each layer gains (loses, if negative).
+def change_density(density: float | Mapping[str, float] | None, layers: Layers) -> dict[str, int]:
+    """Set how many weights each budget keeps, and return {name: how many a layer gains, or loses if negative}.
+
+    Args:
+        density: of the network, or of the budgets by their patterns; one that has none stays as it is, None all.
+
+    Raises:
+        ValueError: for a pattern of no budget, or a density that is more than the layers' pattern can hold.
+    """
+    changes = {layer.name: 0 for layer in layers}
+    budgets = {layer.budget: layer.budget.pattern for layer in layers}
+    if isinstance(density, Mapping):
+        parts = [
+            (density[pattern], layers_of(budget, layers)) for budget, pattern in budgets.items() if pattern in density
+        ]
+    else:
+        parts = [] if density is None else [(density, layers)]
+    for value, part in parts:
+        changes |= zip([layer.name for layer in part], change_to(value, part), strict=True)
+    for budget in {layer.budget: None for _, part in parts for layer in part}:
+        budget.nonzeros = sum(layer.nonzeros + changes[layer.name] for layer in layers_of(budget, layers))
+    return changes
+
+
+def change_to(density: float, layers: Layers) -> list[int]:
+    """Return how many weights each layer gains (loses, if negative) until the layers have this density together.
 
     A layer that holds weights keeps one; if the density leaves less than one for each, all keep one, with a warning.
 
@@ -37,7 +66,8 @@ def change_to(density: float, layers: Layers) -> tuple[int, list[int]]:
     units = round(density * sum(layer.mask.numel() for layer in layers) / unit)
     active = [layer.nonzeros // unit for layer in layers]
     room = [layer.room // unit for layer in layers]
-    units = at_least_one_each(units, [layer.mask.numel() // unit if layer.nonzeros else 0 for layer in layers])
+    sizes = [layer.mask.numel() // unit if layer.nonzeros else 0 for layer in layers]
+    units = at_least_one_each(units, sizes, [number_of_slices(layer.mask.shape, layer.norm_dim) for layer in layers])
     rise = units - sum(active)
     if rise > sum(room):
         raise ValueError(f"The density schedule asks for a density of {density}, more than the pattern can hold.")
@@ -46,7 +76,7 @@ def change_to(density: float, layers: Layers) -> tuple[int, list[int]]:
         change = [count - had for count, had in zip(none_empty(left, active), active, strict=True)]
     else:
         change = apportion(rise, active, room)
-    return units * unit, [gain * unit for gain in change]
+    return [gain * unit for gain in change]
 
 
 def shares(importance: Sequence[float], layers: Layers) -> list[float]:

@@ -23,12 +23,14 @@ from sparselearning.flags import add_sparse_args
 from sparselearning.methods import Method, arguments_of, find_function, hold
 from sparselearning.processes.sharded import reshard
 from sparselearning.schedules import CosineDecay, LinearDecay, Schedule, Updates
-from sparselearning.start.layers import Batches, Density, SparseInit, choose, new_layers
+from sparselearning.start.fit import check_fit
+from sparselearning.start.layers import Batches, Density, SparseInit, choose, new_layers, set_budgets
 from sparselearning.weights import clipping, copies, destroyed
 from sparselearning.weights.frozen import training_alone
-from sparselearning.weights.optimizer import master_weights, torch_optimizer
+from sparselearning.weights.optimizer import master_weights
 from sparselearning.weights.regrowth import keep_norms
 from sparselearning.weights.steps import Steps
+from sparselearning.weights.together import optimizer_of
 from sparselearning.weights.zeros import Zeros
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,8 @@ class Masking(Steps):
                 masking.at_end_of_epoch()
 
     Args:
-        optimizer: any torch optimizer, or what wraps one under any attribute, such as SAM or Lookahead.
+        optimizer: any torch optimizer, or what wraps one under any attribute, such as SAM or Lookahead; or a list of
+            those that step one network, such as [muon, adamw]; the masks move when all have stepped.
         prune_rate_decay: function from the number of optimizer steps to the fraction of active weights that an update
             moves, in [0, 1]; None keeps `prune_rate`.
         prune_mode, growth_mode, redistribution_mode: a key of the tables in prune.py, grow.py and redistribute.py, or
@@ -88,7 +91,7 @@ class Masking(Steps):
         super().__init__()
         if updates is not None and prune_every_k_steps:
             raise ValueError("Say updates=Updates(every=k), or prune_every_k_steps=k without updates; not both.")
-        self.optimizer, self.stepper = torch_optimizer(optimizer), optimizer
+        self.optimizer, self.stepper = optimizer_of(optimizer)
         self.prune_rate_decay = schedules.decay_of(prune_rate_decay, prune_rate)
         self.updates = updates or Updates(every=prune_every_k_steps or 0)
         self.prune_mode, self.growth_mode, self.redistribution_mode = prune_mode, growth_mode, redistribution_mode
@@ -96,7 +99,7 @@ class Masking(Steps):
         self.grow = find_function("growth_mode", growth_mode)
         self.measure = find_function("redistribution_mode", redistribution_mode)
         self.verbose, self.steps, self.steps_of_last_epoch = verbose, 0, 0
-        self.prune_threshold, self.tolerance = 0.001, 0.02  # of prune_mode="threshold"
+        self.tolerance = 0.02  # of prune_mode="threshold"
         self._masters = master_weights(optimizer, required=fp16)
         self._gradients_read: list[tuple[Tensor, Tensor]] | None = None  # (weight, gradient) during an update
         self.held = hold(weights, self.optimizer, self.prune, self.grow, self.measure)
@@ -140,7 +143,8 @@ class Masking(Steps):
 
         Args:
             density: fraction of the maskable weights that stays active, in (0, 1]; or {pattern of names: density}, of
-                which the first that matches a name counts (start/names.py).
+                which the first that matches a name counts (start/names.py). Weights move among the layers of a pattern,
+                or of all modules whose density is a number.
             sparse_init: 'constant' (the same density everywhere), 'linear' (Erdos-Renyi), 'erdos_renyi_kernel' or a
                 function from a weight's shape to its share; scores by name, or 'snip', 'grasp', 'synflow'; masks by
                 name, or 'resume': the nonzero weights, and zeros if the density asks for more (start/masks.py).
@@ -151,9 +155,8 @@ class Masking(Steps):
             batches: (inputs, labels) pairs to score the weights on.
             rescale: enlarge each layer's weights until the active ones have the norm that all had (1% learns then).
             sparse: patterns of names to mask beside the weights of layers that multiply (start/maskable.py).
-            state: what `state_dict` returned: its masks are taken in place of new ones, which would set weights of a
-                loaded network to zero, and density and sparse_init are not read. All else of it is loaded once all its
-                layers are added.
+            state: what `state_dict` returned: its masks are taken in place of new ones, which would set loaded weights
+                to zero; density and sparse_init are not read. The rest is loaded when all its layers are added.
 
         Raises:
             ValueError: for a density, names, scores, masks or a pattern that do not fit, or nothing to mask.
@@ -163,10 +166,10 @@ class Masking(Steps):
             raise ValueError(f"With weights={self.held.kind!r} magnitudes decide what is active; leave out rescale.")
         self._refuse_released()
         reshard([module])
-        skip = (remove_param_names,) if isinstance(remove_param_names, str) else tuple(remove_param_names)
-        new, kept_dense = new_layers(self, module, skip, sparse_embeddings, dense, pattern, sparse)
+        new, kept_dense = new_layers(self, module, remove_param_names, sparse_embeddings, dense, pattern, sparse)
         layers = list(new.values())
-        functions.check_patterns_fit(self, [*self.layers, *layers])
+        set_budgets(self, new, density, state)
+        check_fit(self, [*self.layers, *layers])
         choose(new, module, density, sparse_init, batches, state)
         invariants.replace_others(self, layers)
         self.held.check(module, layers)
@@ -189,10 +192,12 @@ class Masking(Steps):
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and found_inf.item():
             return
+        self.apply_mask()
+        if getattr(self.optimizer, "behind", None):  # one of several optimizers has stepped, and others have not
+            return
         self.steps += 1
         if self.steps == 1:
             functions.check_momenta(self)
-        self.apply_mask()
         self.held.stepped(self.updates.ahead(self.steps))
         if self.updates.after_step(self.steps):
             self._update()
@@ -241,36 +246,31 @@ class Masking(Steps):
             if not layers:
                 return
             with invariants.all_or_nothing(self) as before:
-                change = self._change_density()
-                functions.measure(self)
-                self._set_prune_rates(change)
-                functions.prune(self)
-                if functions.is_marked(self.measure, "after_pruning"):
-                    functions.measure(self)
-                functions.grow(self, self._redistribute(change))
+                changes = budget.change_density(self.updates.density_at(self.steps), layers)
+                for part in self.budgets:
+                    with self.only(part):
+                        functions.measure(self)
+                        self._set_prune_rates(changes)
+                        functions.prune(self)
+                        if functions.is_marked(self.measure, "after_pruning"):
+                            functions.measure(self)
+                        functions.grow(self, self._redistribute(changes))
             invariants.keep_last_weights(self, before)
             self.held.moved(layers, before)
         self.apply_mask()
         self.held.updated(self.updates.ahead(self.steps))
 
-    def _change_density(self):
-        """Set how many weights are to be active; return how many each layer gains (loses, if negative)."""
-        if (density := self.updates.density_at(self.steps)) is None:
-            return [0] * len(self.layers)
-        self.baseline_nonzero, change = budget.change_to(density, self.layers)
-        return change
-
-    def _set_prune_rates(self, change):
-        rate = schedules.rate_at(self.prune_rate_decay, self.steps)
+    def _set_prune_rates(self, changes):
+        rate, change = schedules.rate_at(self.prune_rate_decay, self.steps), [changes[name] for name in self.masks]
         for layer, own in zip(self.layers, budget.prune_rates(rate, change, self.layers), strict=True):
             layer.prune_rate = own
 
-    def _redistribute(self, change):
-        """Return how many weights each layer grows, together as many as the network lacks."""
+    def _redistribute(self, changes):
+        """Return how many weights each layer grows, together as many as their budget lacks."""
         # A user's function may have grown more, or pruned less, than it was asked to.
         lacking = max(self.baseline_nonzero - self.total_nonzero, 0)
         if functions.is_marked(self.measure, "gives_back"):
-            return budget.give_back(lacking, change, self.layers)
+            return budget.give_back(lacking, [changes[name] for name in self.masks], self.layers)
         return budget.redistribute(lacking, self.layers)
 
     def check(self) -> None:
@@ -338,7 +338,7 @@ class Masking(Steps):
         """
         reshard(self.modules)
         super().load_state_dict(state)
-        self.steps, self.prune_threshold = state["steps"], state["prune_threshold"]
+        self.steps = state["steps"]
         self.steps_of_last_epoch = -1  # unknown
         self.held.load_state_dict(state.get("sparse_training", {}), self.layers)
         self.apply_mask()

@@ -107,6 +107,9 @@ FLAGS: dict[str, dict[str, Any]] = {
         "counts, and all others have --density (default: none)"),
     "dense_layers": dict(nargs="*", default=[], metavar="NAME",
         help="layers that stay dense, as patterns such as conv1 or 'layer1.*'; first and last mean these"),
+    "sparse_layers": dict(nargs="*", default=[], metavar="NAME",
+        help="parameters to mask beside the weights of layers that multiply, as patterns such as '*.A_log'; embeddings "
+        "and output layers over a vocabulary too (default: none)"),
     "sparse_init": dict(type=sparse_init, metavar="INIT",
         help=f"which weights are active at the start: {', '.join(DISTRIBUTIONS)} divide them among layers, and draw "
         f"them at random within a layer; {', '.join(SCORES)} score the weights on one batch; mask:PATH takes the masks "

@@ -29,9 +29,10 @@ from torch import Tensor
 from sparselearning.budget import shares
 from sparselearning.layers import count
 from sparselearning.patterns import UNSTRUCTURED
-from sparselearning.processes.sharded import fetch, is_sharded
+from sparselearning.processes.sharded import fetch
 from sparselearning.selection import drop_lowest_jointly
 from sparselearning.weights.optimizer import keeps_momentum, keeps_second_moment, refuse_missing_momentum
+from sparselearning.weights.together import members_of
 
 SIGNATURES = {
     "prune_mode": ("masking", "mask", "weight", "name"),
@@ -151,10 +152,11 @@ def check_readable(functions: Sequence[Callable], optimizer: torch.optim.Optimiz
         RuntimeError: if the optimizer keeps no momentum, or no second moment, and a function reads it.
         FunctionError: if a function reads the values of inactive weights and they are not kept.
     """
-    if any(surely_reads(function, "momentum") for function in functions):
-        keeps_momentum(optimizer, required=True)
-    if any(surely_reads(function, "second_moment") for function in functions):
-        keeps_second_moment(optimizer, required=True)
+    for each in members_of(optimizer):
+        if any(surely_reads(function, "momentum") for function in functions):
+            keeps_momentum(each, required=True)
+        if any(surely_reads(function, "second_moment") for function in functions):
+            keeps_second_moment(each, required=True)
     if not keeps_inactive and any(surely_reads(function, "inactive") for function in functions):
         raise FunctionError(
             "A 'dense_magnitude' mode compares the values of inactive weights: Masking(..., weights='kept'), or 'soft'."
@@ -171,34 +173,6 @@ def check_momenta(masking: Any) -> None:
         for layer in masking.layers:
             if layer.trained:
                 refuse_missing_momentum(masking.optimizer, masking.held.stepped_for(layer))
-
-
-def check_patterns_fit(masking: Any, layers: Sequence[Any]) -> None:
-    """Check that the functions and the density schedule can keep the patterns of these layers.
-
-    Raises:
-        ValueError: if they cannot.
-    """
-    patterned = [layer for layer in layers if layer.pattern != UNSTRUCTURED]
-    if not patterned:
-        return
-    name = patterned[0].pattern.name
-    if any(is_sharded(layer.mask) for layer in layers):
-        raise ValueError(f"The pattern {name!r} needs whole weights, got sharded ones. Use DistributedDataParallel.")
-    sizes = sorted({layer.pattern.size for layer in layers})
-    in_prune, in_grow = (is_marked(function, "single_weights") for function in (masking.prune, masking.grow))
-    if in_grow or (in_prune and sizes[-1] > 1):
-        mode = f"growth_mode={masking.growth_mode!r}" if in_grow else f"prune_mode={masking.prune_mode!r}"
-        raise ValueError(f"{mode} moves single weights, and the pattern {name!r} does not let it. Choose another.")
-    if masking.updates.density is not None and (len(sizes) > 1 or patterned[0].pattern.even):
-        raise ValueError(f"The pattern {name!r} keeps the density of each layer; leave out the density schedule.")
-    across = not is_marked(masking.measure, "gives_back")
-    across |= is_marked(masking.prune, "network_wide") or is_marked(masking.grow, "network_wide")
-    if len(sizes) > 1 and across:
-        raise ValueError(
-            f"The units of pattern {name!r} have {', '.join(map(str, sizes))} weights in different layers, so none "
-            "can move from one layer to another. Use redistribution_mode='none', and prune and grow layer by layer."
-        )
 
 
 # Calls during an update

@@ -4,18 +4,21 @@ import gc
 import logging
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparselearning.budgets import layers_of
 from sparselearning.layers import SparseLayer, count
 from sparselearning.patterns import with_pattern, without_pattern
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import count_active, fetch, is_sharded
 from sparselearning.selection import drop_lowest, drop_lowest_jointly
+from sparselearning.slices import are_empty, largest_of_each
+from sparselearning.start.parametrized import REFUSED, stored_weights
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +46,17 @@ def check(masking: Any) -> None:
     """
     distributed.check_agreement(masking.masks.values())
     problems = [*_strangers(masking), *(problem for layer in masking.layers for problem in _problems(layer))]
-    expected = masking.baseline_nonzero - sum(layer.left_over for layer in masking.layers)
     in_place = all(layer.mask.device == layer.weight.device for layer in masking.layers)
-    active = sum(int(count_active(layer.mask)) for layer in masking.layers) if in_place else expected
-    if active != expected:
-        problems.append(
-            f"{active} weights are active, {expected} should be. A prune or grow function did not do "
-            "what it was asked, or a mask was edited; the next update of the masks makes up for it."
-        )
+    for budget in masking.budgets if in_place else ():
+        layers = layers_of(budget, masking.layers)
+        expected = budget.nonzeros - sum(layer.left_over for layer in layers)
+        active = sum(int(count_active(layer.mask)) for layer in layers)
+        if active != expected:
+            some = f" of {budget.pattern!r}" if len(masking.budgets) > 1 else ""
+            problems.append(
+                f"{active} weights{some} are active, {expected} should be. A prune or grow function did not do "
+                "what it was asked, or a mask was edited; the next update of the masks makes up for it."
+            )
     if problems:
         raise InvariantError("\n".join(problems))
 
@@ -87,8 +93,21 @@ def refuse_update(masking: Any) -> None:
     """
     if problems := _strangers(masking):
         raise InvariantError("\n".join(problems))
+    _refuse_unknown_patterns(masking)
     refuse_bad_values(masking)
     distributed.check_agreement(masking.masks.values())
+
+
+def _refuse_unknown_patterns(masking):
+    """Check that the density schedule is for the patterns that add_module was given densities for."""
+    known = [budget.pattern for budget in masking.budgets]
+    density = masking.updates.density
+    for pattern in density if isinstance(density, Mapping) else ():
+        if pattern not in ("*", *known):
+            raise ValueError(
+                f"The density schedule is for {pattern!r}, and add_module was given densities for "
+                f"{', '.join(map(repr, known))}. Name the same patterns."
+            )
 
 
 @contextmanager
@@ -98,7 +117,7 @@ def all_or_nothing(masking: Any) -> Iterator[list[Tensor]]:
     Raises:
         NonFiniteError: for such a gradient.
     """
-    before, baseline = [layer.mask.clone() for layer in masking.layers], masking.baseline_nonzero
+    before, kept = [layer.mask.clone() for layer in masking.layers], {b: b.nonzeros for b in masking.budgets}
     masking._gradients_read = []
     try:
         yield before
@@ -107,7 +126,8 @@ def all_or_nothing(masking: Any) -> Iterator[list[Tensor]]:
         for layer, mask in zip(masking.layers, before, strict=True):
             layer.mask.copy_(mask)
         count(masking.layers)
-        masking.baseline_nonzero = baseline
+        for budget, number in kept.items():
+            budget.nonzeros = number
         raise
     finally:
         masking._gradients_read = None
@@ -120,24 +140,49 @@ def keep_last_weights(masking: Any, before: Sequence[Tensor]) -> None:
     `before` is what the masks were. A layer without active weights passes nothing on, and no importance would let it
     grow. A magnitude that is compared over the network may empty one, a function of a user's, or a density that falls,
     and growth may leave it so. The largest weight that the layer had stays then, and in its place the smallest of the
-    others leaves, so that the number of active weights is the same. With blocks these are blocks. Layers whose units
-    differ in size exchange none, and grow what they lost.
+    others of its budget leaves, so that the number of active weights is the same. With blocks these are blocks. Layers
+    whose units differ in size exchange none, and grow what they lost.
     """
     masking._agree_and_count()
+    masks = {layer.name: mask for layer, mask in zip(masking.layers, before, strict=True)}
+    for budget in masking.budgets:
+        with masking.only(budget):
+            _refill(masking, [masks[name] for name in masking.masks])
+
+
+def _refill(masking, before):
     layers = masking.layers
-    if all(layer.nonzeros for layer in layers) or len({layer.pattern.step(layer.mask.shape) for layer in layers}) > 1:
+    if all(layer.nonzeros and layer.norm_dim is None for layer in layers):
         return
-    emptied = [i for i, layer in enumerate(layers) if not layer.nonzeros and _count(before[i])]
-    for i in emptied:
-        layers[i].mask.copy_(_largest_unit(layers[i], before[i]))
-    added = len(emptied) * layers[0].pattern.size
-    _drop_smallest(layers, added - min(added, max(masking.baseline_nonzero - masking.total_nonzero, 0)))
+    alike = len({layer.pattern.step(layer.mask.shape) for layer in layers}) == 1
+    for group in [layers] if alike else [[layer] for layer in layers if layer.norm_dim is not None]:
+        added = 0
+        for layer in group:
+            last = _given_back(layer, before[layers.index(layer)])
+            added += _count(last & ~layer.mask)
+            layer.mask.logical_or_(without_pattern(last))
+        _drop_smallest(group, added - min(added, max(masking.baseline_nonzero - masking.total_nonzero, 0)))
     masking._agree_and_count()
+
+
+def _given_back(layer, before):
+    """Return the mask of what a layer, or each slice of it that weight_norm divides by its norm, may not lose."""
+    if layer.norm_dim is None:
+        return torch.zeros_like(layer.mask) if layer.nonzeros or not _count(before) else _largest_unit(layer, before)
+    empty = are_empty(layer.mask & (_magnitude(layer) > 0), layer.norm_dim)  # a weight that has just grown is zero
+    return largest_of_each(_magnitude(layer), before & empty, layer.norm_dim)
 
 
 def _drop_smallest(layers, number):
-    """Drop the smallest weights of all layers, but leave each its largest."""
-    lasting = [_largest_unit(layer, layer.mask) for layer in layers]
+    """Drop the smallest weights of all layers, but leave each its largest, or that of each slice."""
+    if not number:
+        return
+    lasting = [
+        _largest_unit(layer, layer.mask)
+        if layer.norm_dim is None
+        else largest_of_each(_magnitude(layer), layer.mask, layer.norm_dim)
+        for layer in layers
+    ]
     others = [
         with_pattern(without_pattern(layer.mask) & ~last, layer.pattern)
         for layer, last in zip(layers, lasting, strict=True)
@@ -226,7 +271,14 @@ def _strangers(masking):
     owned = {id(parameter) for module in masking.modules for parameter in module.parameters()}
     stepped = stepped_by(masking.optimizer)
     replaced = "the module holds another parameter now, which is not masked. Replace parameters before add_module, or "
+    masked = {id(layer.weight): layer.name for layer in masking.layers}
+    late = (each for module in masking.modules for each in stored_weights(module) if id(each.parameter) in masked)
     problems = [
+        f"{masked[id(each.parameter)]}: {each.reason.removeprefix(REFUSED)}."
+        for each in late
+        if each.reason.startswith(REFUSED)
+    ]
+    problems += [
         f"{layer.name}: {replaced}make a new Masking." for layer in masking.layers if id(layer.weight) not in owned
     ]
     return problems + [
@@ -244,3 +296,5 @@ def _problems(layer):
         )
     elif (layer.weight.masked_fill(layer.mask, 0) != 0).any():
         yield f"{layer.name}: inactive weights are not zero. Call apply_mask() after writing weights."
+    elif layer.norm_dim is not None and are_empty(layer.mask & (layer.weight != 0), layer.norm_dim).any():
+        yield f"{layer.name}: a slice has no weight but zeros, and weight_norm divides by its norm."

@@ -2,18 +2,20 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sparselearning import loading
+from sparselearning.budgets import Budget, Budgets, layers_of
 from sparselearning.orientation import PLAIN, Orientation
-from sparselearning.patterns import UNSTRUCTURED, Pattern, pattern_of, with_most, with_pattern, without_pattern
+from sparselearning.patterns import Pattern, pattern_of, with_most, with_pattern, without_pattern
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import count_active, fetch, placed_like
 from sparselearning.start.maskable import canonical_name
+from sparselearning.start.names import plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ class SparseLayer:
     orientation: Orientation = PLAIN  # which dimensions of the weight are outputs
     version: int = -1  # torch's count of writes to `master` when it was masked last
     trained: bool | None = None  # whether a step since the last update had a gradient; None: there was no step
+    norm_dim: int | None = None  # each slice along it keeps a weight, for weight_norm; -1: the whole weight is one
+    budget: Budget = field(default_factory=Budget)
 
     @property
     def pattern(self) -> Pattern:
@@ -114,40 +118,6 @@ def count(layers: Sequence[SparseLayer]) -> None:
         layer.nonzeros = int(number)
 
 
-def check_loadable(layers: Sequence[SparseLayer], saved: Any) -> None:
-    """Check that a saved state is of these layers: names, shapes, patterns, and all else that `state_dict` returns.
-
-    Raises:
-        RuntimeError: if it is not; the message names the differences.
-    """
-    if not isinstance(saved, dict) or not all(isinstance(name, str) for name in saved):
-        loading.refuse("'layers'", "a dict of layers by name", loading.describe(saved))
-    here = {layer.name: tuple(layer.mask.shape) for layer in layers}
-    there = {name: shape_of(name, entry) for name, entry in saved.items()}
-    if differing := [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]:
-        lines = (
-            f"{name}: {there.get(name, 'absent')} in the state, {here.get(name, 'absent')} here" for name in differing
-        )
-        raise RuntimeError(
-            f"The masks are of another model. {'; '.join(lines)}. Call add_module with the model that was saved."
-        )
-    for layer in layers:
-        entry = saved[layer.name]
-        loading.check_layer(layer.name, entry, layer.mask, layer.mask[0].numel() if layer.mask.dim() else 1)
-        if layer.pattern != UNSTRUCTURED and not with_most(layer.pattern, entry.get("most")).holds(entry["mask"]):
-            raise RuntimeError(
-                f"The mask of {layer.name} in the state is not of the pattern {layer.pattern.name!r}. Call "
-                "add_module with the pattern and the density that were saved."
-            )
-
-
-def shape_of(name: str, saved: Any) -> tuple[int, ...]:
-    """Return the shape of a layer's mask in a saved state."""
-    saved = loading.check_entries(f"layers[{name!r}]", saved, loading.REQUIRED, loading.OPTIONAL)
-    loading.check_tensor(f"layers[{name!r}]['mask']", saved["mask"])
-    return tuple(saved["mask"].shape)
-
-
 class ByName(Generic[T]):
     """A view of all layers: layer name -> one of the layer's fields."""
 
@@ -168,7 +138,7 @@ class InTotal:
         return sum(getattr(layer, self.field) for layer in layers.layers)
 
 
-class Layers:
+class Layers(Budgets):
     """The layers that hold masks, and the names under which functions, users and release 1.0 read them."""
 
     masks = ByName[Tensor]("mask")
@@ -187,7 +157,7 @@ class Layers:
         self.modules: list[nn.Module] = []
         self.layers: list[SparseLayer] = []
         self.kept_dense: dict[str, tuple[Tensor, str]] = {}  # name -> parameter without a mask, and why it has none
-        self.baseline_nonzero = 0  # active weights that the network keeps
+        self.common = Budget()  # of all layers whose density is a number
 
     @property
     def density(self) -> float:
@@ -211,12 +181,11 @@ class Layers:
         Raises:
             KeyError: if no masked weight has this name.
         """
-        names = {name, f"{name}.weight"}
-        if names.isdisjoint(self.masks):  # a name under a wrapper
-            names = {canonical_name(name), f"{canonical_name(name)}.weight"}
-        if names.isdisjoint(self.masks):
-            raise KeyError(f"No masked weight is called {name!r}. There are {', '.join(self.masks)}.")
-        self._remove([layer for layer in self.layers if layer.name in names])
+        for text in (name, canonical_name(name)):  # the second of a name under a wrapper
+            names = {text, f"{text}.weight"}
+            if found := [x for x in self.layers if x.name in names or plain_name(x.name) in names]:
+                return self._remove(found)
+        raise KeyError(f"No masked weight is called {name!r}. There are {', '.join(self.masks)}.")
 
     def remove_weight_partial_name(self, partial_name: str) -> None:
         """Train the weights whose name contains `partial_name` densely from now on."""
@@ -230,9 +199,10 @@ class Layers:
 
     def _remove(self, removed):
         self.layers = [layer for layer in self.layers if layer not in removed]
-        kept = self.baseline_nonzero - sum(layer.nonzeros + layer.left_over for layer in removed)
-        # The masks may hold more or fewer than the network is to keep, by what a user's function grew or pruned.
-        self.baseline_nonzero = min(max(kept, 0), sum(layer.mask.numel() for layer in self.layers))
+        for budget in {layer.budget for layer in removed}:
+            kept = budget.nonzeros - sum(layer.nonzeros + layer.left_over for layer in layers_of(budget, removed))
+            # The masks may hold more or fewer than are to be kept, by what a user's function grew or pruned.
+            budget.nonzeros = min(max(kept, 0), sum(layer.mask.numel() for layer in layers_of(budget, self.layers)))
         for layer in removed:
             self.kept_dense[layer.name] = (layer.weight, "its mask was removed")
             logger.info("%s stays dense: %d weights.", layer.name, layer.mask.numel())
@@ -244,7 +214,7 @@ class Layers:
         self._keep_dense(kept_dense)
         self._agree_and_count()
         distributed.check_agreement(self.masks.values())
-        self.baseline_nonzero = self.total_nonzero + sum(layer.left_over for layer in self.layers)
+        self._keep_counts()
 
     def _keep_dense(self, parameters):
         """Note (parameter, reason) by name; each parameter once, and none that is masked by now."""
@@ -272,7 +242,8 @@ class Layers:
     def state_dict(self) -> dict[str, Any]:
         """Return masks and counts; plain numbers and tensors."""
         layers = {layer.name: layer.state_dict() for layer in self.layers}
-        return {"baseline_nonzero": self.baseline_nonzero, "layers": layers}
+        state = {"baseline_nonzero": self.baseline_nonzero, "layers": layers}
+        return state | ({"budgets": [asdict(budget) for budget in self.budgets]} if len(self.budgets) > 1 else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` returned.
@@ -284,11 +255,11 @@ class Layers:
         self._check_state(state)
         for layer in self.layers:
             layer.load_state_dict(state["layers"][layer.name])
-        self.baseline_nonzero = state["baseline_nonzero"]
         count(self.layers)
+        self._load_budgets(state)
         distributed.check_agreement(self.masks.values())
 
     def _check_state(self, state):
-        loading.check_entries("'mask'", state, [*loading.OF_ALL, *loading.OF_MASKING], ["sparse_training"])
-        check_loadable(self.layers, state["layers"])
+        loading.check_entries("'mask'", state, [*loading.OF_ALL, *loading.OF_MASKING], ["sparse_training", "budgets"])
+        loading.check_layers(self.layers, state["layers"])
         loading.check_masking(self, state)

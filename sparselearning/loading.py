@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from sparselearning.patterns import UNSTRUCTURED, with_most
 from sparselearning.processes.sharded import local_part
 
 REQUIRED = ("mask", "removed", "importance", "prune_rate")  # of a layer
@@ -77,6 +78,40 @@ def check_tensor(entry: str, value: Any, shape: Sequence[int] | None = None, dty
             refuse(entry, "bytes 0 and 1 in a bool tensor", "others")
 
 
+def check_layers(layers: Sequence[Any], saved: Any) -> None:
+    """Check that a saved state is of these layers: names, shapes, patterns, and all else that `state_dict` returns.
+
+    Raises:
+        RuntimeError: if it is not; the message names the differences.
+    """
+    if not isinstance(saved, dict) or not all(isinstance(name, str) for name in saved):
+        refuse("'layers'", "a dict of layers by name", describe(saved))
+    here = {layer.name: tuple(layer.mask.shape) for layer in layers}
+    there = {name: _shape_of(name, entry) for name, entry in saved.items()}
+    if differing := [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]:
+        lines = (
+            f"{name}: {there.get(name, 'absent')} in the state, {here.get(name, 'absent')} here" for name in differing
+        )
+        raise RuntimeError(
+            f"The masks are of another model. {'; '.join(lines)}. Call add_module with the model that was saved."
+        )
+    for layer in layers:
+        entry = saved[layer.name]
+        check_layer(layer.name, entry, layer.mask, layer.mask[0].numel() if layer.mask.dim() else 1)
+        if layer.pattern != UNSTRUCTURED and not with_most(layer.pattern, entry.get("most")).holds(entry["mask"]):
+            raise RuntimeError(
+                f"The mask of {layer.name} in the state is not of the pattern {layer.pattern.name!r}. Call "
+                "add_module with the pattern and the density that were saved."
+            )
+
+
+def _shape_of(name: str, saved: Any) -> tuple[int, ...]:
+    """Return the shape of a layer's mask in a saved state."""
+    saved = check_entries(f"layers[{name!r}]", saved, REQUIRED, OPTIONAL)
+    check_tensor(f"layers[{name!r}]['mask']", saved["mask"])
+    return tuple(saved["mask"].shape)
+
+
 def check_layer(name: str, state: Any, mask: Tensor, group: int) -> None:
     """Check the state of one layer, whose mask here is `mask`; `group` is the largest fan-in it can have."""
     entry, shape, size = f"layers[{name!r}]", mask.shape, mask.numel()
@@ -113,10 +148,32 @@ def check_masking(masking: Any, state: dict[str, Any]) -> None:
     check_whole("'baseline_nonzero'", state["baseline_nonzero"], 0, size)
     check_whole("'steps'", state["steps"], 0, MOST_STEPS)
     check_number("'prune_threshold'", state["prune_threshold"], 0, math.inf)
+    check_budgets(masking, state)
     held = state.get("sparse_training", {})
     if not isinstance(held, dict):
         refuse("'sparse_training'", "a dict", describe(held))
     masking.held.check_state(held, masking.layers, state["layers"])
+
+
+def check_budgets(masking: Any, state: dict[str, Any]) -> None:
+    """Check the saved budgets: those of the Masking, in its order; a Masking with one, and older files, have none."""
+    saved, budgets = state.get("budgets", []), masking.budgets
+    if not isinstance(saved, list):
+        refuse("'budgets'", "a list", describe(saved))
+    size = sum(layer.mask.numel() for layer in masking.layers)
+    for i, entry in enumerate(saved):
+        place = f"'budgets'[{i}]"
+        check_entries(place, entry, ("pattern", "nonzeros", "prune_threshold"))
+        check_whole(f"{place}['nonzeros']", entry["nonzeros"], 0, size)
+        check_number(f"{place}['prune_threshold']", entry["prune_threshold"], 0, math.inf)
+    there, here = [describe(entry["pattern"]) for entry in saved], [describe(budget.pattern) for budget in budgets]
+    if saved and (there != here or len(budgets) == 1):
+        raise RuntimeError(
+            f"The masks were saved with densities for {', '.join(there)}, and are loaded with densities for "
+            f"{', '.join(here)}. Call add_module with the density that was saved."
+        )
+    if saved and sum(entry["nonzeros"] for entry in saved) != state["baseline_nonzero"]:
+        refuse("'budgets'", f"{state['baseline_nonzero']} weights in all", "others")
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:

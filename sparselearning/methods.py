@@ -34,6 +34,7 @@ from sparselearning.schedules import (
 from sparselearning.sparse.training import WINDOW, SparseTraining
 from sparselearning.start.masks import Density, SparseInit
 from sparselearning.weights.dense_copy import DenseCopy
+from sparselearning.weights.together import members_of
 from sparselearning.weights.zeros import Zeros
 
 FUNCTIONS: Mapping[str, Mapping[str, Callable]] = {
@@ -115,8 +116,13 @@ class Method:
             raise ValueError(f"density_schedule='soft' needs a prune_rate below 1, got {self.prune_rate}.")
 
     def density_at_start(self, density: Density) -> Density:
-        """Return the density to begin with in order to end with `density`."""
-        if self.density_schedule == "soft" and not isinstance(density, Mapping):
+        """Return the density to begin with in order to end with `density`; {pattern: density} begins no sparser."""
+        if isinstance(density, Mapping):
+            return {pattern: max(self._start_of(end), end) for pattern, end in density.items()}
+        return self._start_of(density)
+
+    def _start_of(self, density: float) -> float:
+        if self.density_schedule == "soft":
             return min(density / (1 - self.prune_rate), 1.0)
         return density if self.start_density is None else self.start_density
 
@@ -217,7 +223,8 @@ def hold(
     the last step if one may read the gradient, and none otherwise.
 
     Raises:
-        ValueError: for an unknown name, or an object that holds the weights of another Masking.
+        ValueError: for an unknown name, an object that holds the weights of another Masking, or several optimizers
+            whose weights cannot be held so.
         TypeError: for anything else.
         RuntimeError, FunctionError: if a function reads what is not there; see `functions.check_readable`.
     """
@@ -234,6 +241,11 @@ def hold(
         )
     if hasattr(held, "optimizer"):
         raise ValueError(f"This {type(held).__name__} holds the weights of another Masking. Make one for each.")
+    if len(members_of(optimizer)) > 1 and (held.kind != "zero" or held.pull):
+        raise ValueError(
+            f"weights={held.kind!r}{' with a pull' * (held.kind == 'zero')} needs one optimizer, got several. Make a "
+            "Masking for each of them."
+        )
     functions = (prune, grow, measure)
     check_readable(functions, optimizer, held.keeps_inactive)
     held.optimizer = optimizer
@@ -259,8 +271,7 @@ def arguments_of(
             `sparse_embeddings`, `dense`, `batches` and `sparse` of `add_module`.
 
     Raises:
-        ValueError: for an unknown method, `total_steps` below 1, or densities of single layers where the method changes
-            the density.
+        ValueError: for an unknown method, or `total_steps` below 1.
         TypeError: for an unknown part.
     """
     of_masking = {name: parts[name] for name in OF_MASKING if name in parts}
@@ -279,7 +290,7 @@ def arguments_of(
             every=chosen.prune_every_k_steps,
             first=first,
             last=last if chosen.stop_fraction < 1 else None,
-            density=_density_schedule(chosen, density, first, last, decay),
+            density=_density_schedule(chosen, chosen.density_at_start(density), density, first, last, decay),
         ),
         weights=WEIGHTS[chosen.weights](regrown=chosen.regrown, reset_state=chosen.reset_state, pull=chosen.pull),
     )
@@ -292,13 +303,11 @@ def arguments_of(
     return of_masking, of_module
 
 
-def _density_schedule(method, density, first, last, decay):
+def _density_schedule(method, start, end, first, last, decay) -> Any:
     if method.density_schedule == "constant":
         return None
-    if isinstance(density, Mapping):
-        raise ValueError(
-            f"{method.name} changes the density of the network; single layers cannot have one of their own."
-        )
+    if isinstance(end, Mapping):
+        return {name: _density_schedule(method, start[name], end[name], first, last, decay) for name in end}
     if method.density_schedule == "soft":
-        return SoftDensity(density, decay, last)
-    return DENSITY_SCHEDULES[method.density_schedule](method.density_at_start(density), density, first, last)
+        return SoftDensity(end, decay, last)
+    return DENSITY_SCHEDULES[method.density_schedule](start, end, first, last)

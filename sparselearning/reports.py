@@ -2,14 +2,17 @@
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
+from sparselearning.budgets import layers_of
 from sparselearning.processes.sharded import is_sharded
 from sparselearning.start.maskable import judge, usual_exceptions
-from sparselearning.start.names import named
+from sparselearning.start.masks import Density
+from sparselearning.start.names import by_density, named
+from sparselearning.start.parametrized import REFUSED
 from sparselearning.weights.frozen import is_frozen
 from sparselearning.weights.optimizer import torch_optimizer
 
@@ -30,12 +33,14 @@ def in_one_line(masking: Any) -> str:
 
 
 def summary(masking: Any) -> str:
-    """Return a table of the masked layers, then of the parameters that stay dense, with the reason.
+    """Return a table of the masked layers, their sums, and the parameters that stay dense, with the reason.
 
-    Importance is a layer's share in the last update; a note says how a weight is held, where not by zeros, and what is
-    suspicious: one or two outputs or inputs, outputs without inputs.
+    Where patterns of names have densities of their own, there is a sum for each. Importance is a layer's share in the
+    last update, of all layers or of those of its pattern; a note says how a weight is held, where not by zeros, and
+    what is suspicious: one or two outputs or inputs, outputs without inputs, inputs that no output reads.
     """
-    names = [*masking.masks, *masking.kept_dense, "masked weights"]
+    budgets = {f"all of {budget.pattern!r}": budget for budget in masking.budgets if len(masking.budgets) > 1}
+    names = [*masking.masks, *masking.kept_dense, *budgets, "masked weights"]
     width = max(map(len, names))
     rows = [COLUMNS.format("layer", "shape", "active", "of", "density", "importance", "note", width=width)]
     for layer in masking.layers:
@@ -45,9 +50,11 @@ def summary(masking: Any) -> str:
         rows.append(
             COLUMNS.format(layer.name, *counts, f"{layer.importance:.4f}", ", ".join(notes), width=width).rstrip()
         )
-    size = masking.total_nonzero + masking.total_zero
-    total = ("", masking.total_nonzero, size, f"{masking.density:.4f}", "", "")
-    rows.append(COLUMNS.format("masked weights", *total, width=width).rstrip())
+    sums = {name: layers_of(budget, masking.layers) for name, budget in budgets.items()}
+    for name, layers in (sums | {"masked weights": masking.layers}).items():
+        active, size = sum(layer.nonzeros for layer in layers), sum(layer.mask.numel() for layer in layers)
+        total = ("", active, size, f"{active / max(size, 1):.4f}", "", "")
+        rows.append(COLUMNS.format(name, *total, width=width).rstrip())
     for name, (parameter, reason) in masking.kept_dense.items():
         dense = (_shape(parameter), parameter.numel(), parameter.numel(), "dense", "", reason)
         rows.append(COLUMNS.format(name, *dense, width=width))
@@ -57,53 +64,65 @@ def summary(masking: Any) -> str:
 def describe(
     model: nn.Module,
     optimizer: Any = None,
-    density: float = 0.05,
+    density: Density = 0.05,
     sparse: Iterable[str] = (),
     dense: Iterable[str] = (),
     sparse_embeddings: bool = False,
 ) -> str:
     """Return a table of every parameter of a model: masked or dense, and why; nothing is changed.
 
-    A note says what to look at before training: layers of one or two outputs or inputs, and outputs that are likely to
-    lose all their inputs at this density. The other arguments are those of `add_module`.
+    A note says what to look at before training: layers of one or two outputs or inputs, or of less than one active
+    weight, outputs that are likely to lose all their inputs at this density, and inputs that no output is likely to
+    read. What add_module would refuse is marked. The other arguments are those of `add_module`.
 
     Raises:
-        ValueError: as `add_module`, for patterns that match nothing.
+        ValueError: as `add_module`, for patterns that match nothing and for densities.
     """
     judged = list(judge(model, sparse_embeddings, sparse))
-    weights = [found.name for found in judged if not found.reason]
+    reasons = _why_dense(model, optimizer, judged, dense)
+    sizes = {found.name: found.parameter.numel() for found in judged if not reasons[found.name]}
+    groups = by_density(list(sizes), density)
+    densities = {name: part for _, part, names in groups for name in names}
+    active = sum(round(part * sum(sizes[name] for name in names)) for _, part, names in groups)
+    width = max((len(found.name) for found in judged), default=0)
+    rows = [PARAMETERS.format("parameter", "shape", "number", "", "why, or what to look at", width=width)]
+    for found in judged:
+        name, parameter = found.name, found.parameter
+        note = reasons[name] or "; ".join(_expected(found, densities[name]))
+        kind = "dense" if reasons[name] else "masked"
+        rows.append(PARAMETERS.format(name, _shape(parameter), parameter.numel(), kind, note, width=width).rstrip())
+    total = sum(found.parameter.numel() for found in judged)
+    asked = "these densities" if isinstance(density, Mapping) else f"density {density:g}"
+    rows.append(f"{sum(sizes.values())} of {total} parameters are masked; at {asked}, {active} of them are active.")
+    return "\n".join(rows)
+
+
+def _why_dense(model, optimizer, judged, dense):
+    """Return the name of each parameter -> why it stays dense, or an empty string."""
+    weights = [found.name for found in judged if not found.reason or found.reason.startswith(REFUSED)]
     chosen = named(weights, dense, usual_exceptions(model))
     groups = [] if optimizer is None else torch_optimizer(optimizer).param_groups
     stepped = {id(parameter) for group in groups for parameter in group["params"]}
-    width = max((len(found.name) for found in judged), default=0)
-    rows = [PARAMETERS.format("parameter", "shape", "number", "", "why, or what to look at", width=width)]
-    masked = 0
-    for name, parameter, reason, orientation in judged:
-        if not reason:
-            reason = "named to stay dense" if name in chosen else ""
-        if not reason and optimizer is not None and id(parameter) not in stepped:
-            reason = "the optimizer does not step it"
-        masked += 0 if reason else parameter.numel()
-        note = reason or "; ".join(_expected(orientation, parameter.shape, density))
-        kind = "dense" if reason else "masked"
-        rows.append(PARAMETERS.format(name, _shape(parameter), parameter.numel(), kind, note, width=width).rstrip())
-    total = sum(found.parameter.numel() for found in judged)
-    return "\n".join(
-        [
-            *rows,
-            f"{masked} of {total} parameters are masked; at density {density:g}, {round(density * masked)} of "
-            f"them are active.",
-        ]
-    )
+    reasons = {found.name: "named to stay dense" if found.name in chosen else found.reason for found in judged}
+    if optimizer is not None:
+        elsewhere = [found for found in judged if not reasons[found.name] and id(found.parameter) not in stepped]
+        reasons |= {found.name: "the optimizer does not step it" for found in elsewhere}
+    return reasons
 
 
-def _expected(orientation, shape, density):
+def _expected(found, density):
     """Yield what is suspicious of a layer before its mask is drawn."""
-    yield from _small(orientation, shape)
-    outputs, *inputs = orientation.layer(shape)
-    empty = orientation.copies * outputs * (1 - density) ** math.prod(inputs)
+    way, shape = found.orientation, found.parameter.shape
+    yield from _small(way, shape)
+    if density * math.prod(shape) < 0.5:
+        yield f"less than one active weight at density {density:g}"
+    outputs, inputs, *kernel = way.layer(shape)
+    unread = way.copies * inputs * (1 - density) ** (outputs * math.prod(kernel))
+    empty = 0 if found.norm_dim == 0 else way.copies * outputs * (1 - density) ** (inputs * math.prod(kernel))
     if empty >= 0.5:
-        yield f"about {round(empty)} of {orientation.copies * outputs} outputs without inputs at density {density:g}"
+        yield f"about {round(empty)} of {way.copies * outputs} outputs without inputs at density {density:g}"
+    if unread >= 0.5:
+        yield f"about {round(unread)} of {way.copies * inputs} inputs that no output reads at density {density:g}"
 
 
 def _small(orientation, shape):
@@ -118,10 +137,16 @@ def _found(layer):
     if is_frozen(layer):
         yield "frozen"
     yield from _small(layer.orientation, layer.mask.shape)
-    if not is_sharded(layer.mask):
-        rows = layer.orientation.matrix(layer.mask)
-        if empty := len(rows) - int(rows.any(1).sum()):
-            yield f"{empty} of {len(rows)} outputs without inputs"
+    if is_sharded(layer.mask):
+        return
+    way = layer.orientation
+    outputs, inputs, *_ = way.layer(layer.mask.shape)
+    links = way.matrix(layer.mask).reshape(way.copies, outputs, inputs, -1).any(3)
+    empty, unread = (int((~links.any(dim)).sum()) for dim in (2, 1))
+    if empty:
+        yield f"{empty} of {way.copies * outputs} outputs without inputs"
+    if unread:
+        yield f"{unread} of {way.copies * inputs} inputs that no output reads"
 
 
 def tell_of_epoch(masking: Any) -> None:
@@ -143,12 +168,15 @@ def density_to_come(masking: Any) -> str:
     end = masking.updates.ends_at()
     if end is None or not masking.layers:
         return ""
-    target, size = masking.updates.density_at(end), masking.total_nonzero + masking.total_zero
-    if masking.total_nonzero <= 1.01 * target * size + len(masking.layers):
+    density, size = masking.updates.density_at(end), masking.total_nonzero + masking.total_zero
+    if isinstance(density, Mapping):  # of each budget
+        ends = [density.get(layer.budget.pattern, layer.density) * layer.mask.numel() for layer in masking.layers]
+        density = sum(ends) / size
+    if masking.total_nonzero <= 1.01 * density * size + len(masking.layers):
         return ""
     why = "no update has come since, or frozen layers keep theirs"
     return (
-        f"The density is {masking.density:.4g} after {masking.steps} steps, and the schedule's is {target:.4g} from "
+        f"The density is {masking.density:.4g} after {masking.steps} steps, and the schedule's is {density:.4g} from "
         f"step {end} on: {why if masking.steps >= end else 'train so long, or let it end earlier'}."
     )
 

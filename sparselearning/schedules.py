@@ -1,7 +1,7 @@
 """When masks move, and schedules: functions from the step to a prune rate in [0, 1] or a density in (0, 1]."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import SupportsIndex
 
@@ -15,7 +15,8 @@ class Updates:
     every: optimizer steps between two updates; 0 for one at the end of every epoch.
     first, last: steps before and after which the masks stay. At step `last` itself there is always an update, so that
         a density schedule arrives.
-    density: function from the step to the density that an update leaves, in (0, 1]; None keeps it.
+    density: function from the step to the density that an update leaves, in (0, 1]; or {pattern: function}, for the
+        patterns of `add_module(density={pattern: ...})`; None keeps it.
 
     >>> updates = Updates(every=100, last=250)
     >>> [step for step in range(1, 1000) if updates.after_step(step)]
@@ -29,17 +30,18 @@ class Updates:
     every: int = 0
     first: int = 0
     last: int | None = None
-    density: Schedule | None = None
+    density: Schedule | Mapping[str, Schedule] | None = None
 
     def __post_init__(self):
         for name, steps in [("every", self.every), ("first", self.first), ("last", self.last or 0)]:
             if not isinstance(steps, SupportsIndex) or steps.__index__() < 0:
                 raise ValueError(f"Expected {name} to be a number of steps, 0 or more, got {steps!r}.")
-        if self.density is not None and not callable(self.density):
-            raise TypeError(
-                "Expected density to be a function of the step, such as CubicDensity(1.0, 0.1, begin=0, finish=1000), "
-                f"got {self.density!r}. A density that stays is the one given to add_module."
-            )
+        for density in self.density.values() if isinstance(self.density, Mapping) else [self.density]:
+            if density is not None and not callable(density):
+                raise TypeError(
+                    "Expected density to be a function of the step, such as CubicDensity(1.0, 0.1, begin=0, "
+                    f"finish=1000), got {density!r}. A density that stays is the one given to add_module."
+                )
 
     def after_step(self, step: int) -> bool:
         """Tell whether the masks move after this step."""
@@ -75,19 +77,25 @@ class Updates:
         """
         if self.density is None or self.last is not None:
             return None if self.density is None else self.last
-        return getattr(self.density, "finish", getattr(self.density, "at", None))
+        all_of_them = self.density.values() if isinstance(self.density, Mapping) else [self.density]
+        ends = [getattr(schedule, "finish", getattr(schedule, "at", math.inf)) for schedule in all_of_them]
+        return max(ends) if ends and max(ends) < math.inf else None
 
-    def density_at(self, step: int) -> float | None:
-        """Return the density that an update after this step leaves; None if it stays as it is.
+    def density_at(self, step: int) -> float | dict[str, float] | None:
+        """Return the density that an update after this step leaves, or {pattern: density}; None if it stays as it is.
 
         Raises:
             ValueError: if the schedule gives a number outside (0, 1].
         """
-        if self.density is None:
-            return None
-        if not 0 < (density := self.density(step)) <= 1:
-            raise ValueError(f"Expected a density in (0, 1] at step {step}, got {density} of the density schedule.")
-        return density
+        if isinstance(self.density, Mapping):
+            return {pattern: _density_at(schedule, step) for pattern, schedule in self.density.items()}
+        return None if self.density is None else _density_at(self.density, step)
+
+
+def _density_at(schedule, step):
+    if not 0 < (density := schedule(step)) <= 1:
+        raise ValueError(f"Expected a density in (0, 1] at step {step}, got {density} of the density schedule.")
+    return density
 
 
 def decay_of(prune_rate_decay: Schedule | None, prune_rate: float) -> Schedule:

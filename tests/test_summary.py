@@ -118,9 +118,11 @@ def test_embeddings_that_are_masked_are_layers():
 
 
 def test_notes_say_pattern_and_how_weights_are_held():
-    assert rows_of(masked(mlp(8, 4), density=0.5, pattern="2:4"))["fc1.weight"][-1] == "2:4"
-    assert rows_of(masked(mlp(8, 4), density=0.5, weights="soft"))["fc1.weight"][-1] == "dense copy"
-    assert rows_of(masked(mlp(8, 4), density=0.5, weights="kept", pattern="2:4"))["fc1.weight"][-1] == "2:4, dense copy"
+    assert rows_of(masked(mlp(8, 40), density=0.5, pattern="2:4"))["fc1.weight"][-1] == "2:4"
+    assert rows_of(masked(mlp(8, 40), density=0.5, weights="soft"))["fc1.weight"][-1] == "dense copy"
+    assert (
+        rows_of(masked(mlp(8, 40), density=0.5, weights="kept", pattern="2:4"))["fc1.weight"][-1] == "2:4, dense copy"
+    )
 
 
 @pytest.mark.skipif(not available(), reason="built without sparse kernels")
@@ -185,3 +187,34 @@ def test_a_masking_without_layers_says_so():
 def test_densities_by_name():
     masking = masked(mlp(20, 30, 10), density={"fc1": 0.1, "fc2": 0.5})
     assert masking.densities == {"fc1.weight": 0.1, "fc2.weight": 0.5}
+
+
+def test_inputs_that_no_output_reads_are_counted_before_and_after():
+    model = nn.Sequential(nn.Linear(100, 5), nn.Flatten(), nn.ConvTranspose1d(20, 4, 3))
+    lines = {line.split()[0]: line for line in describe(model, density=0.1).splitlines()}
+    assert lines["0.weight"].endswith("about 59 of 100 inputs that no output reads at density 0.1")
+    assert lines["2.weight"].endswith("about 6 of 20 inputs that no output reads at density 0.1")
+    masking = masked(model, density=0.1)
+    unread = 100 - int(masking.masks["0.weight"].any(0).sum())
+    assert rows_of(masking)["0.weight"][-1] == f"{unread} of 100 inputs that no output reads"
+    unread = 20 - int(masking.masks["2.weight"].flatten(1).any(1).sum())
+    assert rows_of(masking)["2.weight"][-1] == f"{unread} of 20 inputs that no output reads"
+
+
+def test_a_description_takes_the_densities_of_add_module():
+    model = mlp(20, 30, 10)
+    lines = describe(model, density={"fc1": 0.5, "*": 0.001}).splitlines()
+    assert "0.001" not in next(line for line in lines if line.startswith("fc1.weight"))
+    assert "less than one active weight at density 0.001" in next(
+        line for line in lines if line.startswith("fc2.weight")
+    )
+    assert lines[-1] == "900 of 940 parameters are masked; at these densities, 300 of them are active."
+    with pytest.raises(ValueError, match="matches none of the weights"):
+        describe(model, density={"conv1": 0.5, "*": 0.1})
+
+
+def test_a_description_marks_what_add_module_refuses_until_it_is_named():
+    model = mlp(20, 30, 10)
+    nn.utils.parametrizations.orthogonal(model.fc2)
+    assert "refused: its parametrization Orthogonal makes" in describe(model)
+    assert "refused" not in describe(model, dense=["fc2"])

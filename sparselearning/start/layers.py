@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from sparselearning import loading
+from sparselearning.budgets import Budget
 from sparselearning.invariants import stepped_by
-from sparselearning.layers import SparseLayer, check_loadable
+from sparselearning.layers import SparseLayer
 from sparselearning.patterns import pattern_of, patterns_for
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import is_sharded
 from sparselearning.start.maskable import UNKNOWN, judge, maskable_parameters, usual_exceptions
 from sparselearning.start.masks import Density, SparseInit, initial_masks, masks_of_nonzeros
-from sparselearning.start.names import named
+from sparselearning.start.names import by_density, named
+from sparselearning.start.parametrized import REFUSED
 from sparselearning.start.scores import SCORES, Batches, scores_of
 
 logger = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ Reasons = dict[str, tuple[nn.Parameter, str]]
 def new_layers(
     masking: Any,
     module: nn.Module,
-    skip: tuple[str, ...],
+    skip: str | Iterable[str],
     sparse_embeddings: bool,
     dense: Iterable[str],
     pattern: str | None,
@@ -45,8 +47,12 @@ def new_layers(
     judged = {found.name: found for found in judge(module, sparse_embeddings, sparse)}
     kept = {name: (found.parameter, found.reason) for name, found in judged.items() if found.reason}
     weights = {name: found.parameter for name, found in judged.items() if not found.reason}
+    refused = {name: found for name, found in judged.items() if found.reason.startswith(REFUSED)}
+    skip = {skip} if isinstance(skip, str) else set(skip)
     parts = [part for part in skip if part not in weights]
-    named_dense = {*skip, *named(list(weights), dense, usual_exceptions(module))}
+    could_be = [name for name in judged if name in weights or name in refused]
+    named_dense = {*skip, *named(could_be, dense, usual_exceptions(module))}
+    _refuse([found for name, found in refused.items() if not _stays_dense(name, named_dense, parts)])
     for own_name, weight in weights.items():
         name, master = own_name, masking.master_of(weight)
         if id(weight) in known:
@@ -54,15 +60,16 @@ def new_layers(
         if id(master) not in stepped:
             kept[own_name] = (weight, "the optimizer does not step it")
             continue
-        if own_name in named_dense or any(part in own_name for part in parts):
+        if _stays_dense(own_name, named_dense, parts):
             kept[own_name] = (weight, "named to stay dense")
             continue
         while name in taken:  # a second module may use the names of the first
             name = f"{len(masking.modules)}.{name}"
         taken.add(name)
         mask = torch.zeros_like(weight, dtype=torch.bool)
-        layers[own_name] = SparseLayer(name, weight, master, mask, mask.clone())
-        layers[own_name].orientation = judged[own_name].orientation
+        found = judged[own_name]
+        layers[own_name] = SparseLayer(name, weight, master, mask, mask.clone(), orientation=found.orientation)
+        layers[own_name].norm_dim, layers[own_name].budget = found.norm_dim, masking.common
     if not layers:
         raise ValueError(
             f"{type(masking.optimizer).__name__} steps no weight of {type(module).__name__} that could be masked "
@@ -76,6 +83,16 @@ def new_layers(
     if hint := _hint(kept):
         logger.warning("%s", hint.strip())
     return layers, kept
+
+
+def _stays_dense(name, named_dense, parts):
+    return name in named_dense or any(part in name for part in parts)
+
+
+def _refuse(found):
+    if found:
+        reasons = "; ".join(f"{each.name}, {each.reason.removeprefix(REFUSED)}" for each in found)
+        raise ValueError(f"These weights cannot be masked: {reasons}. Or name what is to stay dense in dense=[...].")
 
 
 def _orientations(layers):
@@ -101,6 +118,27 @@ def _frozen_beside_adapters(kept):
     )
 
 
+def set_budgets(
+    masking: Any, new: Mapping[str, SparseLayer], density: Density | None, state: dict[str, Any] | None
+) -> None:
+    """Give the layers of each pattern of {pattern: density} a budget; where it is a number they keep the network's.
+
+
+    Raises:
+        ValueError: for densities that do not fit the names (see `names.by_density`), or the saved state.
+    """
+    if state is not None and state.get("budgets") and not isinstance(density, Mapping):
+        raise ValueError(
+            "The state was saved with densities by pattern, whose layers exchange no weights. Give these beside it: "
+            "add_module(module, density={pattern: density}, state=state)."
+        )
+    threshold = masking.prune_threshold
+    for pattern, _, names in by_density(list(new), density) if isinstance(density, Mapping) else ():
+        budget = Budget(pattern, prune_threshold=threshold)
+        for name in names:
+            new[name].budget = budget
+
+
 def choose(
     new: Mapping[str, SparseLayer],
     module: nn.Module,
@@ -124,20 +162,21 @@ def choose(
         sparse_init = masks_of_nonzeros(weights, empty, density)
     elif isinstance(sparse_init, str) and sparse_init in SCORES:
         others = [name for name, _ in maskable_parameters(module) if name not in new]
-        sparse_init = scores_of(sparse_init, module, batches, density, others)
+        sparse_init = scores_of(sparse_init, module, batches, density, others, sparse=list(new))
     if isinstance(sparse_init, Mapping) and distributed.in_process_group():
         sparse_init = {name: _from_first_process(tensor) for name, tensor in sparse_init.items()}
     empty = {name: layer.mask for name, layer in new.items()}
-    masks = initial_masks(empty, density, sparse_init, _orientations(new))
+    norm_dims = {name: layer.norm_dim for name, layer in new.items() if layer.norm_dim is not None}
+    masks = initial_masks(empty, density, sparse_init, _orientations(new), norm_dims)
     for name, layer in new.items():
         layer.mask.copy_(masks[name])
         layer.pattern = pattern_of(masks[name])
 
 
 def _saved_masks(new, state):
-    loading.check_entries("'mask'", state, [*loading.OF_ALL, *loading.OF_MASKING], ["sparse_training"])
+    loading.check_entries("'mask'", state, [*loading.OF_ALL, *loading.OF_MASKING], ["sparse_training", "budgets"])
     names = {layer.name for layer in new.values()}
-    check_loadable(list(new.values()), {name: entry for name, entry in state["layers"].items() if name in names})
+    loading.check_layers(list(new.values()), {name: entry for name, entry in state["layers"].items() if name in names})
     return {name: state["layers"][layer.name]["mask"] for name, layer in new.items()}
 
 

@@ -11,6 +11,7 @@ from sparselearning.orientation import PLAIN, Orientation
 from sparselearning.patterns import UNSTRUCTURED, of_fan_in, pattern_of, with_pattern, without_pattern
 from sparselearning.processes.sharded import count_active, fetch, placed_like, uniform_like
 from sparselearning.selection import add_highest, add_highest_jointly, apportion
+from sparselearning.slices import are_empty, largest_of_each, number_of_slices
 from sparselearning.start.distributions import DISTRIBUTIONS, Distribution, divide, none_empty
 from sparselearning.start.names import by_density
 
@@ -23,10 +24,12 @@ def initial_masks(
     density: Density,
     sparse_init: SparseInit,
     orientations: Mapping[str, Orientation] | None = None,
+    norm_dims: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Return {name: mask} for empty masks that carry the patterns of their layers.
 
-    A distribution is given the shape (outputs, inputs, ...) of one layer; experts count as so many layers.
+    A distribution is given the shape (outputs, inputs, ...) of one layer; experts count as so many layers. No slice
+    along the dimension that `norm_dims` gives for a name is empty.
 
     If `sparse_init` is a distribution, active weights are drawn at random. If it maps names to scores, the highest
     scores of the network are active. If it maps names to masks (bool), it gives the masks. No layer stays empty while
@@ -35,12 +38,15 @@ def initial_masks(
 
     Raises:
         ValueError: for densities that do not fit the names (see `names.by_density`), leave no weight or exceed what a
-            pattern holds, for an unknown distribution, or for scores or masks that do not fit the weights.
+            pattern holds, or fewer than one for each slice, for an unknown distribution, or for scores or masks that do
+            not fit the weights.
     """
+    norm_dims = norm_dims or {}
     if isinstance(sparse_init, Mapping):
         _check_fit(empty, sparse_init)
         if all(tensor.dtype == torch.bool for tensor in sparse_init.values()):
-            return {name: _given(name, placed_like(mask, sparse_init[name]), mask) for name, mask in empty.items()}
+            given = {name: placed_like(mask, sparse_init[name]) for name, mask in empty.items()}
+            return {name: _given(name, given[name], mask, norm_dims.get(name)) for name, mask in empty.items()}
     elif not callable(sparse_init) and sparse_init not in DISTRIBUTIONS:
         names = ", ".join(map(repr, (*DISTRIBUTIONS, "resume", "snip", "grasp", "synflow")))
         raise ValueError(
@@ -48,7 +54,7 @@ def initial_masks(
             "or masks."
         )
     masks = {}
-    for part, names in by_density(list(empty), density):
+    for _, part, names in by_density(list(empty), density):
         group = [empty[name] for name in names]
         size = sum(mask.numel() for mask in group)
         total = round(part * size)
@@ -63,14 +69,20 @@ def initial_masks(
             ways = [(orientations or {}).get(name, PLAIN) for name in names]
             shares = [way.copies * distribution(way.layer(m.shape)) for way, m in zip(ways, group, strict=True)]
             scores = None
-        counts = _counts(total, shares, group)
+        counts = _with_slices(names, _counts(total, shares, group), group, norm_dims)
         for i, (name, mask) in enumerate(zip(names, group, strict=True)):
             pattern = of_fan_in(pattern_of(mask), mask.shape, counts[i])
             # The first update is the earliest to remove a neuron.
             at_first = with_pattern(without_pattern(mask), replace(pattern, ablation=0.0))
             score = uniform_like(mask) if scores is None else scores[i]
-            masks[name] = with_pattern(add_highest(score, at_first, counts[i]), pattern)
+            masks[name] = with_pattern(_highest(score, at_first, counts[i], norm_dims.get(name)), pattern)
     return masks
+
+
+def _highest(score, empty, count, norm_dim):
+    if norm_dim is None:
+        return add_highest(score, empty, count)
+    return add_highest(score, largest_of_each(score, ~empty, norm_dim), count - number_of_slices(score.shape, norm_dim))
 
 
 def masks_of_nonzeros(
@@ -89,7 +101,7 @@ def masks_of_nonzeros(
     nonzero = {name: weight.detach() != 0 for name, weight in weights.items()}
     found = dict(zip(nonzero, map(int, fetch([count_active(mask) for mask in nonzero.values()])), strict=True))
     masks = {}
-    for part, names in by_density(list(weights), density):
+    for _, part, names in by_density(list(weights), density):
         counts, patterns = [found[name] for name in names], [pattern_of(empty[name]) for name in names]
         size = sum(empty[name].numel() for name in names)
         room = [
@@ -143,7 +155,28 @@ def _counts(total, shares, group):
     return divide(total, shares, capacities, steps)
 
 
-def _given(name, mask, empty):
+def _with_slices(names, counts, group, norm_dims):
+    """Return counts of the same sum, with a weight for each slice that may not be empty."""
+    dims = [norm_dims.get(name) for name in names]
+    if all(dim is None for dim in dims):
+        return counts
+    least = [number_of_slices(mask.shape, dim) for mask, dim in zip(group, dims, strict=True)]
+    spare = [max(count - few, 0) for count, few in zip(counts, least, strict=True)]
+    lacking = [max(few - count, 0) for count, few in zip(counts, least, strict=True)]
+    if sum(lacking) > sum(spare):
+        raise ValueError(
+            f"Expected at least {sum(least)} active weights in {', '.join(names)}, one for each slice that weight_norm "
+            f"divides by its norm, got {sum(counts)}. Pass a larger density, or name layers in dense=[...]."
+        )
+    given = apportion(sum(lacking), spare, spare)
+    return [count + more - less for count, more, less in zip(counts, lacking, given, strict=True)]
+
+
+def _given(name, mask, empty, norm_dim):
+    if norm_dim is not None and are_empty(mask, norm_dim).any():
+        raise ValueError(
+            f"The mask of {name} leaves slices empty that weight_norm divides by their norms. Keep one each."
+        )
     pattern = of_fan_in(pattern_of(empty), mask.shape, int(mask.sum()))
     if pattern != UNSTRUCTURED and not pattern.holds(mask):
         raise ValueError(f"The mask of {name} is not of the pattern {pattern.name!r}. Choose another one.")

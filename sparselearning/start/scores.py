@@ -9,7 +9,7 @@ dense. The model does not change, nor do its statistics of batch normalisation.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,13 +29,18 @@ SCORES = ("snip", "grasp", "synflow")
 
 
 def scores_of(
-    kind: str, model: nn.Module, batches: Batches | None, density: Density, dense: Sequence[str] = ()
+    kind: str,
+    model: nn.Module,
+    batches: Batches | None,
+    density: Density,
+    dense: Sequence[str] = (),
+    sparse: Iterable[str] = (),
 ) -> dict[str, Tensor]:
     """Return the scores called `kind`, one of `SCORES`, with cross-entropy as the loss.
 
     Args:
         batches: (inputs, labels) pairs; SynFlow uses only the shape of the first inputs.
-        density, dense: as `synflow` takes them.
+        density, dense, sparse: as `synflow` takes them.
 
     Raises:
         ValueError: if there is no batch.
@@ -47,11 +52,13 @@ def scores_of(
             f"loss the scores themselves: sparse_init={kind}(model, ...) from sparselearning.start.scores."
         )
     if kind == "synflow":
-        return synflow(model, batches[0][0], density, dense)
-    return {"snip": snip, "grasp": grasp}[kind](model, batches)
+        return synflow(model, batches[0][0], density, dense, sparse=sparse)
+    return {"snip": snip, "grasp": grasp}[kind](model, batches, sparse=sparse)
 
 
-def snip(model: nn.Module, batches: Batches, loss_function: LossFunction = F.cross_entropy) -> dict[str, Tensor]:
+def snip(
+    model: nn.Module, batches: Batches, loss_function: LossFunction = F.cross_entropy, sparse: Iterable[str] = ()
+) -> dict[str, Tensor]:
     """Return |w * dL/dw| for every maskable weight: how strongly the weight's presence affects the loss.
 
     Lee, Ajanthan and Torr 2019, SNIP: single-shot network pruning based on connection sensitivity,
@@ -61,8 +68,9 @@ def snip(model: nn.Module, batches: Batches, loss_function: LossFunction = F.cro
     Args:
         batches: (inputs, targets) pairs, whose gradients are added up.
         loss_function: function of the model's output and the targets.
+        sparse: the argument of `add_module`.
     """
-    model, weights = _copy(model)
+    model, weights = _copy(model, sparse=sparse)
     gradients = _gradients(model, weights, batches, loss_function)
     return {name: (w * g).abs().detach() for (name, w), g in zip(weights.items(), gradients, strict=True)}
 
@@ -72,6 +80,7 @@ def grasp(
     batches: Batches,
     loss_function: LossFunction = F.cross_entropy,
     temperature: float = 200.0,
+    sparse: Iterable[str] = (),
 ) -> dict[str, Tensor]:
     """Return w * (H g) for every maskable weight: how much of the gradient's norm its removal would take away.
 
@@ -84,8 +93,9 @@ def grasp(
     Args:
         batches: (inputs, targets) pairs, whose gradients are added up.
         loss_function: function of outputs (logits or log-probabilities) and targets.
+        sparse: the argument of `add_module`.
     """
-    model, weights = _copy(model)
+    model, weights = _copy(model, sparse=sparse)
 
     def softened(output: Tensor, targets: Tensor) -> Tensor:
         return loss_function(output / temperature, targets)
@@ -107,6 +117,7 @@ def synflow(
     density: Density,
     dense: Sequence[str] = (),
     rounds: int = 100,
+    sparse: Iterable[str] = (),
 ) -> dict[str, Tensor]:
     """Return |w * dR/dw|, where R is the sum of the outputs of the network with absolute weights for an input of ones.
 
@@ -119,9 +130,9 @@ def synflow(
 
     Args:
         inputs: an example; only its shape without the first dimension, its device and its dtype matter.
-        density, dense: the arguments of `add_module`.
+        density, dense, sparse: the arguments of `add_module`.
     """
-    model, weights = _copy(model, dense)
+    model, weights = _copy(model, dense, sparse)
     model.eval().to(torch.float32 if inputs.device.type == "mps" else torch.float64)
     for module in model.modules():
         for name, child in module.named_children():
@@ -144,7 +155,7 @@ def synflow(
         }
         if done == rounds:
             break
-        for part, names in groups:
+        for _, part, names in groups:
             among = [masks[name] for name in names]
             active = sum(int(mask.sum()) for mask in among)
             left = round(part ** (done / rounds) * sum(mask.numel() for mask in among))
@@ -176,7 +187,9 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
     return masks
 
 
-def _copy(model: nn.Module, dense: Sequence[str] = ()) -> tuple[nn.Module, Mapping[str, Tensor]]:
+def _copy(
+    model: nn.Module, dense: Sequence[str] = (), sparse: Iterable[str] = ()
+) -> tuple[nn.Module, Mapping[str, Tensor]]:
     """Return a copy of the model, and its maskable weights by name without the dense ones.
 
     Raises:
@@ -188,7 +201,7 @@ def _copy(model: nn.Module, dense: Sequence[str] = ()) -> tuple[nn.Module, Mappi
             "from them: sparse_init=load_masks(path), or --sparse-init mask:PATH."
         )
     model = copy.deepcopy(model)
-    weights = dict(maskable_parameters(model))
+    weights = dict(maskable_parameters(model, sparse=sparse))
     kept_dense = named(list(weights), dense)
     return model, {name: weight for name, weight in weights.items() if name not in kept_dense}
 

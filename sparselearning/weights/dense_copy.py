@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparselearning.budgets import layers_of
 from sparselearning.functions import FunctionError
 from sparselearning.layers import SparseLayer
 from sparselearning.loading import check_tensor
@@ -133,10 +134,11 @@ class DenseCopy(Zeros):
                 layer.memory["trained"] = add_highest(dense.abs(), without_pattern(layer.mask), inactive)
             if self.soft:
                 layer.memory["threshold"] = dense.masked_fill(layer.mask, 0).abs().max()
-        if self.soft and layers:  # one for the network
-            threshold = torch.stack([layer.memory["threshold"].to(layers[0].mask.device) for layer in layers]).max()
-            for layer in layers:
-                layer.memory["threshold"].copy_(threshold)
+        for budget in {layer.budget: None for layer in layers if self.soft}:  # one for the network
+            thresholds = [layer.memory["threshold"] for layer in layers_of(budget, layers)]
+            highest = torch.stack([threshold.to(thresholds[0].device) for threshold in thresholds]).max()
+            for threshold in thresholds:
+                threshold.copy_(highest)
         self.remember(layers)
         self.show(layers)
 

@@ -33,16 +33,17 @@ def training_alone(masking: Any) -> Iterator[Sequence[SparseLayer]]:
     """
     layers = masking.layers
     idle = _idle(masking)
-    kept = sum(layer.nonzeros + layer.left_over for layer in idle)
     masking.layers = [layer for layer in layers if layer not in idle]
-    masking.baseline_nonzero -= kept
+    for layer in idle:
+        layer.budget.nonzeros -= layer.nonzeros + layer.left_over
     if idle:
         _tell(idle, masking.layers)
     try:
         yield masking.layers
     finally:
         masking.layers = layers
-        masking.baseline_nonzero += kept
+        for layer in idle:
+            layer.budget.nonzeros += layer.nonzeros + layer.left_over
     for layer in layers:
         layer.trained = None
 

@@ -388,6 +388,15 @@ def test_a_density_of_the_network_counts_what_stays_dense(density):
     assert parameters - masking.total_zero == round(density * parameters), "all layers sparse"
 
 
+def test_parameters_are_masked_that_sparse_layers_names():
+    args = parsed("--recipe", "tuned", "--sparse-layers", "*A_log", "--density-of", "network", "--density", "0.5")
+    model = nn.Sequential(nn.Linear(6, 4))
+    model[0].A_log = nn.Parameter(torch.ones(6, 4))
+    masking = masking_of(args, model)
+    assert list(masking.masks) == ["0.weight", "0.A_log"]
+    assert 52 - masking.total_zero == 26
+
+
 def test_a_density_of_the_network_that_the_dense_layers_exceed_is_refused():
     tenth = ("--density", "0.1", "--density-of", "network")
     with pytest.raises(ValueError, match=r"--density 0\.1 of the network .* layers that stay dense are 0\.1108 of it"):

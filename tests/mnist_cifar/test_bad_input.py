@@ -64,6 +64,8 @@ def refusal(call, capsys):
         ("--growth none.py:grow", "there is no file 'none.py'"),
         ("--sparse-init random", "--sparse-init"),
         ("--dense-layers conv1", "'conv1' matches none of the weights fc1.weight, fc2.weight, fc3.weight."),
+        ("--sparse-layers conv1 fc1", "sparse=['conv1', 'fc1']: conv1 matches none of the parameters fc1.weight,"),
+        ("--sparse-layers fc1.bias", "names fc1.bias (300,), which cannot be masked: fewer than two dimensions"),
         ("--layer-density conv1=0.5", "The pattern 'conv1' of density={'conv1': 0.5, '*': 0.05} matches none of the"),
         ("--layer-density fc1=0", "expected a fraction in (0, 1], got '0'"),
         ("--data cifar --model lenet5", "takes images of 1x28x28, got 3x32x32. Models for these images: alexnet-s"),

@@ -209,10 +209,18 @@ def test_flops_are_those_of_the_densities(run):
     assert first["inference_flops"] == last["training_flops"] == 1
 
 
-def test_layers_have_densities_of_their_own(run):
-    folder = run("--epochs", "2", "--layer-density", "fc1=0.02", "--dense-layers", "fc3", "--redistribution", "none")
+@pytest.mark.parametrize("more", [(), ("--method", "gmp", "--prune-every-k-steps", "10")], ids=["constant", "falls"])
+def test_layers_have_densities_of_their_own(run, more):
+    folder = run("--epochs", "2", "--layer-density", "fc1=0.02", "--dense-layers", "fc3", *more)
     densities = metrics_of(folder)[1]["density_per_layer"]
     assert densities == {"fc1.weight": 4704 / 235200, "fc2.weight": 1500 / 30000}
+
+
+def test_densities_by_layer_are_those_of_a_run_that_was_interrupted(run, interrupt, tmp_path):
+    argv = ("--layer-density", "fc1=0.02", "--prune", "adaptive_threshold")
+    whole = run(*argv, place="whole")
+    interrupt(run, *argv)
+    assert_same_run(run("--resume", run_folder(tmp_path / "runs"), place="goes on"), whole)
 
 
 @pytest.mark.filterwarnings("ignore:.* weights are not zero")

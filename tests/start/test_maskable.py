@@ -125,6 +125,14 @@ def test_parameters_of_no_layer_stay_dense_unless_they_are_named():
     assert [name for name, _ in maskable_parameters(model, sparse=["*A_log"])] == ["weight", "A_log"]
 
 
+def test_the_name_of_a_layer_means_what_can_be_masked_of_it():
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10))
+    names = [name for name, _ in maskable_parameters(model, sparse=["0", "1"])]
+    assert names == ["0.weight", "1.weight"]
+    with pytest.raises(ValueError, match=r"names 1.bias \(10,\), which cannot be masked: fewer than two dimensions"):
+        list(maskable_parameters(model, sparse=["1*"]))
+
+
 def test_embeddings_are_masked_when_asked_for():
     model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4))
     masking = Masking(sgd(model), None)

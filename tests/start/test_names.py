@@ -38,9 +38,9 @@ def test_first_and_last():
 
 def test_the_first_pattern_that_matches_counts():
     groups = by_density(NAMES, {"layer1.0.conv1": 0.5, "*conv1": 0.2, "*": 0.1})
-    assert groups == [(0.5, NAMES[1:2]), (0.2, NAMES[:1]), (0.1, NAMES[2:])]
-    assert by_density(NAMES, 0.3) == [(0.3, NAMES)]
-    assert by_density(NAMES[:1], {"conv1": 0.5, "*": 0.1}) == [(0.5, NAMES[:1])], "'*' may find nothing left"
+    assert groups == [("layer1.0.conv1", 0.5, NAMES[1:2]), ("*conv1", 0.2, NAMES[:1]), ("*", 0.1, NAMES[2:])]
+    assert by_density(NAMES, 0.3) == [("*", 0.3, NAMES)]
+    assert by_density(NAMES[:1], {"conv1": 0.5, "*": 0.1}) == [("conv1", 0.5, NAMES[:1])], "'*' may find nothing left"
 
 
 def build(density, init="constant", **choice):

@@ -290,3 +290,22 @@ def score_in_two_processes():
 def test_scores_of_the_first_process_decide_how_many_inputs_a_neuron_has():
     first, second = run(score_in_two_processes, 2)
     assert first == second
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_what_is_masked_by_name_has_scores_too(score):
+    model = network()
+    model.register_parameter("mixing", nn.Parameter(torch.ones(3, 3, dtype=torch.float64)))
+    masking = Masking(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), None)
+    masking.add_module(model, 0.5, score, batches=[batch()], sparse=["mixing"])
+    assert "mixing" in masking.masks
+    assert masking.total_nonzero == round(0.5 * (18 + 24 + 9 + 9))
+
+
+@pytest.mark.parametrize("score", ["snip", "grasp"])
+def test_embeddings_that_are_masked_have_scores_too(score):
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Flatten(), nn.Linear(12, 5))
+    masking = Masking(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), None)
+    batches = [(torch.arange(6).reshape(2, 3), torch.zeros(2, dtype=torch.long))]
+    masking.add_module(model, 0.5, score, batches=batches, sparse_embeddings=True)
+    assert list(masking.masks) == ["0.weight", "2.weight"]

@@ -21,6 +21,7 @@ from torch import nn
 from sparselearning import Masking
 from sparselearning.orientation import PLAIN
 from sparselearning.start.maskable import judge
+from sparselearning.start.parametrized import stored_weights
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 GOLDEN = Path(__file__).parent / "golden"
@@ -58,7 +59,7 @@ BUILDERS = {"timm": build_timm, "transformers": build_transformers}
 def masked_in(model):
     """Return the pattern of names of masked parameters -> how the weight is read, in words, or an empty string."""
     found = {}
-    for name, _, reason, way in judge(model):
+    for name, _, reason, way, _ in judge(model):
         if not reason:
             words = ["experts"] * way.stacked + ["inputs first"] * way.inputs_first
             found[re.sub(r"\d+", "#", name)] = "" if way == PLAIN else ", ".join(words)
@@ -74,7 +75,8 @@ def test_weights_of_layers_are_masked_and_nothing_else(library, name):
     assert masked_in(model) == golden(library)[name]
     layers = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
     owners = {id(p): part for part in model.modules() for p in part.parameters(recurse=False)}
-    for _, parameter, reason, _ in judge(model):
+    owners |= {id(each.parameter): each.module for each in stored_weights(model)}
+    for _, parameter, reason, _, _ in judge(model):
         owner = owners[id(parameter)]
         known = isinstance(owner, layers) or type(owner).__name__ == "Conv1D" or "Expert" in type(owner).__name__
         assert reason or (known and parameter.dim() > 1)
