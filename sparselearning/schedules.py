@@ -79,7 +79,8 @@ class Updates:
             return None if self.density is None else self.last
         all_of_them = self.density.values() if isinstance(self.density, Mapping) else [self.density]
         ends = [getattr(schedule, "finish", getattr(schedule, "at", math.inf)) for schedule in all_of_them]
-        return max(ends) if ends and max(ends) < math.inf else None
+        last = max(ends, default=math.inf)
+        return int(last) if last < math.inf else None
 
     def density_at(self, step: int) -> float | dict[str, float] | None:
         """Return the density that an update after this step leaves, or {pattern: density}; None if it stays as it is.
