@@ -16,6 +16,7 @@ from sparselearning.experiments.report import plots
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ["How_to_add_your_own_algorithms.md", "README.md", "docs/patterns.md", "docs/methods.md", "docs/sparse.md"]
+TRAINERS = {"docs/trainer.md": "transformers"}  # document -> the library that it needs
 main = load_main()
 
 
@@ -60,9 +61,12 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory'")  # a Trainer on a CPU
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [*DOCUMENTS, *TRAINERS])
 def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
+    if document in TRAINERS:
+        pytest.importorskip(TRAINERS[document], reason=f"{TRAINERS[document]} is not installed")
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "document", **a_training()}
     blocks = list(python_blocks((ROOT / document).read_text()))
