@@ -1,10 +1,12 @@
 """What the trainers' modules share: masks that begin or go on, and the figures that a log is given."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.data import IterableDataset
 
 from sparselearning.core import Masking
@@ -34,7 +36,8 @@ def start(
         return Masking.from_method(method, module, optimizer, total_steps, density, **parts)
     weights = [parameter.detach().clone() for parameter in module.parameters()]
     parts = {name: part for name, part in parts.items() if name != "batches"} | AT_START
-    masking = Masking.from_method(method, module, optimizer, total_steps, density, **parts)
+    with same_random_numbers():
+        masking = Masking.from_method(method, module, optimizer, total_steps, density, **parts)
     with torch.no_grad():
         for parameter, weight in zip(module.parameters(), weights, strict=True):
             parameter.copy_(weight)
@@ -62,33 +65,54 @@ def refuse_shards(module: nn.Module, strategy: str) -> None:
         )
 
 
-def check_saved(saved: Any, anew: str) -> None:
-    """Check that a checkpoint to go on from holds masks; `anew` says how to train its weights from the first step.
+def masks_in(saved: Any, anew: str) -> dict[str, Any]:
+    """Return the masks of a checkpoint to go on from; `anew` says how to train its weights from the first step.
 
     Raises:
-        RuntimeError: if not.
+        RuntimeError: if it has none.
     """
-    if not saved:
-        raise RuntimeError(
-            "Expected a checkpoint with masks, got one without: a dense run saved it, or only its weights were saved. "
-            f'To start from its weights, load them into the model, and {anew}; sparse_init="resume" keeps their zeros.'
+    if saved:
+        return saved["masking"]
+    raise RuntimeError(
+        "Expected a checkpoint with masks, got one without: a dense run saved it, or only its weights were saved. "
+        f'To start from its weights, load them into the model, and {anew}; sparse_init="resume" keeps their zeros.'
+    )
+
+
+def known_steps(steps: float) -> int:
+    """Return the number of steps of a training, if it is one.
+
+    Raises:
+        ValueError: if it is infinite or below 1.
+    """
+    if not math.isfinite(steps) or steps < 1:
+        raise ValueError(
+            f"Expected a training of a known number of steps, got {steps} by the Trainer's estimate. Pass "
+            "Trainer(max_steps=...), or SparseCallback(total_steps=...)."
         )
+    return int(steps)
 
 
-def count_flops(model: nn.Module, loader: Any, example: Mapping[str, Any] | None) -> Flops | None:
-    """Count the FLOPs of a model on inputs by name; None takes the first example of the loader's data.
-
-    Of data without indices (an IterableDataset) nothing is counted.
-    """
-    if example is None and isinstance(loader.dataset, IterableDataset):
-        return None
-    weight = next(model.parameters())
+def first_example(loader: Any) -> Any:
+    """Return a batch of the first example of a loader's data; None of data without indices (an IterableDataset)."""
     with same_random_numbers():
-        given = example or loader.collate_fn([loader.dataset[0]])
-        return forward_flops(model, **{name: _like(weight, value) for name, value in given.items()})
+        return None if isinstance(loader.dataset, IterableDataset) else loader.collate_fn([loader.dataset[0]])
+
+
+def count_flops(module: nn.Module, example: Any) -> Flops | None:
+    """Count the FLOPs of a module on an input, a tuple of inputs, or inputs by name; nothing is counted of None."""
+    if example is None:
+        return None
+    weight = next(module.parameters())
+    example = tree_map(lambda value: _like(weight, value), example)
+    named = example if isinstance(example, Mapping) else {}
+    inputs = example if isinstance(example, tuple) else (example,)
+    with same_random_numbers():
+        return forward_flops(module, **named) if named else forward_flops(module, *inputs)
 
 
 def _like(weight, value):
+    """Return a tensor on the device of a weight, and of its dtype unless it holds indices."""
     if not isinstance(value, Tensor):
         return value
     return value.to(weight.device, weight.dtype if value.is_floating_point() else None)

@@ -11,15 +11,7 @@ from transformers import TrainerCallback
 
 from sparselearning.core import Masking
 from sparselearning.generators import random_state, set_random_state
-from sparselearning.integrations.shared import (
-    check_saved,
-    count_flops,
-    figures,
-    refuse_shards,
-    release,
-    same_random_numbers,
-    start,
-)
+from sparselearning.integrations import shared
 from sparselearning.methods import Method
 from sparselearning.start.layers import Density
 from sparselearning.weights.optimizer import torch_optimizer
@@ -45,8 +37,7 @@ class SparseCallback(TrainerCallback):
     relative to the dense network.
 
     Raises:
-        RuntimeError: when training begins, if the checkpoint to go on from holds no masks, or if weights are divided
-            among processes (FSDP, DeepSpeed).
+        RuntimeError: when training begins, if the checkpoint has no masks, or processes divide the weights (FSDP).
     """
 
     masking: Masking
@@ -62,30 +53,29 @@ class SparseCallback(TrainerCallback):
         self.method, self.density, self.example, self.parts = method, density, example, parts
 
     def on_train_begin(self, args, state, control, model: Any = None, optimizer=None, train_dataloader=None, **_):
-        refuse_shards(model, "DeepSpeed" if args.deepspeed else "")
+        shared.refuse_shards(model, "DeepSpeed" if args.deepspeed else "")
         inner = torch_optimizer(optimizer)
         self.resumed = inner.param_groups[0].pop(KEY, None)
+        saved = self._earlier(model)
         if state.global_step:
-            check_saved(self.resumed, "call train() without resume_from_checkpoint")
-        earlier = self._earlier(model)
-        saved = self.resumed["masking"] if self.resumed else earlier
-        self.masking = start(self.method, model, inner, state.max_steps, self.density, self.parts, saved)
+            saved = shared.masks_in(self.resumed, "call train() without resume_from_checkpoint")
+        self.masking = shared.start(self.method, model, inner, state.max_steps, self.density, self.parts, saved)
         self.saving = inner.register_state_dict_post_hook(self._save)
-        self.flops = count_flops(model, train_dataloader, self.example)
+        self.flops = shared.count_flops(model, self.example or shared.first_example(train_dataloader))
 
     def on_epoch_begin(self, args, state, control, **_):
         # The Trainer calls this in the middle of an epoch, too, if it goes on there, and sets the random numbers later.
         resumed, self.resumed = self.resumed, None
         if not state.global_step or (resumed and not float(state.epoch).is_integer()):
             return
-        with same_random_numbers():
+        with shared.same_random_numbers():
             if resumed:
                 set_random_state(resumed["random"])
             self.masking.at_end_of_epoch()
 
     def on_log(self, args, state, control, logs=None, **_):
         if logs and "loss" in logs:
-            logs |= figures(self.masking, self.flops, state.max_steps // max(state.num_train_epochs, 1))
+            logs |= shared.figures(self.masking, self.flops, state.max_steps // max(state.num_train_epochs, 1))
             state.log_history[-1] |= logs
 
     def _save(self, optimizer, state):
@@ -96,4 +86,4 @@ class SparseCallback(TrainerCallback):
         if not hasattr(self, "masking") or self.masking.modules != [model]:
             return None
         self.saving.remove()
-        return release(self.masking) | {"steps": 0}
+        return shared.release(self.masking) | {"steps": 0}
