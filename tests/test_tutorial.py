@@ -17,10 +17,11 @@ from sparselearning.experiments.report import plots
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ["How_to_add_your_own_algorithms.md", "README.md", "docs/patterns.md", "docs/methods.md", "docs/sparse.md"]
-TRAINERS = {
+TRAINERS = {  # document -> the library that it needs
     "docs/trainer.md": "transformers",
     "docs/lightning.md": "lightning",
-}  # document -> the library that it needs
+    "docs/accelerate.md": "accelerate",
+}
 main = load_main()
 
 

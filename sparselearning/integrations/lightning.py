@@ -95,7 +95,5 @@ def _chosen(optimizers, index):
     index = 0 if index is None and len(optimizers) == 1 else index
     if index not in range(len(optimizers)):
         numbers = ", ".join(map(str, range(len(optimizers))))
-        raise ValueError(
-            f"Expected optimizer to be one of {numbers}, got {index}. Each optimizer takes a callback of its own."
-        )
+        raise ValueError(f"Expected optimizer to be one of {numbers}, got {index}. Each takes a callback of its own.")
     return optimizers[index]

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from helpers import assert_masks_hold, same, snapshot
-from launch import run
+from launch import run, set_torchrun_variables
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -217,9 +217,8 @@ def test_the_same_trainer_goes_back_to_a_checkpoint(tmp_path):
     assert equal(result(made, callback), expected)
 
 
-def train_replica(folder, rank_0_folder=None):
-    os.environ |= {"RANK": str(torch.distributed.get_rank()), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "ACCELERATE_USE_CPU": "true"}
+def train_replica(folder):
+    set_torchrun_variables()
     results = []
     for checkpoint in (None, folder / "checkpoint-3"):
         callback = SparseCallback("set", density=0.2)
