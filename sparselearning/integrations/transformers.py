@@ -55,7 +55,9 @@ class SparseCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model: Any = None, optimizer=None, train_dataloader=None, **_):
         shared.refuse_shards(model, "DeepSpeed" if args.deepspeed else "")
         inner = torch_optimizer(optimizer)
-        self.resumed = inner.param_groups[0].pop(KEY, None)
+        self.resumed, self.state = inner.param_groups[0].pop(KEY, None), state
+        if self.resumed and self.resumed["step"] != state.global_step:
+            self.resumed = None  # a dense run took them along, and changed the weights
         saved = self._earlier(model)
         if state.global_step:
             saved = shared.masks_in(self.resumed, "call train() without resume_from_checkpoint")
@@ -79,7 +81,8 @@ class SparseCallback(TrainerCallback):
             state.log_history[-1] |= logs
 
     def _save(self, optimizer, state):
-        state["param_groups"][0][KEY] = {"masking": self.masking.state_dict(), "random": random_state()}
+        saved = {"masking": self.masking.state_dict(), "random": random_state(), "step": self.state.global_step}
+        state["param_groups"][0][KEY] = saved
 
     def _earlier(self, model):
         """Return the masks of an earlier `train()` of this model, at step 0; None if there are none."""

@@ -1,10 +1,13 @@
 """lightning.Trainer with SparseCallback: automatic and manual optimization; resumed runs are the same run."""
 
 import logging
+import os
+import warnings
 
 import pytest
 import torch
 from helpers import assert_masks_hold, mlp, same, snapshot
+from launch import run, set_torchrun_variables
 from torch import nn
 
 lightning = pytest.importorskip("lightning", reason="lightning is not installed")
@@ -269,3 +272,22 @@ def test_validation_takes_any_checkpoint(tmp_path):
         made = trainer(tmp_path, SparseCallback("set"))
         made.validate(Automatic(), loader(), ckpt_path=str(tmp_path / path), verbose=False)
         assert "val_loss" in made.callback_metrics
+
+
+def train_replica(folder):
+    set_torchrun_variables()
+    os.environ["TORCHELASTIC_RUN_ID"] = "run"
+    warnings.simplefilter("ignore")
+    ends = []
+    for path in (None, folder / "epoch=0.ckpt"):
+        callback = SparseCallback("set", density=0.2)
+        _, module = fit(Automatic, folder, callback, path, devices=2, strategy="ddp", limit_val_batches=0)
+        callback.masking.check()
+        ends.append((snapshot(callback.masking), [parameter.detach() for parameter in module.parameters()]))
+    return ends
+
+
+def test_two_replicas_agree_and_go_on(tmp_path):
+    for (masks, weights), (others, other_weights) in zip(*run(train_replica, 2, tmp_path), strict=True):
+        assert same(masks, others)
+        assert all(map(torch.equal, weights, other_weights))

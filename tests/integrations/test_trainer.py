@@ -82,7 +82,7 @@ CASES = {
     "set": dict(density=0.2),
     "rigl": dict(density=0.1, prune_every_k_steps=2),
     "gmp": dict(density=0.2, prune_every_k_steps=2),
-    "top_kast": dict(density=0.2, prune_every_k_steps=2),
+    "top_kast": dict(density=0.2, prune_every_k_steps=2),  # trains inactive weights in a copy
 }
 
 
@@ -181,11 +181,28 @@ def test_a_dense_checkpoint_is_refused(tmp_path):
         made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
-def test_a_dense_run_takes_a_sparse_checkpoint(tmp_path):
+def test_a_dense_run_takes_a_sparse_checkpoint_and_not_its_masks_along(tmp_path):
     trainer(tmp_path, SparseCallback("set"), max_steps=2).train()
-    dense = trainer(tmp_path, transformers.TrainerCallback(), max_steps=3, save_strategy="no")
+    dense = trainer(tmp_path, transformers.TrainerCallback(), max_steps=3)
     dense.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert dense.state.global_step == 3
+    sparse = trainer(tmp_path, SparseCallback("set"), max_steps=4)
+    with pytest.raises(RuntimeError, match="Expected a checkpoint with masks"):
+        sparse.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_a_reporter_behind_the_callback_sees_the_figures(tmp_path):
+    seen = []
+
+    class Reporter(transformers.TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            seen.append(dict(logs))
+
+    made = trainer(tmp_path, SparseCallback("set"), max_steps=2, save_strategy="no")
+    made.add_callback(Reporter())
+    made.train()
+    assert {"density", "inference_flops", "training_flops", "loss"} <= seen[0].keys()
+    assert "density" not in seen[-1], "the summary of the run is no training record"
 
 
 def test_divided_weights_are_refused(tmp_path):
