@@ -72,8 +72,8 @@ class SparseCallback(Callback):
             saved = shared.masks_in(self.loaded, "call fit() without ckpt_path")
         steps = shared.known_steps(self.total_steps or trainer.estimated_stepping_batches)
         chosen = _chosen(trainer.optimizers, self.optimizer)
-        self.masking = shared.start(self.method, pl_module, chosen, steps, self.density, self.parts, saved)
         self.flops = shared.count_flops(pl_module, pl_module.example_input_array)
+        self.masking = shared.start(self.method, pl_module, chosen, steps, self.density, self.parts, saved)
         self.steps_per_epoch = steps // max(trainer.max_epochs or 1, 1)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

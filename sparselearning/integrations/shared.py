@@ -15,6 +15,7 @@ from sparselearning.generators import random_state, set_random_state
 from sparselearning.methods import Method
 from sparselearning.processes.sharded import is_sharded
 from sparselearning.start.layers import Density
+from sparselearning.weights.optimizer import torch_optimizer
 
 AT_START = {"sparse_init": "constant", "rescale": False}  # what masks that go on do not need scores for
 
@@ -30,11 +31,12 @@ def start(
 ) -> Masking:
     """Return the masks of a method on `module`: new ones, or those of a `saved` state, which leave the weights alone.
 
-    Trainers load weights before there are masks; masks drawn at random would set most of the loaded weights to zero.
+    Trainers load weights and momenta before there are masks; masks drawn at random would set most of them to zero.
     """
     if saved is None:
         return Masking.from_method(method, module, optimizer, total_steps, density, **parts)
-    weights = [parameter.detach().clone() for parameter in module.parameters()]
+    inner = torch_optimizer(optimizer)
+    weights, state = [parameter.detach().clone() for parameter in module.parameters()], _state_of(inner)
     parts = {name: part for name, part in parts.items() if name != "batches"} | AT_START
     with same_random_numbers():
         masking = Masking.from_method(method, module, optimizer, total_steps, density, **parts)
@@ -42,7 +44,14 @@ def start(
         for parameter, weight in zip(module.parameters(), weights, strict=True):
             parameter.copy_(weight)
     masking.load_state_dict(saved)
+    inner.load_state_dict(state)
     return masking
+
+
+def _state_of(optimizer):
+    """Return the state_dict of an optimizer, which stays as it is when masks take the state of inactive weights."""
+    saved = optimizer.state_dict()
+    return {**saved, "state": {number: dict(entries) for number, entries in saved["state"].items()}}
 
 
 def release(masking: Masking) -> dict[str, Any]:

@@ -61,9 +61,9 @@ class SparseCallback(TrainerCallback):
         saved = self._earlier(model)
         if state.global_step:
             saved = shared.masks_in(self.resumed, "call train() without resume_from_checkpoint")
+        self.flops = shared.count_flops(model, self.example or shared.first_example(train_dataloader))
         self.masking = shared.start(self.method, model, inner, state.max_steps, self.density, self.parts, saved)
         self.saving = inner.register_state_dict_post_hook(self._save)
-        self.flops = shared.count_flops(model, self.example or shared.first_example(train_dataloader))
 
     def on_epoch_begin(self, args, state, control, **_):
         # The Trainer calls this in the middle of an epoch, too, if it goes on there, and sets the random numbers later.

@@ -99,7 +99,12 @@ def assert_same_run(one, other, callback, other_callback):
     assert all(map(torch.equal, one.parameters(), other.parameters()))
 
 
-METHODS = {"sparse_momentum": {}, "set": {}, "rigl": dict(prune_every_k_steps=2), "gmp": dict(prune_every_k_steps=2)}
+METHODS = {
+    "sparse_momentum": {},
+    "set": {},
+    "rigl": dict(prune_every_k_steps=2),
+    "gmp": dict(prune_every_k_steps=2),
+}
 
 
 @pytest.mark.parametrize("validated", [True, False])
@@ -118,6 +123,13 @@ def test_a_run_that_goes_on_is_the_uninterrupted_one(method, module_type, valida
         assert_same_run(expected, found, whole, resumed)
         assert_masks_hold(resumed.masking)
         resumed.masking.check()
+
+
+def test_a_run_on_sparse_kernels_that_goes_on_is_the_uninterrupted_one(tmp_path):
+    whole, resumed = (SparseCallback("sparse_momentum", density=0.2, weights="sparse") for _ in range(2))
+    _, expected = fit(Automatic, tmp_path, whole)
+    _, found = fit(Automatic, tmp_path / "resumed", resumed, tmp_path / "epoch=0.ckpt", seed=7)
+    assert_same_run(expected, found, whole, resumed)
 
 
 class Watching(SparseCallback):
@@ -180,6 +192,14 @@ def test_the_log_has_density_and_flops(tmp_path, capsys):
     assert records[0]["training_flops"] == pytest.approx(0.2, abs=1e-3)
     assert made.callback_metrics["density"] == pytest.approx(0.2, abs=1e-3)
     assert capsys.readouterr().out == ""
+
+
+def test_flops_of_weights_on_sparse_kernels_are_those_of_masked_ones(tmp_path):
+    figures = []
+    for weights in ("zero", "sparse"):
+        made, _ = fit(Automatic, tmp_path, SparseCallback("sparse_momentum", density=0.2, weights=weights))
+        figures.append({name: made.callback_metrics[name] for name in ("density", "inference_flops")})
+    assert figures[0] == figures[1]
 
 
 def test_without_an_example_no_flops_are_counted(tmp_path):
