@@ -84,7 +84,7 @@ def test_weights_are_sparse_from_the_first_step_to_the_last():
         masking.at_end_of_epoch()
 
 
-# openvinotoolkit/nncf#199, neuralmagic/sparseml#1329: frozen layers end in an error, because they have no gradient.
+# openvinotoolkit/nncf#199, neuralmagic/sparseml#1438: frozen layers end in an error, because they have no gradient.
 @pytest.mark.parametrize("method", ["rigl", "sparse_momentum"])
 def test_frozen_layers_stay_dense_and_raise_nothing(method):
     model = mlp(20, 30, 30, 10)

@@ -70,8 +70,8 @@ class FakeQuantized(nn.Module):
         return inputs
 
 
-# NVIDIA/Model-Optimizer#122, NVIDIA/apex#1338, pytorch/ao#2310: can a sparse network be trained quantization-aware, with
-# its masks? tensorflow/model-optimization#720, #721: its zeros drift away. IntelLabs/distiller#115: only zeros are left.
+# NVIDIA/Model-Optimizer#122, NVIDIA/apex#1338, pytorch/ao#2310: can a sparse network be trained quantization-aware?
+# tensorflow/model-optimization#720, #721: its zeros drift away. IntelLabs/distiller#115: nothing but zeros is left.
 def test_masks_hold_in_quantization_aware_training():
     net = mlp(20, 30, 10)
     optimizer = sgd(net)
