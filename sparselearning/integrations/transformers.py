@@ -53,7 +53,7 @@ class SparseCallback(TrainerCallback):
         self.method, self.density, self.example, self.parts = method, density, example, parts
 
     def on_train_begin(self, args, state, control, model: Any = None, optimizer=None, train_dataloader=None, **_):
-        shared.refuse_shards(model, "DeepSpeed" if args.deepspeed else "")
+        shared.refuse_shards(model, "DeepSpeed" if args.deepspeed else "FSDP" if args.fsdp else "")
         inner = torch_optimizer(optimizer)
         self.resumed, self.state = inner.param_groups[0].pop(KEY, None), state
         if self.resumed and self.resumed["step"] != state.global_step:

@@ -205,10 +205,11 @@ def test_a_reporter_behind_the_callback_sees_the_figures(tmp_path):
     assert "density" not in seen[-1], "the summary of the run is no training record"
 
 
-def test_divided_weights_are_refused(tmp_path):
+@pytest.mark.parametrize(("setting", "name"), [("deepspeed", "DeepSpeed"), ("fsdp", "FSDP")])
+def test_divided_weights_are_refused(setting, name, tmp_path):
     made = trainer(tmp_path, SparseCallback("set"))
-    made.args.deepspeed = "settings"
-    with pytest.raises(RuntimeError, match=r"Expected whole weights in every process.*Got DeepSpeed"):
+    setattr(made.args, setting, True)
+    with pytest.raises(RuntimeError, match=rf"Expected whole weights in every process.*Got {name}"):
         made.callback_handler.on_train_begin(made.args, made.state, made.control)
 
 
