@@ -1,8 +1,10 @@
 # pyright: reportMissingImports=false
-"""Sparse training in a loop with `accelerate.Accelerator`; docs/accelerate.md.
+"""Sparse training in a loop with `accelerate.Accelerator`.
 
-model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-masking = prepare(accelerator, model, optimizer, "rigl", density=0.1, total_steps=epochs * len(loader))
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    masking = prepare(accelerator, model, optimizer, "rigl", density=0.1, total_steps=epochs * len(loader))
+
+Whole examples: docs/accelerate.md.
 """
 
 from typing import Any

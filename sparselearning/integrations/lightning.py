@@ -1,8 +1,5 @@
 # pyright: reportMissingImports=false
-"""Sparse training in `lightning.Trainer`; docs/lightning.md.
-
-Trainer(max_epochs=3, callbacks=[SparseCallback("rigl", density=0.1)]).fit(module, loader)
-"""
+"""Sparse training in `lightning.Trainer`; whole examples: docs/lightning.md."""
 
 from typing import Any
 

@@ -1,12 +1,15 @@
 # pyright: reportMissingImports=false
-"""Sparse training in `transformers.Trainer`; docs/trainer.md.
+"""Sparse training in `transformers.Trainer`.
 
-Trainer(model, args, train_dataset=data, callbacks=[SparseCallback("rigl", density=0.1)]).train()
+    Trainer(model, args, train_dataset=data, callbacks=[SparseCallback("rigl", density=0.1)]).train()
+
+Whole examples: docs/trainer.md.
 """
 
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from sparselearning.core import Masking
@@ -43,12 +46,7 @@ class SparseCallback(TrainerCallback):
     masking: Masking
 
     def __init__(
-        self,
-        method: str | Method = "sparse_momentum",
-        density: Density = 0.05,
-        *,
-        example: Mapping[str, Any] | None = None,
-        **parts: Any,
+        self, method: str | Method = "sparse_momentum", density: Density = 0.05, *, example: Any = None, **parts: Any
     ):
         self.method, self.density, self.example, self.parts = method, density, example, parts
 
@@ -79,6 +77,12 @@ class SparseCallback(TrainerCallback):
         if logs and "loss" in logs:
             logs |= shared.figures(self.masking, self.flops, state.max_steps // max(state.num_train_epochs, 1))
             state.log_history[-1] |= logs
+
+    def on_train_end(self, args, state, control, **_):
+        path = Path(state.best_model_checkpoint or "", "optimizer.pt")
+        if args.load_best_model_at_end and path.exists():
+            groups = torch.load(path, map_location="cpu", weights_only=True)["param_groups"]
+            self.masking.load_state_dict(groups[0][KEY]["masking"])
 
     def _save(self, optimizer, state):
         saved = {"masking": self.masking.state_dict(), "random": random_state(), "step": self.state.global_step}

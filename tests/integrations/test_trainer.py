@@ -51,12 +51,14 @@ def model():
     return transformers.BertForSequenceClassification(config)
 
 
-def trainer(folder, callback, **settings):
+def trainer(folder, callback, eval_dataset=None, **settings):
     """Return a Trainer of three epochs, as users write it."""
     usual = dict(num_train_epochs=3, per_device_train_batch_size=BATCH, learning_rate=1e-2, logging_steps=1)
     usual |= dict(save_strategy="steps", save_steps=1, report_to="none", disable_tqdm=True, use_cpu=True)
     args = transformers.TrainingArguments(str(folder), **usual | settings)
-    made = transformers.Trainer(model(), args, train_dataset=Examples(), callbacks=[callback])
+    made = transformers.Trainer(
+        model(), args, train_dataset=Examples(), eval_dataset=eval_dataset, callbacks=[callback]
+    )
     return made
 
 
@@ -233,6 +235,20 @@ def test_the_same_trainer_goes_back_to_a_checkpoint(tmp_path):
     expected = result(made, callback)
     made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert equal(result(made, callback), expected)
+
+
+def test_the_masks_are_those_of_the_best_model(tmp_path):
+    callback = SparseCallback("set", density=0.2)
+    best = dict(load_best_model_at_end=True, metric_for_best_model="step", greater_is_better=False)
+    made = trainer(tmp_path, callback, Examples(), eval_strategy="epoch", save_strategy="epoch", **best)
+    made.compute_metrics = lambda _: {"step": made.state.global_step}
+    made.train()
+    assert made.state.best_model_checkpoint.endswith("checkpoint-5")
+    assert callback.masking.steps == 5
+    callback.masking.check()
+    before = [parameter.detach().clone() for parameter in made.model.parameters()]
+    callback.masking.apply_mask()
+    assert all(map(torch.equal, made.model.parameters(), before))
 
 
 def train_replica(folder):
