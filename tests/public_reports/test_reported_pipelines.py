@@ -90,6 +90,21 @@ def test_masks_hold_in_quantization_aware_training():
         assert rounded[mask].any()
 
 
+# neuralmagic/sparseml#1486: masks are not applied to the running average of a model, which becomes sparse only slowly.
+def test_the_average_of_a_network_with_static_masks_is_as_sparse():
+    model = mlp(20, 30, 10)
+    masking = Masking.from_method("static", model, sgd(model), total_steps=6, density=0.2)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    for _ in range(3):
+        train(model, masking, 2)
+        average.update_parameters(model)
+    for name, mask in masking.masks.items():
+        weight = average.module.get_parameter(name)
+        assert not weight[~mask].any()
+        assert weight[mask].all()
+        assert not torch.equal(weight, model.get_parameter(name))
+
+
 # tensorflow/model-optimization#847: masks of 2:4 change while a network is fine-tuned.
 def test_static_masks_of_a_pattern_stay():
     model = mlp(16, 32, 8)

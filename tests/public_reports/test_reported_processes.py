@@ -13,10 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 from sparselearning import Masking
 
 
-def masks_with_seeds_and_data_of_its_own(method, parts):
+def masks_with_seeds_and_data_of_its_own(method, parts, wrapped_first=True):
     torch.manual_seed(100 + dist.get_rank())
-    model = DistributedDataParallel(mlp(20, 30, 10))
-    masking = Masking.from_method(method, model, sgd(model), total_steps=12, density=0.2, **parts)
+    model = mlp(20, 30, 10)
+    replica = DistributedDataParallel(model)  # sends the weights of the first process
+    optimizer = sgd(model)
+    masked = replica if wrapped_first else model
+    masking = Masking.from_method(method, masked, optimizer, total_steps=12, density=0.2, **parts)
+    model = replica if wrapped_first else DistributedDataParallel(model)
     masks = [flat(masking.masks)]
     for _ in range(3):
         train(model, masking, 2)
@@ -37,3 +41,9 @@ def test_processes_with_other_seeds_and_data_have_the_same_masks(method, parts):
     assert first == second
     masks, _ = first
     assert masks[0] != masks[-1]
+
+
+# microsoft/nni#5205: a model is pruned first, and wrapped in DDP then.
+def test_a_masked_model_is_wrapped_later():
+    first, second = run(masks_with_seeds_and_data_of_its_own, 2, "set", {}, False)
+    assert first == second
