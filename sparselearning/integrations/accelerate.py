@@ -13,7 +13,7 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from sparselearning.core import Masking
-from sparselearning.integrations.shared import figures, known_steps, refuse_shards
+from sparselearning.integrations.shared import figures, refuse_shards
 from sparselearning.methods import Method
 from sparselearning.start.layers import Density
 
@@ -46,11 +46,11 @@ def prepare(
 
     Raises:
         RuntimeError: if the accelerator divides the weights among processes (FSDP, DeepSpeed, Megatron).
-        ValueError: for a number of steps below 1, and as `Masking.from_method`.
+        ValueError, TypeError: as `Masking.from_method`.
     """
     kind = accelerator.distributed_type
     refuse_shards(model, "" if kind in REPLICATED else kind.value)
     whole = accelerator.unwrap_model(model)
-    masking = Masking.from_method(method, whole, optimizer, known_steps(total_steps), density, **parts)
+    masking = Masking.from_method(method, whole, optimizer, total_steps, density, **parts)
     accelerator.register_for_checkpointing(masking)
     return masking

@@ -1,7 +1,8 @@
 """What the trainers' modules share: masks that begin or go on, and the figures that a log is given."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -113,11 +114,11 @@ def count_flops(module: nn.Module, example: Any) -> Flops | None:
     if example is None:
         return None
     weight = next(module.parameters())
-    example = tree_map(lambda value: _like(weight, value), example)
-    named = example if isinstance(example, Mapping) else {}
-    inputs = example if isinstance(example, tuple) else (example,)
+    named = dict(example) if isinstance(example, Mapping) else {}
+    inputs = () if named else example if isinstance(example, tuple) else (example,)
+    inputs, named = tree_map(lambda value: _like(weight, value), (inputs, named))
     with same_random_numbers():
-        return forward_flops(module, **named) if named else forward_flops(module, *inputs)
+        return forward_flops(module, *inputs, **named)
 
 
 def _like(weight, value):
@@ -132,11 +133,11 @@ def figures(masking: Masking, flops: Flops | None, steps_per_epoch: int) -> dict
     return {"density": masking.density} | (relative_flops(flops, masking, steps_per_epoch) if flops else {})
 
 
-class same_random_numbers:
-    """A context after which the random numbers are those that they would be without it."""
-
-    def __enter__(self):
-        self.state = random_state()
-
-    def __exit__(self, *_):
-        set_random_state(self.state)
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Draw random numbers without a change to those that come after."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)

@@ -3,9 +3,14 @@
 import re
 import subprocess
 import sys
+from collections import UserDict
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import mlp
+
+from sparselearning.integrations.shared import count_flops
 
 ROOT = Path(__file__).parents[2]
 TRAINERS = ["accelerate", "lightning", "transformers"]
@@ -29,3 +34,12 @@ def test_every_trainer_is_an_extra_and_has_a_page(trainer):
     assert f'"{trainer}"' in (ROOT / "setup.py").read_text()
     page = (ROOT / "docs" / f"{'trainer' if trainer == 'transformers' else trainer}.md").read_text()
     assert f'"sparselearning[{trainer}]"' in page
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), lambda x: {"input": x}, lambda x: UserDict(input=x)])
+def test_flops_are_counted_on_inputs_of_any_form(wrap):
+    model = mlp(20, 30, 10).double()  # an example is given the dtype and the device of the weights
+    state = torch.get_rng_state()
+    assert count_flops(model, wrap(torch.zeros(1, 20))).dense == 2 * (20 * 30 + 30 * 10)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert count_flops(model, None) is None
