@@ -10,7 +10,7 @@ version = re.search(r'__version__ = "(.+)"', (root / "sparselearning/__init__.py
 
 scripts = ["torchvision", "scikit-learn", "matplotlib", "tqdm", "tabulate"]
 export = ["onnx", "onnxscript", "safetensors"]
-models = ["timm", "transformers"]  # their tests skip by name without them, as do those of the trainers
+models = ["timm", "transformers", "peft"]  # their tests skip by name without them, as do those of the trainers
 trainers = ["transformers", "lightning", "accelerate"]  # sparselearning.integrations
 test = ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright"]
 
