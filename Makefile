@@ -1,6 +1,8 @@
 # Every target sets itself up: .venv is made once, and again when what it holds has changed.
 
 PYTHON ?= python3
+# What .venv is made with; EXTRAS=test,models,trainers adds the packages whose tests skip without them.
+EXTRAS ?= test
 BIN := .venv/bin
 SOURCES := setup.py $(wildcard sparselearning/native/kernels/*)
 
@@ -53,7 +55,7 @@ results-mnist: .venv/installed
 
 .venv/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
 	touch $@
 
 clean:

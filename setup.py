@@ -10,7 +10,8 @@ version = re.search(r'__version__ = "(.+)"', (root / "sparselearning/__init__.py
 
 scripts = ["torchvision", "scikit-learn", "matplotlib", "tqdm", "tabulate"]
 export = ["onnx", "onnxscript", "safetensors"]
-models = ["timm", "transformers"]  # their tests skip by name without them
+models = ["timm", "transformers", "peft"]  # their tests skip by name without them, as do those of the trainers
+trainers = ["transformers", "lightning", "accelerate"]  # sparselearning.integrations
 test = ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright"]
 
 # Plain C++ behind a C interface, loaded with ctypes: one build serves every Python and torch. Optional: without a
@@ -37,5 +38,13 @@ setup(
     ext_modules=[native],
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
     install_requires=["torch>=2.6", "numpy"],
-    extras_require={"scripts": scripts, "export": export, "models": models, "test": scripts + export + test},
+    extras_require={
+        "scripts": scripts,
+        "export": export,
+        "models": models,
+        "trainers": trainers,
+        **{trainer: [trainer] for trainer in ("lightning", "accelerate")},
+        "transformers": ["transformers", "accelerate"],
+        "test": scripts + export + test,
+    },
 )

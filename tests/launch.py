@@ -44,6 +44,13 @@ def run(function, processes, *arguments):
     return [torch.load(io.BytesIO(result), weights_only=False) for _, result in answers]
 
 
+def set_torchrun_variables():
+    """Set what torchrun sets; Accelerate reads it, though the process group is there already."""
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
 def _answer(pipe):
     try:
         return pipe.recv() if pipe.poll(300) else ("silent for 300 s", None)

@@ -6,8 +6,7 @@ from helpers import mlp
 from torch import nn
 
 from sparselearning import Masking, models
-from sparselearning.experiments.run.costs import relative_flops
-from sparselearning.flops import Flops, dense_gradients, forward_flops
+from sparselearning.flops import Flops, dense_gradients, forward_flops, relative_flops
 from sparselearning.grow import gradient_growth, momentum_growth, random_growth
 from sparselearning.methods import METHODS
 from sparselearning.models.resnet import RESNETS

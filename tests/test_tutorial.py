@@ -4,6 +4,7 @@ import inspect
 import re
 import shlex
 import textwrap
+import warnings
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -17,6 +18,11 @@ from sparselearning.experiments.report import plots
 ROOT = Path(__file__).parent.parent
 WITHOUT_COMMANDS = ["docs/sparse.md", "docs/weight_norm.md"]
 DOCUMENTS = ["How_to_add_your_own_algorithms.md", "README.md", "docs/patterns.md", "docs/methods.md", *WITHOUT_COMMANDS]
+TRAINERS = {  # document -> the library that it needs
+    "docs/trainer.md": "transformers",
+    "docs/lightning.md": "lightning",
+    "docs/accelerate.md": "accelerate",
+}
 main = load_main()
 
 
@@ -62,8 +68,11 @@ def threads():
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [*DOCUMENTS, *TRAINERS])
 def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
+    if document in TRAINERS:
+        pytest.importorskip(TRAINERS[document], reason=f"{TRAINERS[document]} is not installed")
+        warnings.simplefilter("ignore")  # of trainers, on few workers, a CPU, newer torch
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "document", **a_training()}
     blocks = list(python_blocks((ROOT / document).read_text()))

@@ -3,20 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparselearning.core import Masking
-from sparselearning.flops import Flops, dense_gradients
-
-
-def relative_flops(flops: Flops, masking: Masking | None, steps_per_epoch: int) -> dict[str, float]:
-    """Return the FLOPs of inference and of training at the present densities, relative to the dense network's."""
-    if masking is None:
-        return dict(inference_flops=1.0, training_flops=1.0)
-    of_growth = dense_gradients(masking.grow, masking.prune_every_k_steps or steps_per_epoch)
-    trained = {layer.name: masking.held.trained_density(layer) for layer in masking.layers}
-    return dict(
-        inference_flops=flops.inference(masking.densities),
-        training_flops=flops.training(masking.densities, of_growth, trained),
-    )
+from sparselearning.flops import Flops
 
 
 def flops_of_run(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:

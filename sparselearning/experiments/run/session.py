@@ -19,10 +19,10 @@ from sparselearning.experiments.data.files import DataError
 from sparselearning.experiments.report import plots
 from sparselearning.experiments.run import stopping
 from sparselearning.experiments.run.arguments import fail
-from sparselearning.experiments.run.costs import describe, relative_flops
+from sparselearning.experiments.run.costs import describe
 from sparselearning.experiments.run.folder import RunFolder
 from sparselearning.experiments.run.training import NotFinite, seed_generators
-from sparselearning.flops import Flops
+from sparselearning.flops import Flops, relative_flops
 from sparselearning.functions import FunctionError
 from sparselearning.native.allocator import keep_freed_memory
 from sparselearning.processes import distributed
