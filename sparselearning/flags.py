@@ -104,7 +104,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         help="fraction of weights that is active, in (0, 1], at the end"),
     "layer_density": dict(type=densities, default={}, metavar="NAME=DENSITY,...",
         help="densities of the layers that these patterns mean, such as 'fc*=0.02,conv1=0.3'; the first that matches "
-        "counts, and all others have --density (default: none)"),
+        "counts, all others have --density, and every update keeps the density of each pattern (default: none)"),
     "dense_layers": dict(nargs="*", default=[], metavar="NAME",
         help="layers that stay dense, as patterns such as conv1 or 'layer1.*'; first and last mean these"),
     "sparse_layers": dict(nargs="*", default=[], metavar="NAME",
