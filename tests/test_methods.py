@@ -74,7 +74,7 @@ def test_a_method_is_the_arguments_of_masking_and_of_add_module():
     parts = dict(prune_rate=0.2, verbose=True, dense=["last"])
     of_masking, of_module = arguments_of("rigl", density=0.05, total_steps=1000, parts=parts)
     held = of_masking.pop("weights")
-    assert (held.kind, vars(held)) == ("zero", dict(regrown="zero", reset_state=True, pull=0.0))
+    assert (held.kind, held.regrown, held.reset_state, held.pull) == ("zero", "zero", True, 0.0)
     assert of_masking == dict(
         prune_rate_decay=CosineDecay(0.2, 750, eta_min=0.0),
         prune_mode="magnitude",

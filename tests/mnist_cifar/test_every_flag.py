@@ -61,6 +61,11 @@ EFFECTS = {
         [],
         lambda a, b: [*masks(a)] == ["fc2.weight"] and len(masks(b)) == 3,
     ),
+    "--sparse-layers": (
+        ["--sparse-layers", "fc3.bias"],
+        [],
+        lambda a, b: "fc3.bias" in masks(a) and "fc3.bias" not in masks(b),
+    ),
     "--prune-rate": (OFTEN, [*OFTEN, "--prune-rate", "0.05"], lambda a, b: explored(a) > explored(b) + 0.02),
     "--prune-every-k-steps": (OFTEN, [], lambda a, b: moved(a, b) > 0 and explored(b) <= 0.051),
     "--start-fraction": (
