@@ -61,11 +61,6 @@ EFFECTS = {
         [],
         lambda a, b: [*masks(a)] == ["fc2.weight"] and len(masks(b)) == 3,
     ),
-    "--sparse-layers": (
-        ["--sparse-layers", "fc3.bias"],
-        [],
-        lambda a, b: "fc3.bias" in masks(a) and "fc3.bias" not in masks(b),
-    ),
     "--prune-rate": (OFTEN, [*OFTEN, "--prune-rate", "0.05"], lambda a, b: explored(a) > explored(b) + 0.02),
     "--prune-every-k-steps": (OFTEN, [], lambda a, b: moved(a, b) > 0 and explored(b) <= 0.051),
     "--start-fraction": (
@@ -177,6 +172,7 @@ SHOWN = {
     "--bench": "test_features_bench_and_model_are_kept",
     "--method": "test_the_script_runs_it",
     "--list-methods": "test_methods_are_listed_with_paper_and_flags",
+    "--sparse-layers": "test_parameters_are_masked_that_sparse_layers_names",
     "--log-interval": "test_a_bar_is_shown_on_a_terminal",
     "--test-batch-size": "test_images_are_evaluated_in_batches_of_the_size_asked_for",
     "--device": "test_the_device_is_the_one_asked_for",
