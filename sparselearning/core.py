@@ -174,7 +174,7 @@ class Masking(Steps):
         invariants.replace_others(self, layers)
         self.held.check(module, layers)
         self._take(module, layers, kept_dense)
-        if rescale:
+        if rescale and state is None:
             keep_norms(layers)
         destroyed.warn_of_masks(self, module, layers, sparse_init, state)
         self.held.add(module, layers, self.updates.ahead(self.steps))

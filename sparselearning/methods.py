@@ -256,7 +256,7 @@ def hold(
 
 
 OF_MASKING = ("verbose", "fp16")
-OF_MODULE = ("remove_param_names", "sparse_embeddings", "dense", "batches", "sparse")
+OF_MODULE = ("remove_param_names", "sparse_embeddings", "dense", "batches", "sparse", "state")
 
 
 def arguments_of(
@@ -268,7 +268,7 @@ def arguments_of(
         method: a key of METHODS, or a `Method`.
         total_steps: optimizer steps of the training.
         parts: parts of the method to replace; `verbose` and `fp16` of Masking; `remove_param_names`,
-            `sparse_embeddings`, `dense`, `batches` and `sparse` of `add_module`.
+            `sparse_embeddings`, `dense`, `batches`, `sparse` and `state` of `add_module`.
 
     Raises:
         ValueError: for an unknown method, or `total_steps` below 1.

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import IterableDataset
@@ -16,9 +15,6 @@ from sparselearning.generators import random_state, set_random_state
 from sparselearning.methods import Method
 from sparselearning.processes.sharded import is_sharded
 from sparselearning.start.layers import Density
-from sparselearning.weights.optimizer import torch_optimizer
-
-AT_START = {"sparse_init": "constant", "rescale": False}  # what masks that go on do not need scores for
 
 
 def start(
@@ -34,31 +30,13 @@ def start(
 
     Trainers load weights and momenta before there are masks; masks drawn at random would set most of them to zero.
     """
-    if saved is None:
-        return Masking.from_method(method, module, optimizer, total_steps, density, **parts)
-    inner = torch_optimizer(optimizer)
-    weights, state = [parameter.detach().clone() for parameter in module.parameters()], _state_of(inner)
-    parts = {name: part for name, part in parts.items() if name != "batches"} | AT_START
-    with same_random_numbers():
-        masking = Masking.from_method(method, module, optimizer, total_steps, density, **parts)
-    with torch.no_grad():
-        for parameter, weight in zip(module.parameters(), weights, strict=True):
-            parameter.copy_(weight)
-    masking.load_state_dict(saved)
-    inner.load_state_dict(state)
-    return masking
-
-
-def _state_of(optimizer):
-    """Return the state_dict of an optimizer, which stays as it is when masks take the state of inactive weights."""
-    saved = optimizer.state_dict()
-    return {**saved, "state": {number: dict(entries) for number, entries in saved["state"].items()}}
+    return Masking.from_method(method, module, optimizer, total_steps, density, state=saved, **parts)
 
 
 def release(masking: Masking) -> dict[str, Any]:
     """Return the state of masks, and let their weights go, so that another Masking can go on with them."""
     state = masking.state_dict()
-    masking.remove_weight_partial_name("")
+    masking.release()
     return state
 
 
