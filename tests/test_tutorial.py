@@ -18,7 +18,8 @@ from sparselearning.experiments.report import plots
 ROOT = Path(__file__).parent.parent
 WITHOUT_COMMANDS = ["docs/sparse.md", "docs/weight_norm.md"]
 DOCUMENTS = ["How_to_add_your_own_algorithms.md", "README.md", "docs/patterns.md", "docs/methods.md", *WITHOUT_COMMANDS]
-TRAINERS = {  # document -> the library that it needs
+LIBRARIES = {  # document -> the libraries that it needs
+    "docs/models.md": "timm transformers",
     "docs/trainer.md": "transformers",
     "docs/lightning.md": "lightning",
     "docs/accelerate.md": "accelerate",
@@ -68,10 +69,11 @@ def threads():
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("document", [*DOCUMENTS, *TRAINERS])
+@pytest.mark.parametrize("document", [*DOCUMENTS, *LIBRARIES])
 def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
-    if document in TRAINERS:
-        pytest.importorskip(TRAINERS[document], reason=f"{TRAINERS[document]} is not installed")
+    if document in LIBRARIES:
+        for library in LIBRARIES[document].split():
+            pytest.importorskip(library, reason=f"{library} is not installed")
         warnings.simplefilter("ignore")  # of trainers, on few workers, a CPU, newer torch
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "document", **a_training()}
