@@ -20,7 +20,7 @@ WITHOUT_COMMANDS = ["docs/sparse.md", "docs/weight_norm.md"]
 DOCUMENTS = ["How_to_add_your_own_algorithms.md", "README.md", "docs/patterns.md", "docs/methods.md", *WITHOUT_COMMANDS]
 LIBRARIES = {  # document -> the libraries that it needs
     "docs/models.md": "timm transformers",
-    "docs/trainer.md": "transformers",
+    "docs/trainer.md": "transformers accelerate",
     "docs/lightning.md": "lightning",
     "docs/accelerate.md": "accelerate",
 }
