@@ -9,6 +9,7 @@ from sparselearning.core import Masking
 from sparselearning.generators import random_state, set_random_state
 from sparselearning.integrations import shared
 from sparselearning.methods import Method
+from sparselearning.processes import distributed
 from sparselearning.start.layers import Density
 
 
@@ -16,8 +17,8 @@ class SparseCallback(Callback):
     """Trains a LightningModule with the masks of a method; optimization may be automatic or manual.
 
     The masks move by the method's own steps, or when an epoch begins. They are saved in the Trainer's checkpoints with
-    the random numbers of the first process, which Lightning does not save; one process that goes on from the end of an
-    epoch equals the uninterrupted run bit by bit. `masking` is the Masking, once training has begun.
+    the random numbers of every process, which Lightning does not save; a run that goes on from the end of an epoch, on
+    as many processes, equals the uninterrupted one bit by bit. `masking` is the Masking, once training has begun.
 
     Args:
         method: a key of `methods.METHODS`, or a `Method`.
@@ -53,13 +54,13 @@ class SparseCallback(Callback):
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
         if hasattr(self, "masking"):
-            checkpoint[self.key] = {"masking": self.masking.state_dict(), "random": random_state()}
+            checkpoint[self.key] = {"masking": self.masking.state_dict(), "random": distributed.gather(random_state())}
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint):
         self.loaded = checkpoint.get(self.key)
         # Now, because a loader draws its first ones as soon as someone asks for the number of steps.
-        if self.loaded and trainer.training and trainer.global_rank == 0:
-            set_random_state(self.loaded["random"])
+        if self.loaded and trainer.training and len(self.loaded["random"]) == trainer.world_size:
+            set_random_state(self.loaded["random"][trainer.global_rank])
 
     def on_train_start(self, trainer, pl_module):
         divided = trainer.strategy.restore_checkpoint_after_setup
