@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 """Sparse training in a loop with `accelerate.Accelerator`.
 
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 """Sparse training in `lightning.Trainer`; whole examples: docs/lightning.md."""
 
 from typing import Any

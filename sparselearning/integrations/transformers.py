@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 """Sparse training in `transformers.Trainer`.
 
     Trainer(model, args, train_dataset=data, callbacks=[SparseCallback("rigl", density=0.1)]).train()
