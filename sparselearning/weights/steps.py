@@ -1,5 +1,6 @@
 """The steps of an optimizer, which a Masking watches by hooks."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from sparselearning.weights.wrappers import Watched, watch
 from sparselearning.weights.zeros import Zeros
 
 
-class Steps(Layers):
+class Steps(Layers, ABC):
     """The sparse layers of a network, told of every step of the optimizer that trains them."""
 
     optimizer: torch.optim.Optimizer  # it steps the weights
@@ -93,5 +94,6 @@ class Steps(Layers):
         note_gradients(self)
         return None
 
+    @abstractmethod
     def _after_step(self):
-        raise NotImplementedError
+        """Apply the masks after a step, and move them if an update is due."""
