@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 
-# Before torch loads: threads that spin for long fight for shared cores, and to wake one that sleeps takes 30 us.
+# Before torch loads: threads that spin for long fight for shared cores, and one that sleeps at once is slow to wake.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000")}
 

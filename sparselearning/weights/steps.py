@@ -80,7 +80,7 @@ class Steps(Layers, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy (deepcopy, pickle): an optimizer's copy has lost its hooks, and would train unmasked."""
-        self.__dict__.update(state)
+        vars(self).update(state)
         self._watch_steps()
 
     def _before_step(self, args, kwargs):
