@@ -29,13 +29,13 @@ def gradients(ctx, dy, input_gradient, weight_gradient, exact):
     needs_x, needs_value, needs_bias, *others = ctx.needs_input_grad
     if (torch.is_grad_enabled() and not torch.compiler.is_compiling()) or transformed():
         dx, dvalue = exact(dy, x, value, start, column)
+        dbias = dy.flatten(2).sum((0, 2)) if dy.dim() == 4 else dy.sum(0)
     else:
         if unobserved(dy) and needs_value:  # once for both gradients
             dy = to_batch_last(dy) if dy.dim() == 2 else readable(dy, is_batch_last(dy.shape[0]))[0]
         dx = input_gradient(dy, value, t_start, t_column, t_order) if needs_x else None
-        dvalue = weight_gradient(dy, x, start, column) if needs_value else None
-    dbias = dy.flatten(2).sum((0, 2)) if needs_bias and dy.dim() == 4 else dy.sum(0) if needs_bias else None
-    return dx, dvalue, dbias, *(None for _ in others)
+        dvalue, dbias = weight_gradient(dy, x, start, column) if needs_value or needs_bias else (None, None)
+    return dx, dvalue if needs_value else None, dbias if needs_bias else None, *(None for _ in others)
 
 
 def conv2d_backward(ctx, dy):
@@ -53,7 +53,7 @@ def linear_backward(ctx, dy):
     return gradients(ctx, dy, *kernels, linear_gradients)
 
 
-def refuse_backward(ctx, dy):
+def refuse_backward(ctx, *gradients):
     raise RuntimeError(
         "The gradient operators of sparse layers have no derivatives of their own. Differentiate the layer with "
         "create_graph=True, which takes its dense weight."

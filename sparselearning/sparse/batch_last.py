@@ -1,8 +1,9 @@
 """torch's own layers on activations whose batch is last in memory.
 
 torch sees CHWN memory as the channels_last order of a tensor whose channels and batch are exchanged. Pooling treats
-channels and images alike, so it is exact and fast on that exchanged view. A batch norm by the statistics of the batch
-has a kernel (normalisation.py); any other is given (1, C, H * W * N).
+channels and images alike, so it is exact and fast on that exchanged view. Max-pooling of windows that do not overlap
+(pooling.py), with the ReLU before it (rows.py), and a batch norm by the statistics of the batch (normalisation.py) have
+kernels; any other batch norm is given (1, C, H * W * N).
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import copy
 
 from torch import Tensor, nn
 
+from sparselearning.sparse import pooling
 from sparselearning.sparse.dispatch import unobserved
 from sparselearning.sparse.memory_order import is_turned, to_batch_first
 from sparselearning.sparse.modules import SparseConv2d, SparseLinear, SparseModule
 from sparselearning.sparse.normalisation import has_kernel, normalised
+from sparselearning.sparse.rows import Row, row_of
+from sparselearning.sparse.trained import Trained
 
 
 class BatchLastPool:
@@ -28,6 +32,9 @@ class BatchLastPool:
 
 class BatchLastMaxPool2d(BatchLastPool, nn.MaxPool2d):
     """nn.MaxPool2d that keeps the memory order of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return pooling.pooled(self, input) if pooling.has_kernel(self, input) else super().forward(input)
 
 
 class BatchLastAvgPool2d(BatchLastPool, nn.AvgPool2d):
@@ -62,11 +69,16 @@ def keeping(module: nn.Module) -> type[nn.Module] | None:
     """Return the class that computes what `module` does and keeps the memory order, if there is one."""
     if isinstance(module, nn.MaxPool2d) and module.return_indices:
         return None
+    if isinstance(module, nn.Sequential) and not isinstance(module, Row):
+        return row_of(type(module))
     return KEEPING.get(type(module))
 
 
 def keep_order(model: nn.Module) -> None:
-    """Make pooling and batch norms of `model` keep the memory order of their inputs; their parameters stay."""
+    """Make pooling and batch norms of `model` keep the memory order of their inputs; its parameters stay.
+
+    Its nn.Sequentials compute neighbours together.
+    """
     for module in model.modules():
         module.__class__ = keeping(module) or type(module)
 
@@ -75,7 +87,16 @@ def forget_order(model: nn.Module) -> None:
     """Undo `keep_order`."""
     plain = {turned: kind for kind, turned in KEEPING.items()}
     for module in model.modules():
-        module.__class__ = plain.get(type(module), type(module))
+        kind: type = module.plain if isinstance(module, Row) else plain.get(type(module), type(module))
+        module.__class__ = kind
+
+
+def trained_to_dense(model: nn.Module) -> None:
+    """Turn a model that was trained on sparse kernels into one of torch's own layers, in place and zeros included."""
+    for module in list(model.modules()):
+        if isinstance(module, Trained):
+            module.end()
+    forget_order(model)
 
 
 class PlainOrder:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparselearning.sparse.batch_last import keeping
+from sparselearning.sparse.batch_last import keeping, trained_to_dense
 from sparselearning.sparse.changes import Change, make, replace
 from sparselearning.sparse.dataflow import Dataflow, Seen
 from sparselearning.sparse.folding import Affine, Layer, affine_changes, folded, followers, sparse_change, sparse_form
@@ -22,7 +22,6 @@ from sparselearning.sparse.interface import DTYPES, available
 from sparselearning.sparse.memory_order import in_order, is_batch_last
 from sparselearning.sparse.modules import SparseModule, numeric_padding
 from sparselearning.sparse.report import LayerReport, Report, density_of, layers_of, others_of
-from sparselearning.sparse.trained import trained_to_dense
 from sparselearning.sparse.trees import alone, copied, fresh, own_copy
 from sparselearning.sparse.verification import Verifier
 

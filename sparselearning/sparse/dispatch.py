@@ -8,6 +8,9 @@ from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from sparselearning.sparse.derivatives import transformed
 
+# Of gradients that autograd computes at once (is_grads_batched), whose numbers no kernel sees.
+is_one_of_many = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
+
 KERNELS = {}  # by the operator's name; ops.py registers them
 GRADIENTS = {}  # the operator's backward, and what it saves for it
 
@@ -51,4 +54,5 @@ def is_plain(x: Tensor) -> bool:
         type(x) is Tensor
         and not (torch.compiler.is_compiling() or is_tracing() or transformed())
         and not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
+        and not is_one_of_many(x)
     )

@@ -36,7 +36,7 @@ def conv2d_weight_gradient(dy, x, start, column, *geometry):
     stride = geometry[1]
     planes = x.shape[1] * stride[0] * stride[1]
     check_shape("dy", dy, output_shape(x.shape, start.shape[0] - 1, planes, geometry))
-    return dy.new_empty(column.shape)
+    return dy.new_empty(column.shape), dy.new_empty(start.shape[0] - 1)
 
 
 def linear(x, value, bias, start, column, t_start, t_column, t_order, relu):
@@ -55,7 +55,7 @@ def linear_weight_gradient(dy, x, start, column):
     check_tensors(dy, None, None, (start,), (column,), x)
     check_rows(x)
     check_shape("dy", dy, (x.shape[0], start.shape[0] - 1))
-    return dy.new_empty(column.shape)
+    return dy.new_empty(column.shape), dy.new_empty(start.shape[0] - 1)
 
 
 def affine(x, scale, shift, relu):

@@ -18,8 +18,9 @@ from sparselearning.native.library import REBUILD, Library
 
 DTYPES = {torch.float32: "float", torch.float64: "double"}
 INDICES = {"start", "column", "order", "to_start", "to_column", "to_order"}  # int32 tensors, of any struct
-NUMBERS = {"value", "bias", "x", "dy", "scale", "shift", "mean", "variance", "dscale", "dshift", "result"}
-COUNTS = {name: f"{name}_count" for name in INDICES | NUMBERS}
+NUMBERS = {"value", "bias", "x", "dy", "scale", "shift", "mean", "variance", "dscale", "dshift", "dbias", "result"}
+OTHERS = dict.fromkeys(INDICES, torch.int32) | {"place": torch.uint8}
+COUNTS = {name: f"{name}_count" for name in {*OTHERS, *NUMBERS}}
 PLAIN = (Tensor, nn.Parameter)
 MOST = 2**31 - 1  # of any size that the kernels take
 keep_memory = functools.cache(keep_freed_memory)
@@ -50,8 +51,8 @@ class Layer(ctypes.Structure):
 
     _fields_ = (
         ("conv", Conv),
-        *spans("start column order value bias x dy result"),
-        ("relu", ctypes.c_int64),
+        *spans("start column order value bias x dy result dbias place"),
+        *fields("window_y window_x relu"),
     )
 
 
@@ -83,19 +84,27 @@ class Normalisation(ctypes.Structure):
     )
 
 
+class Pooling(ctypes.Structure):
+    """A pooling by the largest number, or its gradient."""
+
+    _fields_ = (*spans("x dy result place"), *fields("window_y window_x channels height width inner relu"))
+
+
 STRUCTS = {  # Layer for all other kernels
     "affine": Affine,
     "transpose": Transposition,
     "transpose_rows": Sorting,
     "normalise": Normalisation,
     "normalise_gradient": Normalisation,
+    "pool": Pooling,
+    "pool_gradient": Pooling,
 }
 
 
 @functools.cache
 def check_structs(loaded: Library) -> None:
     """Raise an ImportError if the library was built with other structs than these."""
-    ours = [ctypes.sizeof(kind) for kind in (Layer, Sorting, Affine, Transposition, Normalisation)]
+    ours = [ctypes.sizeof(kind) for kind in (Layer, Sorting, Affine, Transposition, Normalisation, Pooling)]
     if loaded.sizes[1:] != ours:
         raise ImportError(f"{loaded.path.name} has structs of {loaded.sizes[1:]} bytes, not {ours}. {REBUILD}")
 
@@ -160,7 +169,7 @@ def call(name: str, result: Tensor | None = None, **given) -> None:
         suffix = "_" + DTYPES[dtype]
     arguments, copies = {}, []
     for key, field in given.items():
-        wanted = torch.int32 if key in INDICES else dtype
+        wanted = OTHERS.get(key, dtype)
         if isinstance(field, Tensor):
             plain = type(field) in PLAIN and field.dtype is wanted and field.is_cpu and not field.is_neg()
             if not (plain and field.is_contiguous()):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparselearning.sparse.dispatch import is_plain
+from sparselearning.sparse.dispatch import is_plain, unobserved
 from sparselearning.sparse.interface import DTYPES, available, call
 
 
@@ -33,10 +33,11 @@ class Normalisation(torch.autograd.Function):
     def backward(ctx, dy: Tensor, *_):  # pyright: ignore
         x, weight, bias, mean, variance = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():  # gradients of these gradients may follow
+        if not unobserved(dy):
             given = [tensor for tensor, need in zip((x, weight, bias), needed, strict=True) if need]
-            y = F.batch_norm(x, None, None, weight, bias, True, 0, ctx.eps)
-            found = iter(torch.autograd.grad(y, given, dy, create_graph=True))
+            with torch.enable_grad():
+                y = F.batch_norm(x, None, None, weight, bias, True, 0, ctx.eps)
+                found = iter(torch.autograd.grad(y, given, dy, create_graph=True))
             return *(next(found) if need else None for need in needed), None
         dx, dscale, dshift = torch.empty_like(x), *x.new_empty(2, x.shape[1])
         results = dict(dscale=dscale, dshift=dshift)

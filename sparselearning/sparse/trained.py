@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from sparselearning.layers import SparseLayer
 from sparselearning.sparse import ops
-from sparselearning.sparse.batch_last import forget_order
 from sparselearning.sparse.derivatives import transformed
+from sparselearning.sparse.dispatch import is_plain
 from sparselearning.sparse.held_weight import HeldWeight, hold, let_go
 from sparselearning.sparse.interface import DTYPES, conv_shape, row_shape
-from sparselearning.sparse.memory_order import to_batch_first
+from sparselearning.sparse.memory_order import is_batch_last, to_batch_first
 from sparselearning.sparse.modules import numeric_padding
 from sparselearning.sparse.observed import ObservedGradient
+from sparselearning.sparse.pooling import PooledConv2d
 
 
 class Trained(nn.Module, ABC):
@@ -149,22 +150,33 @@ class Trained(nn.Module, ABC):
         """Return the layer's output, computed by the kernels."""
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight
-        if not self.held or not isinstance(weight, HeldWeight) or not self.has_kernel(input):
+        if not self.has_kernel(input):
             return super().forward(input)
-        if not torch.compiler.is_compiling() and weight.was_written:
-            self.read()  # its inactive entries stay until a step: masks may be loaded after weights
-        if not torch.is_autocast_enabled("cpu") or self.value.dtype != torch.float32:
+        self.look()
+        if not self.in_autocast():
             return self.product(input)
         return self.product(input.float()).to(torch.get_autocast_dtype("cpu"))
 
+    def look(self) -> None:
+        """Take over what somebody wrote into the weight.
+
+        Its inactive entries stay until a step: masks may be loaded after weights.
+        """
+        if not torch.compiler.is_compiling() and self.dense.was_written:
+            self.read()
+
+    def in_autocast(self) -> bool:
+        """Return whether torch's own layer would compute in a narrower dtype; the kernels do in float32."""
+        return torch.is_autocast_enabled("cpu") and self.value.dtype == torch.float32
+
     def has_kernel(self, x: Tensor) -> bool:
         """Return whether the kernels compute this input's output; autocast turns any into float32 for them."""
-        turned = self.value.dtype == torch.float32 and torch.is_autocast_enabled("cpu") and x.is_floating_point()
         return (
-            x.device.type == self.value.device.type == "cpu"
+            self.held
+            and isinstance(self.weight, HeldWeight)
+            and x.device.type == self.value.device.type == "cpu"
             and self.value.dtype in DTYPES
-            and (x.dtype == self.value.dtype or turned)
+            and (x.dtype == self.value.dtype or (self.in_autocast() and x.is_floating_point()))
             and self.fits(x)
             and not transformed()
         )
@@ -242,6 +254,18 @@ class TrainedConv2d(Trained, nn.Conv2d):
         y = self.watch(images, ops.run("conv2d", images, *self.arguments(), *self.geometry(), False))
         return y if x.dim() == 4 else y.squeeze(0)
 
+    def pooled(self, x: Tensor, size: tuple[int, int] | None) -> Tensor | None:
+        """Return max-pool(ReLU(output)) with windows of `size`, computed at once; None where that cannot be."""
+        plain = x.dim() == 4 and is_batch_last(x.shape[0]) and is_plain(x) and x.dtype == self.value.dtype
+        if size is None or self.observed.observing or not plain or not self.has_kernel(x) or self.in_autocast():
+            return None
+        geometry = self.geometry()
+        pixels = ops.checked(tuple(x.shape), self.out_channels, self.indices[2].numel() - 1, geometry)[1][2:]
+        if not x.numel() or pixels[0] < size[0] or pixels[1] < size[1]:
+            return None
+        self.look()
+        return PooledConv2d.apply(x, *self.arguments(), geometry, size)  # pyright: ignore[reportReturnType]
+
     def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
         _, stride, padding, dilation, groups = self.geometry()
         x, dy = to_batch_first(x), to_batch_first(dy)
@@ -250,14 +274,6 @@ class TrainedConv2d(Trained, nn.Conv2d):
 
 
 KINDS = {nn.Linear: TrainedLinear, nn.Conv2d: TrainedConv2d}
-
-
-def trained_to_dense(model: nn.Module) -> None:
-    """Turn a model that was trained on sparse kernels into one of torch's own layers, in place and zeros included."""
-    for module in list(model.modules()):
-        if isinstance(module, Trained):
-            module.end()
-    forget_order(model)
 
 
 def owners_of(module: nn.Module) -> dict[int, list[nn.Module]]:

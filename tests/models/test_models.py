@@ -223,3 +223,12 @@ def test_resnet_refuses_grey_images():
 def test_unknown_resnet_options_are_refused(depth, options, message):
     with pytest.raises(ValueError, match=message):
         ResNet(depth, **options)
+
+
+def test_some_layers_of_a_model_are_a_model_of_their_own():
+    model = build("lenet5")
+    x = torch.randn(2, 1, 28, 28)
+    first, rest = model[:3], model[3:]
+    assert list(first.state_dict()) == ["conv1.weight", "conv1.bias"]
+    torch.testing.assert_close(rest(first(x)), model(x))
+    assert model[0] is model.conv1

@@ -118,6 +118,18 @@ Span<T> target(std::vector<T>& numbers) {
     return {numbers.empty() ? nullptr : numbers.data(), int64_t(numbers.size())};
 }
 
+// The sum of dy over each channel.
+template <class S>
+std::vector<double> sums_over_channels(const Case<S>& t) {
+    const Conv& c = t.c;
+    std::vector<double> sums(c.out_channels);
+    for (size_t i = 0; i < t.dy.size(); ++i) {
+        const int64_t pixels = c.out_height * c.out_width;
+        sums[c.batch_last && !c.y_first ? i / (pixels * c.images) : i / pixels % c.out_channels] += t.dy[i];
+    }
+    return sums;
+}
+
 template <class S>
 void check(const Case<S>& t, int64_t set, int64_t threads) {
     const Conv& c = t.c;
@@ -138,7 +150,7 @@ void check(const Case<S>& t, int64_t set, int64_t threads) {
 
     const Machine machine{set, threads, nullptr};
     Layer<S> layer{written, span(t.start), span(t.column), {}, span(t.value), span(t.bias), span(t.x), span(t.dy), {},
-                   t.relu};
+                   {}, {}, t.relu};
     std::vector<S> found(y.size());
     layer.conv.x_first = c.x_first;
     layer.result = target(found);
@@ -148,8 +160,11 @@ void check(const Case<S>& t, int64_t set, int64_t threads) {
     found.assign(dw.size(), 0);
     layer.conv.y_first = c.y_first;
     layer.result = target(found);
+    std::vector<S> dbias(c.out_channels);
+    layer.dbias = target(dbias);
     weight_gradient(machine, layer);
     compare("weight gradient", found, dw);
+    compare("bias gradient", dbias, sums_over_channels(t));
 
     const int64_t rows = c.in_channels * c.stride_y * c.stride_x;
     std::vector<int32_t> start(rows + 1), column(t.column.size()), order(t.column.size());
@@ -187,8 +202,52 @@ void check_rows(int64_t set, int64_t threads) {
                 expected[n * outputs + o] += double(value[k]) * x[n * features + column[k]];
     std::vector<S> found(expected.size());
     forward(Machine{set, threads, nullptr},
-            Layer<S>{c, span(start), span(column), {}, span(value), {}, span(x), {}, target(found), false});
+            Layer<S>{c, span(start), span(column), {}, span(value), {}, span(x), {}, target(found), {}, {}, false});
     compare("rows", found, expected);
+}
+
+// A convolution that is pooled, and its gradients, are those of the convolution and of the pooling one by one.
+template <class S>
+void check_pooling(Case<S> t, int64_t set, int64_t threads) {
+    Conv& c = t.c;
+    c.batch_last = true, c.y_first = false;
+    const Machine machine{set, threads, nullptr};
+    const int64_t y = draw(1, std::min<int64_t>(c.out_height, 3)), x = draw(1, std::min<int64_t>(c.out_width, 4));
+    const int64_t pooled = c.images * c.out_channels * (c.out_height / y) * (c.out_width / x);
+    std::vector<uint8_t> place(pooled), found_place(pooled);
+    Layer<S> layer{c, span(t.start), span(t.column), {}, span(t.value), span(t.bias), span(t.x), {}, {}, {}, {}, 0};
+    std::vector<S> whole(t.dy.size()), expected(pooled), found(pooled);
+    layer.result = target(whole);
+    forward(machine, layer);
+    Pooling<S> pooling{span(whole), {}, target(expected), {target(place), y, x}, c.out_channels, c.out_height,
+                       c.out_width, c.images, t.relu};
+    pool(machine, pooling);
+    layer.result = target(found), layer.window = {target(found_place), y, x}, layer.relu = t.relu;
+    forward(machine, layer);
+    if (found != expected || found_place != place) std::abort();
+
+    const std::vector<S> dy = numbers<S>(pooled);
+    pooling.dy = span(dy), pooling.result = target(whole);
+    pool_gradient(machine, pooling);
+    std::vector<S> dw(t.value.size()), dbias(c.out_channels), dw_found(dw.size()), dbias_found(dbias.size());
+    layer.window = {}, layer.dy = span(whole), layer.result = target(dw), layer.dbias = target(dbias);
+    weight_gradient(machine, layer);
+    layer.window = {target(place), y, x}, layer.dy = span(dy), layer.result = target(dw_found);
+    layer.dbias = target(dbias_found);
+    weight_gradient(machine, layer);
+    if (dw != dw_found || dbias != dbias_found) std::abort();
+
+    const int64_t rows = c.in_channels * c.stride_y * c.stride_x;
+    std::vector<int32_t> start(rows + 1), column(t.column.size()), order(t.column.size());
+    transpose_rows(machine, {c, span(t.start), span(t.column), target(start), target(column), target(order)});
+    std::vector<S> dx(t.x.size()), dx_found(t.x.size());
+    layer.conv.x_first = false;
+    layer.start = span(start), layer.column = span(column), layer.order = span(order);
+    layer.result = target(dx_found);
+    input_gradient(machine, layer);
+    layer.window = {}, layer.dy = span(whole), layer.result = target(dx);
+    input_gradient(machine, layer);
+    if (dx != dx_found) std::abort();
 }
 
 // A batch normalisation of channels whose numbers lie side by side, and its gradients.
@@ -246,6 +305,7 @@ template <class S>
 int refused_of_wrong(Status (*run)(const Machine*, const Layer<S>*)) {
     Case<S> t = random_case<S>();
     std::vector<S> result(draw(0, 1) ? t.dy.size() : draw(0, 1) ? t.x.size() : t.value.size());
+    std::vector<S> dbias(draw(0, 9) ? t.c.out_channels : draw(0, 9));
     std::vector<int32_t> order(t.column.size());
     for (size_t i = 0; i < order.size(); ++i) order[i] = int32_t(i);
     for (int64_t changes = draw(0, 2); changes > 0; --changes) {
@@ -262,8 +322,22 @@ int refused_of_wrong(Status (*run)(const Machine*, const Layer<S>*)) {
         if (which == 7) damage(result);
     }
     const Machine machine{draw(0, 20) ? 0 : wrong_number(), draw(0, 9) ? 1 : draw(-3, 3), nullptr};
-    const Layer<S> layer{t.c, span(t.start), span(t.column), span(order), span(t.value), span(t.bias), span(t.x),
-                         span(t.dy), target(result), 1};
+    Layer<S> layer{t.c, span(t.start), span(t.column), span(order), span(t.value), span(t.bias), span(t.x),
+                   span(t.dy), target(result), target(dbias), {}, 1};
+    std::vector<uint8_t> place;
+    if (draw(0, 1)) {
+        const int64_t y = draw(0, 5) ? draw(1, 4) : wrong_number(), x = draw(0, 5) ? draw(1, 4) : wrong_number();
+        int64_t numbers = y > 0 && x > 0;
+        for (int64_t size : {t.c.images, t.c.out_channels, t.c.out_height, t.c.out_width})
+            numbers = size > 0 && size < 1000 ? numbers * size : 0;
+        if (numbers) numbers = t.c.images * t.c.out_channels * (t.c.out_height / y) * (t.c.out_width / x);
+        place.resize(numbers && numbers < 1'000'000 && draw(0, 5) ? numbers : draw(0, 50));
+        for (uint8_t& pixel : place) pixel = uint8_t(draw(0, 255));
+        std::vector<S>& pooled = draw(0, 1) ? result : t.dy;
+        pooled.assign(place.size(), S(1));
+        layer.dy = span(t.dy), layer.result = target(result);
+        layer.window = {target(place), y, x};
+    }
     const bool refused = run(&machine, &layer) != OK;
     const Sorting sorting{t.c, span(t.start), span(t.column), target(order), target(order), target(order)};
     sl_transpose_rows(&machine, &sorting);
@@ -273,7 +347,8 @@ int refused_of_wrong(Status (*run)(const Machine*, const Layer<S>*)) {
 template <class S>
 void other_functions_with_wrong_numbers(Status (*affine)(const Machine*, const Affine<S>*),
                                         Status (*transpose)(const Machine*, const Transposition<S>*),
-                                        Status (*normalise)(const Machine*, const Normalisation<S>*)) {
+                                        Status (*normalise)(const Machine*, const Normalisation<S>*),
+                                        Status (*pool)(const Machine*, const Pooling<S>*)) {
     const auto size = [] { return draw(0, 3) ? draw(0, 5) : wrong_number(); };
     std::vector<S> x(draw(0, 60)), result(draw(0, 60)), scale(draw(0, 5)), shift(draw(0, 5));
     const Machine machine{0, 1, nullptr};
@@ -285,6 +360,10 @@ void other_functions_with_wrong_numbers(Status (*affine)(const Machine*, const A
     const Normalisation<S> norm{span(x), span(shift), span(scale), span(shift), target(mean), target(variance),
                                 target(result), target(dscale), target(dshift), size(), size(), 1e-5};
     normalise(&machine, &norm);
+    std::vector<uint8_t> place(draw(0, 60), uint8_t(draw(0, 255)));
+    const Pooling<S> pooling{span(x), span(x), target(result), {target(place), size(), size()}, size(), size(), size(),
+                             size(), 1};
+    pool(&machine, &pooling);
     const std::vector<int8_t> mask(x.size(), 1);
     const Weight weight{int64_t(x.data()), int64_t(mask.data()), int64_t(x.size()),
                         draw(0, 3) ? int64_t(sizeof(S)) : wrong_number()};
@@ -299,6 +378,8 @@ int main(int argc, char** argv) {
         for (int set = 0; set <= sl_instruction_set(); ++set) {
             check(random_case<float>(), set, draw(1, 3));
             check(random_case<double>(), set, draw(1, 3));
+            check_pooling(random_case<float>(), set, draw(1, 3));
+            check_pooling(random_case<double>(), set, draw(1, 3));
             check_rows<float>(set, draw(1, 3));
             check_rows<double>(set, draw(1, 3));
             check_normalisation<float>(set, draw(1, 3));
@@ -310,10 +391,10 @@ int main(int argc, char** argv) {
             refused += refused_of_wrong<float>(run);
         for (auto run : {sl_forward_double, sl_input_gradient_double, sl_weight_gradient_double, sl_few_double})
             refused += refused_of_wrong<double>(run);
-        for (auto normalise : {sl_normalise_float, sl_normalise_gradient_float})
-            other_functions_with_wrong_numbers<float>(sl_affine_float, sl_transpose_float, normalise);
-        for (auto normalise : {sl_normalise_double, sl_normalise_gradient_double})
-            other_functions_with_wrong_numbers<double>(sl_affine_double, sl_transpose_double, normalise);
+        other_functions_with_wrong_numbers(sl_affine_float, sl_transpose_float, sl_normalise_float, sl_pool_float);
+        other_functions_with_wrong_numbers(sl_affine_float, sl_transpose_float, sl_normalise_gradient_float, sl_pool_gradient_float);
+        other_functions_with_wrong_numbers(sl_affine_double, sl_transpose_double, sl_normalise_double, sl_pool_double);
+        other_functions_with_wrong_numbers(sl_affine_double, sl_transpose_double, sl_normalise_gradient_double, sl_pool_gradient_double);
     }
     std::printf("%d calls with wrong arguments: %d refused, none out of bounds\n", wrong / 8 * 8, refused);
     std::printf("%d rounds on %d instruction sets: no difference\n", rounds, sl_instruction_set() + 1);

@@ -128,3 +128,11 @@ def test_one_number_for_each_channel_is_refused_as_torch_does():
     for module in (norm, keeping):
         with pytest.raises(ValueError, match="more than 1 value"):
             module(torch.ones(1, 5, 1, 1))
+
+
+def test_many_gradients_of_a_batch_norm_are_computed_at_once():
+    norm, keeping = both_norms()
+    x = turned_images(16, 5, 3, 7)
+    many = torch.randn(4, *x.shape)
+    found, expected = (torch.autograd.grad(n(x), x, many, is_grads_batched=True)[0] for n in (keeping, norm))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

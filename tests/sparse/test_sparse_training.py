@@ -11,8 +11,9 @@ from sparselearning import invariants
 from sparselearning.core import CosineDecay, Masking
 from sparselearning.schedules import Updates
 from sparselearning.sparse import available, convert, to_dense
+from sparselearning.sparse.batch_last import trained_to_dense
 from sparselearning.sparse.observed import ObservedGradient
-from sparselearning.sparse.trained import TrainedConv2d, TrainedLinear, trained_to_dense
+from sparselearning.sparse.trained import TrainedConv2d, TrainedLinear
 from sparselearning.sparse.training import WINDOW, SparseTraining
 
 pytestmark = pytest.mark.skipif(not available(), reason="built without sparse kernels")

@@ -54,6 +54,11 @@ inline void check_sizes(const Conv& c) {
 
 inline int64_t input_numbers(const Conv& c) { return product_of({c.images, c.in_channels, c.height, c.width}); }
 
+inline void check_window(const Window& window, int64_t height, int64_t width) {
+    require(window.y >= 1 && window.y <= NOWHERE && window.x >= 1 && window.x <= NOWHERE);
+    require(window.pixels() <= NOWHERE && height >= window.y && width >= window.x);
+}
+
 inline int64_t output_numbers(const Conv& c) { return product_of({c.images, c.out_channels, c.out_height, c.out_width}); }
 
 // Whether all indices lie in [0, limit); limit is at most 2^31. A negative index, and one above the limit, leaves the

@@ -54,10 +54,12 @@ struct Piece {
     std::vector<std::vector<Run>> runs;  // one list for each view written
 };
 
-// With the batch last, strips of whole rows. The strips of each of `parts` of the rows come together, of all images, so
+// With the batch last, strips of whole rows, and of whole windows that are as many rows high. The strips of each of `parts` of the rows come together, of all images, so
 // that a thread for each part has memory pages of its own.
-inline std::vector<Strip> cut_rows(const Grid& grid, const Unit& unit, int64_t images, int64_t room, int64_t parts) {
-    const int64_t longest = std::max<int64_t>(room / grid.pitch / 2 * 2, 2);
+inline std::vector<Strip> cut_rows(const Grid& grid, const Unit& unit, int64_t images, int64_t room, int64_t parts,
+                                   int64_t window) {
+    const int64_t even = 2 * std::max<int64_t>(window, 1);
+    const int64_t longest = std::max(room / grid.pitch / even * even, even);
     const int64_t count = (grid.height + longest - 1) / longest;
     std::vector<Strip> strips;
     for (int64_t part = 0; part < parts; ++part)
@@ -82,9 +84,9 @@ inline std::vector<Strip> cut_vectors(const Grid& grid, const Unit& unit, int64_
 }
 
 inline std::vector<Strip> cut_strips(const Grid& grid, const Unit& unit, int64_t images, int64_t planes,
-                                     int64_t parts) {
+                                     int64_t parts, int64_t window = 0) {
     const int64_t room = cache_bytes() / unit.bytes / unit.width / planes - grid.before - grid.after;
-    return unit.width > 1 ? cut_rows(grid, unit, images, room, parts) : cut_vectors(grid, unit, room);
+    return unit.width > 1 ? cut_rows(grid, unit, images, room, parts, window) : cut_vectors(grid, unit, room);
 }
 
 inline int64_t longest_strip(const std::vector<Strip>& strips) {

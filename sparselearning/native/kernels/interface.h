@@ -7,7 +7,7 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Counts the changes of this file. library.py refuses a library that was built from another version of it.
-constexpr int64_t INTERFACE = 3;
+constexpr int64_t INTERFACE = 4;
 
 // What every function returns; library.py turns all but OK into errors.
 enum Status { OK, MISFIT, NO_MEMORY, TOO_LARGE, WRONG_SIZES };
@@ -43,7 +43,19 @@ struct Span {
     T& operator[](int64_t i) const { return data[i]; }
 };
 
-// A sparse layer and the tensors of one call. Tensors that the function does not use are empty.
+// Max-pooling of windows of y x x pixels that do not overlap; y is 0 where there is none. `place` is which pixel of its
+// window each pooled number came from, counted by rows, or NOWHERE where a ReLU cut it.
+struct Window {
+    Span<uint8_t> place;
+    int64_t y, x;
+
+    int64_t pixels() const { return y * x; }
+};
+
+constexpr int64_t NOWHERE = 255;
+
+// A sparse layer and the tensors of one call. Tensors that the function does not use are empty. Where the layer's output
+// is pooled, y and dy are those of the pooled output.
 //
 // The weight has the shape (out_channels, in_channels / groups, kernel_y, kernel_x) and is stored by rows: row r has
 // the nonzeros start[r] to start[r + 1], and `column` is a nonzero's place in the flattened row. The input gradient
@@ -53,7 +65,8 @@ struct Layer {
     Conv conv;
     Span<const int32_t> start, column, order;
     Span<const S> value, bias, x, dy;
-    Span<S> result;
+    Span<S> result, dbias;
+    Window window;
     int64_t relu;
 };
 
@@ -91,4 +104,14 @@ struct Transposition {
     Span<const S> x;
     Span<S> result;
     int64_t rows, columns;
+};
+
+// A pooling, or its gradient. The planes of `channels` channels are height x width pixels, and a pixel has `inner`
+// numbers side by side.
+template <class S>
+struct Pooling {
+    Span<const S> x, dy;
+    Span<S> result;
+    Window window;
+    int64_t channels, height, width, inner, relu;
 };

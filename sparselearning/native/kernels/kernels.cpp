@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <iterator>
+#include <type_traits>
 #include <utility>
 
 #include "checks.h"
@@ -76,11 +77,14 @@ struct Kernels {
     void (*affine)(const Affine<S>&, const Parallel&);
     void (*normalise)(const Normalisation<S>&, const Parallel&);
     void (*normalise_gradient)(const Normalisation<S>&, const Parallel&);
+    void (*pool)(const Pooling<S>&, const Parallel&);
+    void (*pool_gradient)(const Pooling<S>&, const Parallel&);
 };
 
 #define KERNELS_OF(set) \
-    {set::convolve<S>, set::weight_gradient<S>, set::multiply_few<S>,      set::transpose<S>, \
-     set::affine<S>,   set::normalise<S>,       set::normalise_gradient<S>}
+    {set::convolve<S>, set::weight_gradient<S>, set::multiply_few<S>,       set::transpose<S>, \
+     set::affine<S>,   set::normalise<S>,       set::normalise_gradient<S>, set::pool<S>, \
+     set::pool_gradient<S>}
 
 template <class S>
 const Kernels<S>& kernels(const Machine& machine) {
@@ -113,12 +117,25 @@ Rows<S> rows_of(const Layer<S>& layer, const Parallel& parallel) {
     return {c.out_channels, layer.start.data, layer.column.data, layer.value.data};
 }
 
+// The numbers of a layer's output, pooled if it has a window.
+template <class S>
+int64_t written_numbers(const Layer<S>& layer) {
+    const Conv& c = layer.conv;
+    const Window& window = layer.window;
+    const int64_t numbers = output_numbers(c);
+    if (!window.y) return numbers;
+    check_window(window, c.out_height, c.out_width);
+    const int64_t pooled = c.images * c.out_channels * (c.out_height / window.y) * (c.out_width / window.x);
+    require(c.batch_last && !c.y_first && window.place.count == pooled);
+    return pooled;
+}
+
 template <class S>
 void check_forward(const Layer<S>& layer) {
     const Conv& c = layer.conv;
     require(layer.value.count == layer.column.count);
     require(layer.bias.count == (layer.bias.data ? c.out_channels : 0));
-    require(layer.x.count == input_numbers(c) && layer.result.count == output_numbers(c));
+    require(layer.x.count == input_numbers(c) && layer.result.count == written_numbers(layer));
 }
 
 template <class S>
@@ -130,7 +147,7 @@ void forward(const Machine& machine, const Layer<S>& layer) {
     kernels<S>(machine).convolve({forward_grid(c), c.images, c.in_channels, c.groups, c.batch_last != 0,
                                   !c.batch_last && c.x_first, !c.batch_last && c.y_first, rows, layer.x.data, nullptr,
                                   layer.bias.data, layer.relu != 0, layer.result.data,
-                                  threads_for(c, rows.nonzeros(), parallel)});
+                                  threads_for(c, rows.nonzeros(), parallel), nullptr, {}, {}, layer.window});
 }
 
 // A row is one phase plane of one input channel.
@@ -142,7 +159,7 @@ void input_gradient(const Machine& machine, const Layer<S>& layer) {
     const int64_t planes = c.in_channels * c.stride_y * c.stride_x, nonzeros = layer.column.count;
     check_indices(layer.start, layer.column, planes, c.out_channels / c.groups * c.taps(), parallel);
     require(layer.order.count == nonzeros && layer.value.count == nonzeros);
-    require(layer.dy.count == output_numbers(c) && layer.result.count == input_numbers(c));
+    require(layer.dy.count == written_numbers(layer) && layer.result.count == input_numbers(c));
     check_below(layer.order, nonzeros, parallel);
     std::vector<S> ordered(nonzeros);
     parallel.only_if(nonzeros > MANY_INDICES).run(nonzeros, [&](int64_t from, int64_t to) {
@@ -151,7 +168,8 @@ void input_gradient(const Machine& machine, const Layer<S>& layer) {
     const Rows<S> rows{planes, layer.start.data, layer.column.data, ordered.data()};
     kernels<S>(machine).convolve({input_gradient_grid(c), c.images, c.out_channels, c.groups, c.batch_last != 0,
                                   !c.batch_last && c.y_first, !c.batch_last && c.x_first, rows, layer.dy.data, nullptr,
-                                  nullptr, false, layer.result.data, threads_for(c, nonzeros, parallel)});
+                                  nullptr, false, layer.result.data, threads_for(c, nonzeros, parallel), nullptr,
+                                  layer.window, {}, {}});
 }
 
 template <class S>
@@ -160,10 +178,12 @@ void weight_gradient(const Machine& machine, const Layer<S>& layer) {
     const Parallel parallel = parallel_of(machine);
     const Rows<S> rows = rows_of(layer, parallel);
     require(layer.result.count == layer.column.count);
-    require(layer.x.count == input_numbers(c) && layer.dy.count == output_numbers(c));
+    require(layer.x.count == input_numbers(c) && layer.dy.count == written_numbers(layer));
+    require(layer.dbias.count == c.out_channels);
     kernels<S>(machine).weight_gradient({forward_grid(c), c.images, c.in_channels, c.groups, c.batch_last != 0,
                                          !c.batch_last && c.x_first, false, rows, layer.x.data, layer.dy.data, nullptr,
-                                         false, layer.result.data, threads_for(c, rows.nonzeros(), parallel)});
+                                         false, layer.result.data, threads_for(c, rows.nonzeros(), parallel),
+                                         layer.dbias.data, {}, layer.window});
 }
 
 // The forward pass of a linear layer whose batch has few rows, each of them contiguous.
@@ -173,7 +193,7 @@ void few(const Machine& machine, const Layer<S>& layer) {
     const Parallel parallel = parallel_of(machine);
     const Rows<S> rows = rows_of(layer, parallel);
     check_forward(layer);
-    require(c.x_first && c.y_first && !c.batch_last);
+    require(c.x_first && c.y_first && !c.batch_last && !layer.window.y);
     kernels<S>(machine).multiply_few({{}, c.width, c.in_channels, 1, false, true, true, rows, layer.x.data, nullptr,
                                       layer.bias.data, layer.relu != 0, layer.result.data, parallel});
 }
@@ -219,6 +239,33 @@ void normalise_gradient(const Machine& machine, const Normalisation<S>& given) {
     require(given.dy.count == given.x.count);
     require(given.dscale.count == given.channels && given.dshift.count == given.channels);
     kernels<S>(machine).normalise_gradient(given, parallel);
+}
+
+template <class S>
+Parallel check_pooling(const Machine& machine, const Pooling<S>& given) {
+    const Window& window = given.window;
+    for (int64_t size : {given.channels, given.height, given.width, given.inner}) require(size >= 0);
+    check_window(window, given.height, given.width);
+    const int64_t numbers = product_of({given.height, given.width, given.inner, given.channels});
+    require(window.place.count ==
+            product_of({given.height / window.y, given.width / window.x, given.inner, given.channels}));
+    return parallel_of(machine).only_if(numbers > MANY_INDICES);
+}
+
+template <class S>
+void pool(const Machine& machine, const Pooling<S>& given) {
+    const Parallel parallel = check_pooling(machine, given);
+    require(given.x.count == given.channels * given.height * given.width * given.inner);
+    require(given.result.count == given.window.place.count);
+    kernels<S>(machine).pool(given, parallel);
+}
+
+template <class S>
+void pool_gradient(const Machine& machine, const Pooling<S>& given) {
+    const Parallel parallel = check_pooling(machine, given);
+    require(given.result.count == given.channels * given.height * given.width * given.inner);
+    require(given.dy.count == given.window.place.count);
+    kernels<S>(machine).pool_gradient(given, parallel);
 }
 
 // Sorts the nonzeros by (input channel, phase), as the input gradient reads them. A row of the result is one phase
@@ -272,7 +319,7 @@ EXPORT int sl_instruction_set() { return best_instruction_set(); }
 // Which version of interface.h this is; the sizes of its structs go to `sizes`.
 EXPORT int64_t sl_interface(int64_t* sizes) {
     const size_t known[] = {sizeof(Machine), sizeof(Layer<float>), sizeof(Sorting), sizeof(Affine<float>),
-                            sizeof(Transposition<float>), sizeof(Normalisation<float>)};
+                            sizeof(Transposition<float>), sizeof(Normalisation<float>), sizeof(Pooling<float>)};
     std::copy(std::begin(known), std::end(known), sizes);
     return INTERFACE;
 }
@@ -297,3 +344,5 @@ EXPORT_FOR_ALL(transpose, Transposition)
 EXPORT_FOR_ALL(affine, Affine)
 EXPORT_FOR_ALL(normalise, Normalisation)
 EXPORT_FOR_ALL(normalise_gradient, Normalisation)
+EXPORT_FOR_ALL(pool, Pooling)
+EXPORT_FOR_ALL(pool_gradient, Pooling)

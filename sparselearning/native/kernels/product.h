@@ -26,6 +26,8 @@ struct Product {
     bool relu;
     S* result;
     Parallel parallel;
+    S* dbias = nullptr;                         // the sums of dy, which the weight gradient writes too
+    Window x_window{}, dy_window{}, window{};  // of x, dy and the result, where one is a pooled output or its gradient
 
     int64_t planes() const { return channels * int64_t(grid.read.size()); }
     int64_t channels_per_group() const { return channels / groups; }
