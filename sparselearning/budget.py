@@ -117,15 +117,34 @@ def give_back(lacking: int, change: Sequence[int], layers: Layers) -> list[int]:
 
 
 def redistribute(lacking: int, layers: Layers) -> list[int]:
-    """Return how many weights each layer grows in proportion to its importance.
+    """Return how many weights each layer grows: in proportion to its importance, and equal parts of the excess.
 
-    No layer is filled beyond 99% of its room, unless the weights fit nowhere else.
+    Layer i grows min(room_i, r_i * lacking + excess), where r_i is its importance and `excess` is the same number for
+    all layers: what full layers cannot take goes in equal parts to the others, as in release 1.0. A layer of importance
+    zero takes its part, too. No layer is filled beyond 99% of its room, unless the weights fit nowhere else.
     """
     unit = unit_of(layers)
     room = [int(0.99 * layer.room) // unit for layer in layers]
     if sum(room) < lacking // unit:
         room = [layer.room // unit for layer in layers]
-    counts = apportion(min(lacking // unit, sum(room)), [layer.importance for layer in layers], room)
+    units = min(lacking // unit, sum(room))
+    counts = apportion(units, _share_excess([units * layer.importance for layer in layers], room), room)
     # A layer that lost its last weight would have no importance, and stay empty for ever.
     emptied = [int(layer.removed > 0 and layer.nonzeros == 0 and layer.room >= unit) for layer in layers]
     return [count * unit for count in none_empty(counts, emptied, [layer.nonzeros for layer in layers])]
+
+
+def _share_excess(quotas: Sequence[float], room: Sequence[int]) -> list[float]:
+    """Return min(room_i, quota_i + excess), with the `excess` >= 0 at which they sum to what the quotas sum to.
+
+    Release 1.0 adds the mean of what does not fit to all layers, again and again; this is where its loop ends.
+
+    >>> _share_excess([60.0, 30.0, 10.0], room=[40, 100, 100])
+    [40.0, 40.0, 20.0]
+    """
+    unfilled, excess = list(range(len(room))), 0.0
+    while any(quotas[i] + excess > room[i] for i in unfilled):
+        unfilled = [i for i in unfilled if quotas[i] + excess <= room[i]]
+        left = sum(quotas) - sum(room[i] for i in range(len(room)) if i not in unfilled)
+        excess = (left - sum(quotas[i] for i in unfilled)) / len(unfilled) if unfilled else math.inf
+    return [min(float(places), quota + excess) for quota, places in zip(quotas, room, strict=True)]

@@ -5,7 +5,7 @@ One update (sparse momentum, Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/
     k_i = ceil(p_i * nnz_i)                      how many to remove in layer i
     r_i = mean(|M_i| over active) / sum_j        importance of layer i
     m_i <- drop_lowest(|W_i|, m_i, k_i)          prune
-    g   = apportion(sum_i k_i, r, room)          redistribute
+    g_i = min(room_i, r_i * sum_j k_j + excess)  redistribute
     m_i <- add_highest(|M_i|, m_i, g_i)          grow
     W_i <- W_i * m_i                             apply
 """

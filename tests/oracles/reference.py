@@ -1,9 +1,9 @@
-"""Sparse momentum as slow loops over Python numbers, written from the equations in the docstring of core.py.
+"""Sparse momentum as slow loops over Python numbers, written from the paper and from release 1.0.
 
     k_i = ceil(p_i * nnz_i)                      how many to remove in layer i
     r_i = mean(|M_i| over active) / sum_j        importance of layer i
     m_i <- drop_lowest(|W_i|, m_i, k_i)          prune
-    g   = apportion(sum_i k_i, r, room)          redistribute
+    g_i = min(0.99 room_i, r_i sum_j k_j + e)    redistribute; e: the excess that full layers leave to each layer
     m_i <- add_highest(|M_i|, m_i, g_i)          grow
 
 A layer is a flat list; a network is a list of layers.
@@ -52,6 +52,38 @@ def apportion(total, shares, capacity):
     return counts
 
 
+def redistribute(total, shares, capacity):
+    """Add the mean of what does not fit to all layers, again and again: `calc_growth_redistribution` of release 1.0.
+
+    In exact fractions until a millionth of a weight is left. 1.0 rounds the first numbers up and the last ones down,
+    which loses or adds weights; here the last ones are rounded by largest remainders.
+    """
+    grown = [Fraction(share) * total / sum(map(Fraction, shares)) for share in shares]
+    mean_excess = Fraction(0)
+    while True:
+        excess = Fraction(0)
+        for i, room in enumerate(capacity):
+            grown[i] += mean_excess
+            if grown[i] > room:
+                excess += grown[i] - room
+                grown[i] = Fraction(room)
+        mean_excess = (excess / len(grown)).limit_denominator(10**12)
+        if excess < Fraction(1, 10**6):
+            return round_to(total, grown, capacity)
+
+
+def round_to(total, numbers, capacity):
+    """Round down, then add one to the largest remainders (to a millionth; of equals to the earlier) up to `total`."""
+    counts = [
+        min(math.floor(number + Fraction(1, 10**6)), room) for number, room in zip(numbers, capacity, strict=True)
+    ]
+    open_ = [i for i in range(len(counts)) if counts[i] < capacity[i]]
+    by_remainder = sorted(open_, key=lambda i: (-round(numbers[i] - counts[i], 5), i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
 def update(weights, momenta, masks, prune_rate):
     """Return the masks of a network after one update."""
     layers = range(len(masks))
@@ -74,5 +106,5 @@ def update(weights, momenta, masks, prune_rate):
     room = [math.floor(0.99 * z) for z in zeros]
     if sum(room) < sum(removed):
         room = zeros
-    grown = apportion(sum(removed), importance, room)
+    grown = redistribute(sum(removed), importance, room)
     return [add_highest([abs(m) for m in momenta[i]], pruned[i], grown[i]) for i in layers]
