@@ -6,7 +6,7 @@ EXTRAS ?= test
 BIN := .venv/bin
 SOURCES := setup.py $(wildcard sparselearning/native/kernels/*)
 
-.PHONY: demo demo-imagenet test soak coverage mutants lint bench results-mnist clean
+.PHONY: demo demo-imagenet test soak coverage mutants lint bench results-mnist results-cifar clean
 
 demo: .venv/installed
 	$(BIN)/python mnist_cifar/demo.py
@@ -52,6 +52,10 @@ bench: .venv/installed
 # Hours, or days with lenet5; goes on where it was stopped. ARGS="--models lenet300-100 --seeds 1" does less.
 results-mnist: .venv/installed
 	$(BIN)/python benchmarks/results_mnist.py $(ARGS)
+
+# Weeks of one core; goes on where it was stopped. ARGS="--data-dir DIR --hours 8" stops after 8 hours.
+results-cifar: .venv/installed
+	$(BIN)/python benchmarks/results_cifar.py $(ARGS)
 
 .venv/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv

@@ -36,6 +36,7 @@ from sparselearning.experiments.data import photographs as images
 from sparselearning.experiments.data.files import DataError
 from sparselearning.experiments.run import resuming, session
 from sparselearning.experiments.run.arguments import ArgumentParser, add_run_args, check, processes
+from sparselearning.experiments.run.chance import at_chance, warn_at_chance
 from sparselearning.experiments.run.costs import describe, flops_of_run
 from sparselearning.experiments.run.folder import RunFolder, defaults_of_run
 from sparselearning.experiments.run.precision import choose_precision
@@ -279,7 +280,7 @@ def run(args):
                     training_seconds = progress.seconds
                     valid = validate(checkpoints.watch(loaded(valid_loader), epoch, progress))
                     results = dict(train_loss=loss, valid_loss=valid.loss, valid_accuracy=valid.accuracy)
-                    results |= dict(valid_accuracy_5=valid.accuracy_in_5)
+                    results |= dict(valid_accuracy_5=valid.accuracy_in_5, at_chance=at_chance(results, classes))
                     lr = scheduler.get_last_lr()[0]
                     record = session.record_of(epoch, steps_per_epoch, results, lr, flops, masking, active)
                     if masking is not None and epoch < args.epochs:
@@ -287,6 +288,7 @@ def run(args):
                 record |= dict(images_per_second=steps_per_epoch * args.batch_size / training_seconds)
                 folder.add(**record, seconds=progress.seconds)
                 logger.info(folder.line())
+                warn_at_chance(folder.metrics, args, classes)
                 is_best = valid.accuracy >= max(entry.get("valid_accuracy", 0) for entry in folder.metrics)
                 copies = ["checkpoint-best.pt"] * is_best + [f"checkpoint-{epoch}.pt"] * args.gather_checkpoints
                 checkpoints.after_epoch(epoch, copies)

@@ -115,12 +115,13 @@ def summary_table(lines, keys):
     for config, runs, summary in lines:
         lead = [*(show(config.get(key)) for key in keys), len(runs)]
         costs = [show(number, ".3f") for number in mean_costs(runs).values()]
+        costs.append(sum(run.at_chance for run in runs))
         for result, numbers in summary.items():
             mean, median, error, low, high = (show(number, ".5f") for number in numbers.values())
             rows.append([*lead, result, mean, median, error, "-" if low == "-" else f"{low} .. {high}", *costs])
             lead, costs = [""] * len(lead), [""] * len(costs)
     headers = [*keys, "runs", "test", "mean", "median", "std. error", "95% interval"]
-    headers += ["inference FLOPs", "training FLOPs", "explored"]
+    headers += ["inference FLOPs", "training FLOPs", "explored", "at chance"]
     return tabulate(rows, headers, disable_numparse=True)
 
 
@@ -155,7 +156,8 @@ def write_csv(lines, path):
     rows = []
     for config, runs, summary in lines:
         flat = {f"{result}_{key}": number for result, numbers in summary.items() for key, number in numbers.items()}
-        rows.append({**config, "runs": len(runs), **flat, **mean_costs(runs)})
+        chance = {"runs_at_chance": sum(run.at_chance for run in runs)}
+        rows.append({**config, "runs": len(runs), **chance, **flat, **mean_costs(runs)})
     text = io.StringIO()
     writer = csv.DictWriter(text, dict.fromkeys([*keys, *rows[0]]))
     writer.writeheader()

@@ -36,6 +36,7 @@ from sparselearning.experiments.report import features
 from sparselearning.experiments.report.bench import LayerBench
 from sparselearning.experiments.run import resuming, session
 from sparselearning.experiments.run.arguments import ArgumentParser, add_run_args, check, goes_on, processes
+from sparselearning.experiments.run.chance import at_chance, warn_at_chance
 from sparselearning.experiments.run.costs import describe, flops_of_run
 from sparselearning.experiments.run.folder import RunFolder, defaults_of_run
 from sparselearning.experiments.run.precision import choose_precision
@@ -183,6 +184,7 @@ def run(args):
                     if data.valid is not None:
                         valid = evaluate(model, in_order(data.valid, watch), precision)
                         results |= dict(valid_loss=valid.loss, valid_accuracy=valid.accuracy)
+                    results |= dict(at_chance=at_chance(results, data.classes, args.l1))
                     lr = scheduler.get_last_lr()[0]
                     record = session.record_of(epoch, steps_per_epoch, results, lr, flops, masking, weights)
                     if masking is not None and epoch < args.epochs:
@@ -190,6 +192,7 @@ def run(args):
                 record |= dict(images_per_second=progress.steps * args.batch_size / training_seconds)
                 folder.add(**record, seconds=progress.seconds)
                 logger.info(folder.line())
+                warn_at_chance(folder.metrics, args, data.classes)
                 checkpoints.after_epoch(epoch)
 
         session.check_agreement(masking)

@@ -61,6 +61,9 @@ PICTURES = {
     "density_map_one_epoch": lambda path: plots.plot_density(run(9, 1), path),
     "accuracy_density": lambda path: plots.plot_accuracy_density(accuracy_rows(), path),
     "accuracy_of_many": lambda path: plots.plot_accuracy_density(many_rows(), path, by_error=True),
+    "accuracy_against_flops": lambda path: plots.plot_accuracy_density(
+        [row | {"training_flops": 3 * row["density"]} for row in accuracy_rows()], path, against="training_flops"
+    ),
     "accuracy_dense": lambda path: plots.plot_accuracy_density(accuracy_rows()[:1], path),
     "speed_ups": lambda path: plots.plot_speed_ups({"conv": {"0.1": 3.0, "0.05": 5.5}, "fc": {"0.1": 2.0}}, path),
     "demo": lambda path: plots.plot_demo({"5% density": run(), "dense": run(sparse=False)}, path),

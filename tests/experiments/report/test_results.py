@@ -51,13 +51,14 @@ def call(capsys, tmp_path, monkeypatch):
     return call
 
 
-def leave_run(folder, accuracy=None, loss=0.1, costs=None, **changes):
+def leave_run(folder, accuracy=None, loss=0.1, costs=None, chance=None, **changes):
     """Write the folder of a run as main.py does; without an accuracy, that of an interrupted run."""
     args = ARGS | changes
     path = Path(folder) / f"run{len(list(Path(folder).glob('run*'))) if Path(folder).exists() else 0}"
     path.mkdir(parents=True)
     (path / "args.json").write_text(json.dumps(args))
     records = [{"epoch": epoch, "valid_accuracy": 0.5} | (costs or {}) for epoch in (1, 2)]
+    records[-1] |= {} if chance is None else {"at_chance": chance}
     if accuracy is not None:
         of_run = {key: value / 2 for key, value in (costs or {}).items() if key != "exploration_rate"}
         records.append({"test_loss": loss, "test_accuracy": accuracy} | of_run)
@@ -76,6 +77,16 @@ def test_statistics_of_an_example():
     error, half = 1.527525, 6.572411
     expected = {"mean": 3.0, "median": 2.0, "standard_error": error, "low": 3 - half, "high": 3 + half}
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_runs_at_chance_are_counted(call):
+    for seed, chance in [(17, True), (18, False), (19, None)]:
+        leave_run("runs", 0.98, seed=seed, chance=chance)
+    _, out, _ = call("--csv", "table.csv")
+    lines = out.splitlines()
+    (header,) = (i for i, line in enumerate(lines) if line.endswith("at chance"))
+    assert lines[header + 2].split()[-1] == "1"
+    assert read_csv("table.csv")[0]["runs_at_chance"] == "1"
 
 
 def test_student_t_equals_scipy():
@@ -119,8 +130,8 @@ def test_the_table_shows_flops_and_exploration(call):
     status, out, err = call("--csv", "table.csv")
     assert (status, err) == (0, "")
     header, _, first, *_ = out.splitlines()
-    assert header.split()[-5:] == ["inference", "FLOPs", "training", "FLOPs", "explored"]
-    assert first.split()[-3:] == ["0.075", "0.300", "0.450"]
+    assert header.endswith("inference FLOPs    training FLOPs    explored    at chance")
+    assert first.split()[-4:] == ["0.075", "0.300", "0.450", "0"]
     several, old = read_csv("table.csv")
     assert [float(several[key]) for key in ("training_flops", "exploration_rate")] == pytest.approx([0.3, 0.45])
     assert old["training_flops"] == ""
