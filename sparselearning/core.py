@@ -12,7 +12,7 @@ One update (sparse momentum, Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -131,7 +131,7 @@ class Masking(Steps):
         remove_param_names: Iterable[str] = (),
         sparse_embeddings: bool = False,
         dense: Iterable[str] = (),
-        pattern: str | None = None,
+        pattern: str | Mapping[str, str] | None = None,
         batches: Batches | None = None,
         rescale: bool = False,
         sparse: Iterable[str] = (),
@@ -151,7 +151,7 @@ class Masking(Steps):
             remove_param_names: weights whose name contains one of these stay dense; a whole name means that one alone.
             sparse_embeddings: mask embeddings and output layers over their vocabulary too.
             dense: weights that stay dense, as patterns of names; 'first', 'last', 'depthwise' mean those of the module.
-            pattern: which weights may be active together: '2:4', 'block:16x16', 'fan-in', 'neuron' (patterns.py).
+            pattern: '2:4', 'block:16x16', 'fan-in', 'neuron': which weights may be active together; or {name: one}.
             batches: (inputs, labels) pairs to score the weights on.
             rescale: enlarge each layer's weights until the active ones have the norm that all had (1% learns then).
             sparse: patterns of names to mask beside the weights of layers that multiply (start/maskable.py).

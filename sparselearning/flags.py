@@ -17,7 +17,7 @@ from typing import Any
 from sparselearning.defaults import defaults_from
 from sparselearning.methods import DECAYS, DENSITY_SCHEDULES, FUNCTIONS, METHODS, PARTS, WEIGHTS, Method, find_method
 from sparselearning.own_functions import find_mode
-from sparselearning.patterns import check_name
+from sparselearning.patterns import check_names
 from sparselearning.start.distributions import DISTRIBUTIONS
 from sparselearning.start.scores import SCORES
 from sparselearning.weights.regrowth import START_VALUES
@@ -79,6 +79,23 @@ def densities(text: str) -> dict[str, float]:
     return by_name
 
 
+def patterns(text: str) -> str | dict[str, str]:
+    """Parse a pattern, or patterns by name.
+
+    >>> patterns("2:4"), patterns("fc3=fan-in,*=fan-in:0.3")
+    ('2:4', {'fc3': 'fan-in', '*': 'fan-in:0.3'})
+    """
+    if "=" not in text:
+        return _checked(check_names, text)
+    by_name = {}
+    for term in text.split(","):
+        name, equals, pattern = term.partition("=")
+        if not name or not equals or name in by_name:
+            raise argparse.ArgumentTypeError(f"expected terms NAME=PATTERN of different names, got {text!r}")
+        by_name[name.strip()] = pattern
+    return _checked(check_names, by_name)
+
+
 def sparse_init(text: str) -> str:
     """Parse which weights are active at the start."""
     names = [*DISTRIBUTIONS, *SCORES, "resume"]
@@ -131,9 +148,10 @@ FLAGS: dict[str, dict[str, Any]] = {
         help="how the density goes from --start-density at --start-fraction to --density at --stop-fraction"),
     "start_density": dict(type=positive_fraction, metavar="DENSITY",
         help="density at the start of a --density-schedule; None: that of --density"),
-    "pattern": dict(type=partial(_checked, check_name),
+    "pattern": dict(type=patterns, metavar="PATTERN",
         help="which weights may be active together: unstructured, N:M such as 2:4, block:RxC such as block:16x16, "
-        "fan-in, fan-in:0.3 (neurons that matter little are given up), neuron"),
+        "fan-in, fan-in:0.3 (neurons that matter little are removed, but none of the output layer), neuron; or by "
+        "layers, such as 'fc3=fan-in,*=fan-in:0.3'"),
     "reset_state": dict(action=argparse.BooleanOptionalAction,
         help="forget the optimizer's state of a weight that grows"),
     "regrown": dict(choices=START_VALUES,

@@ -18,7 +18,7 @@ import torch
 
 from sparselearning.functions import check_readable, may_read, resolve
 from sparselearning.grow import GROWTH_FUNCTIONS
-from sparselearning.patterns import check_name
+from sparselearning.patterns import check_names
 from sparselearning.prune import PRUNE_FUNCTIONS
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
 from sparselearning.schedules import (
@@ -94,7 +94,7 @@ class Method:
     rescale: bool = False  # at the start, until layers have the norm they had without masks
     pull: float = 0.0  # of active weights towards zero, added to their gradients
     weights: str = "zero"  # how weights are held; a key of WEIGHTS
-    pattern: str | None = "unstructured"  # which weights may be active together; see patterns.py
+    pattern: str | Mapping[str, str] | None = "unstructured"  # which weights may be active together; see patterns.py
 
     def __post_init__(self):
         tables = [("decay_schedule", DECAYS), ("density_schedule", DENSITY_SCHEDULES), ("weights", WEIGHTS)]
@@ -102,7 +102,7 @@ class Method:
             if getattr(self, part) not in known:
                 names = ", ".join(map(repr, known))
                 raise ValueError(f"Unknown {part} {getattr(self, part)!r}. Choose one of {names}.")
-        check_name(self.pattern or "unstructured")
+        check_names("unstructured" if self.pattern is None else self.pattern)
         if not 0 <= self.start_fraction <= self.stop_fraction <= 1:
             raise ValueError(
                 "Expected 0 <= start_fraction <= stop_fraction <= 1, "

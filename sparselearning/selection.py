@@ -57,10 +57,17 @@ def drop_lowest_jointly(scores: Sequence[Tensor], masks: Sequence[Tensor], k: in
 def add_highest_jointly(scores: Sequence[Tensor], masks: Sequence[Tensor], k: int) -> list[Tensor]:
     """Return the masks with the k highest inactive entries of all of them: one budget for the whole network."""
     patterns, size, scores, active = _in_units(scores, masks)
+    kept: list[Tensor | None] = [None] * len(patterns)
     if any(pattern.ablation for pattern in patterns):
-        masks = active = [_ablated(*each) for each in zip(patterns, scores, active, strict=True)]
+        for i, pattern in enumerate(patterns):
+            if pattern.ablation:
+                active[i], kept[i] = _ablated(pattern, scores[i], active[i])
+        masks = active
         k = sum(pattern.capacity(mask.shape) - int(mask.sum()) for pattern, mask in zip(patterns, masks, strict=True))
-    candidates = [pattern.candidates(*each) for pattern, *each in zip(patterns, scores, active, strict=True)]
+    candidates = [
+        pattern.candidates(score, mask, left)
+        for pattern, score, mask, left in zip(patterns, scores, active, kept, strict=True)
+    ]
     highest = _mark_lowest(scores, candidates, k // size, negate=True)
     return [mask | pattern.weights(high, mask) for pattern, mask, high in zip(patterns, masks, highest, strict=True)]
 
@@ -80,12 +87,10 @@ def _in_units(scores, masks):
 
 
 def _ablated(pattern, score, mask):
-    """Return a mask of constant fan-in without the neurons that its pattern removes."""
-    if not pattern.ablation:
-        return mask
+    """Return a mask of constant fan-in without the neurons that its pattern removes, and which are kept."""
     lacking = pattern.capacity(mask.shape) - int(mask.sum())
-    (wanted,) = _mark_lowest([score], [~mask], lacking, negate=True)
-    return ablate(pattern, mask, wanted)
+    (wanted,) = _mark_lowest([score], [torch.ones_like(mask)], lacking, negate=True)
+    return ablate(pattern, mask, score, wanted)
 
 
 def _as_float(score):

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from helpers import masked, same, snapshot, train
-from patterned import PATTERNS, assert_pattern_holds, move, sparse
+from helpers import masked, same, sgd, snapshot, train
+from patterned import PATTERNS, assert_pattern_holds, move, network, sparse
 from test_update_matrix import without_aliases
 from torch import nn
 
-from sparselearning import Updates, network_wide
+from sparselearning import Masking, Updates, network_wide
 from sparselearning.functions import is_marked
 from sparselearning.grow import GROWTH_FUNCTIONS
 from sparselearning.prune import PRUNE_FUNCTIONS
@@ -162,3 +162,77 @@ def test_trained_patterns_are_converted_on_a_gpu(pattern, layout):
     converted, report = convert(model, x, layout=layout)
     assert report.layers[0].replaced
     torch.testing.assert_close(converted(x), model(x), atol=1e-2, rtol=1e-2)
+
+
+# By name, and the output layer
+
+
+def ablating(model, pattern, updates=4):
+    """Return how many neurons each layer has lost after updates by growth whose scores favour few neurons."""
+
+    def grow(masking, name, new_mask, total_regrowth, weight):
+        return add_highest(torch.arange(weight.numel()).view(weight.shape).float(), new_mask, total_regrowth)
+
+    masking = Masking(sgd(model), None, 0.5, "magnitude", grow, "none")
+    masking.add_module(model, 0.3, pattern=pattern)
+    for _ in range(updates):
+        train(model, masking, steps=1, inputs=torch.randn(8, 16))
+        masking.at_end_of_epoch()
+        masking.check()
+    return {name: int((mask.sum(1) == 0).sum()) for name, mask in masking.masks.items()}
+
+
+def classifier():
+    return nn.Sequential(nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 12))
+
+
+def test_ablation_leaves_the_output_layer_all_its_neurons_unless_it_is_named():
+    lost = ablating(classifier(), "fan-in:0.9")
+    assert [bool(lost[f"{i}.weight"]) for i in (0, 2, 4)] == [True, True, False]
+    lost = ablating(classifier(), {"*": "fan-in:0.9"})
+    assert all(lost.values()), "a pattern by name does what it says"
+    lost = ablating(classifier(), {"2": "fan-in", "*": "fan-in:0.9"})
+    assert [bool(lost[f"{i}.weight"]) for i in (0, 2, 4)] == [True, False, True]
+
+
+def test_the_output_layer_is_that_of_the_model_also_where_it_stays_dense():
+    model = classifier()
+    masking = Masking(sgd(model), None, growth_mode="gradient", redistribution_mode="none")
+    masking.add_module(model, 0.3, pattern="fan-in:0.3", dense=["last"])
+    assert [layer.pattern.ablation for layer in masking.layers] == [0.3, 0.3]
+
+
+def test_srigl_keeps_all_classes():
+    model = nn.Sequential(nn.Linear(16, 40), nn.ReLU(), nn.Linear(40, 20))
+    masking = Masking.from_method("srigl", model, sgd(model), 40, density=0.1, prune_every_k_steps=2)
+    train(model, masking, steps=30, inputs=torch.randn(8, 16))
+    assert (masking.masks["2.weight"].sum(1) == 4).all()
+    masking.check()
+
+
+def test_patterns_by_name_hold_side_by_side():
+    model = network()
+    masking = Masking(sgd(model), None, 0.3, redistribution_mode="none")
+    masking.add_module(model, 0.3, pattern={"0": "2:4", "3.weight": "block:4x2"})
+    for _ in range(3):
+        move(model, masking)
+        assert_pattern_holds(masking)
+    assert [layer.pattern.name for layer in masking.layers] == ["2:4", "block:4x2", "unstructured"]
+    assert masking.total_nonzero == masking.baseline_nonzero
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ({"fc9": "2:4"}, "'fc9' matches none of the weights 0.weight, 3.weight, 5.weight"),
+        ({"*": "9:4"}, "Unknown pattern '9:4'"),
+        ({"0": "3:16"}, r"The pattern '3:16' does not fit 0.weight \(8, 4, 1, 2\)"),
+        ({"0": "fan-in", "*": "unstructured"}, "Layers of constant fan-in keep their numbers of weights"),
+        ({"0": "2:4", "*": "block:4x2"}, "have 1, 8 weights in different layers"),
+    ],
+)
+def test_patterns_by_name_that_do_not_fit_are_refused(pattern, message):
+    model = network()
+    masking = Masking(sgd(model), None, redistribution_mode="momentum")
+    with pytest.raises(ValueError, match=message):
+        masking.add_module(model, 0.3, pattern=pattern)

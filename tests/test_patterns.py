@@ -7,6 +7,7 @@ import torch
 from helpers import masked, mlp, same, sgd, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles import srigl
 from patterned import PATTERNS, assert_pattern_holds, move, network, sparse
 
 from sparselearning import Masking
@@ -61,15 +62,53 @@ def test_constant_fan_in_fills_the_neurons_that_lost():
     assert add_highest(score, mask, 3).int().tolist() == [[1, 0, 1], [1, 0, 1], [1, 1, 0]]
 
 
-def test_ablation_gives_up_the_neuron_with_the_fewest_salient_weights():
-    # 3 neurons of fan-in 2 after pruning; unstructured growth would add two weights to the first and one to the second.
-    mask = carrying("fan-in:0.9", [[1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]], most=2)
+def test_ablation_removes_the_neurons_with_too_few_salient_weights():
+    # Fan-in 4, of which pruning left 2, 2 and 0 weights; the 8 highest scores are 4, 3 and 1. int(0.5 * 4) = 2.
+    mask = carrying("fan-in:0.5", [[1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0], [0] * 7], most=4)
+    score = torch.tensor([[9.0, 9, 9, 9, 2, 1, 0], [8, 1, 8, 8, 2, 0, 1], [1, 1, 0, 0, 0, 0, 7]])
+    expected = [[1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0, 1], [0] * 7]
+    assert add_highest(score, mask, 8).int().tolist() == expected
+
+
+def test_without_a_salient_weight_to_spare_ablation_keeps_the_neurons():
+    mask = carrying("fan-in:0.3", [[1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]], most=2)
     score = torch.tensor([[0, 9, 8, 1], [0, 7, 1, 2], [0, 3, 1, 2.0]])
-    grown = add_highest(score, mask, 3)
-    assert grown.int().tolist() == [[1, 1, 1, 0], [1, 1, 0, 1], [0, 0, 0, 0]]
-    assert not carrying("fan-in:0.4", mask.int().tolist(), most=2).pattern.holds(torch.eye(3, 4).cumsum(1).bool())
-    kept = add_highest(score, carrying("fan-in:0.4", mask.int().tolist(), most=2), 3)
-    assert kept.int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]]
+    assert add_highest(score, mask, 3).int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]]
+    assert not mask.pattern.holds(torch.eye(3, 4).cumsum(1).bool())
+
+
+def test_a_neuron_that_was_removed_returns_and_the_others_give_up_their_lowest_scores():
+    score = torch.tensor([[1, 4, 2, 3], [5, 6, 1, 1], [9, 0, 8, 0.0]])
+    mask = carrying("fan-in:0.5", [[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]], most=2)
+    assert add_highest(score, mask, 2).int().tolist() == [[0, 1, 1, 0], [1, 1, 0, 0], [1, 0, 1, 0]]
+
+
+@given(st.data())
+def test_ablation_is_that_of_the_authors(data):
+    outputs, inputs, gamma = data.draw(st.integers(2, 6)), data.draw(st.integers(3, 8)), data.draw(st.integers(1, 9))
+    fan_in = data.draw(st.integers(1, inputs - 1))
+    torch.manual_seed(data.draw(st.integers(0, 9999)))
+    weight, gradient = torch.randn(outputs, inputs), torch.randn(outputs, inputs) * torch.rand(outputs, 1) ** 3
+    start = carrying(f"fan-in:0.{gamma}", torch.zeros(outputs, inputs).int().tolist(), most=fan_in)
+    mask = add_highest(torch.rand(outputs, inputs), start, outputs * fan_in)
+    for _ in range(3):
+        weight, gradient = weight + torch.randn(outputs, inputs) * 0.1, gradient.roll(1, 0)
+        active = mask.int().tolist()
+        lacking = outputs * fan_in - int(mask.sum())
+        pruned = data.draw(st.integers(0, int(mask.sum()) - 1))
+        left = drop_lowest(weight.abs(), with_pattern(mask, start.pattern), pruned)
+        wanted = pruned + lacking if lacking else pruned
+        kept = srigl.kept_neurons(weight.tolist(), gradient.tolist(), active, pruned, gamma / 10, fan_in)
+        mask = add_highest(gradient.abs(), with_pattern(left, start.pattern), wanted)
+        if lacking:  # the authors want as many as were pruned; here those that found no place, too
+            assert start.pattern.holds(mask)
+            continue
+        shared = srigl.shared_fan_in(outputs, fan_in, kept)
+        assert mask.any(1).nonzero().flatten().tolist() == kept
+        assert set(mask.sum(1).tolist()) <= {0, shared}
+        if not left[[i for i in range(outputs) if i not in kept]].any() and left.sum(1).max() <= shared:
+            expected = srigl.grown(weight.tolist(), gradient.tolist(), active, pruned, kept, shared)
+            assert mask.int().tolist() == expected
 
 
 def slow_growth(score, mask, k, most, group):

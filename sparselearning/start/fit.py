@@ -56,7 +56,8 @@ def _check_patterns_fit(masking, layers):
     if in_grow or (in_prune and any(layer.pattern.size > 1 for layer in layers)):
         mode = f"growth_mode={masking.growth_mode!r}" if in_grow else f"prune_mode={masking.prune_mode!r}"
         raise ValueError(f"{mode} moves single weights, and the pattern {name!r} does not let it. Choose another.")
-    if masking.updates.density is not None and (len(sizes) > 1 or patterned[0].pattern.even):
+    even = [layer.pattern.even for layer in layers]
+    if masking.updates.density is not None and (len(sizes) > 1 or any(even)):
         raise ValueError(f"The pattern {name!r} keeps the density of each layer; leave out the density schedule.")
     across = not is_marked(masking.measure, "gives_back")
     across |= is_marked(masking.prune, "network_wide") or is_marked(masking.grow, "network_wide")
@@ -64,6 +65,11 @@ def _check_patterns_fit(masking, layers):
         raise ValueError(
             f"The units of pattern {name!r} have {', '.join(map(str, sizes))} weights in different layers, so none "
             "can move from one layer to another. Use redistribution_mode='none', and prune and grow layer by layer."
+        )
+    if across and any(any(layer.pattern.even for layer in g) != all(layer.pattern.even for layer in g) for g in groups):
+        raise ValueError(
+            "Layers of constant fan-in keep their numbers of weights, and others would exchange weights with them. Use "
+            "redistribution_mode='none', and prune and grow layer by layer; or give them densities of their own."
         )
 
 

@@ -14,7 +14,7 @@ from sparselearning.layers import SparseLayer
 from sparselearning.patterns import pattern_of, patterns_for
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import is_sharded
-from sparselearning.start.maskable import UNKNOWN, judge, maskable_parameters, usual_exceptions
+from sparselearning.start.maskable import UNKNOWN, judge, maskable_parameters, output_weights, usual_exceptions
 from sparselearning.start.masks import Density, SparseInit, initial_masks, masks_of_nonzeros
 from sparselearning.start.names import by_density, named
 from sparselearning.start.parametrized import REFUSED
@@ -31,7 +31,7 @@ def new_layers(
     skip: str | Iterable[str],
     sparse_embeddings: bool,
     dense: Iterable[str],
-    pattern: str | None,
+    pattern: str | Mapping[str, str] | None,
     sparse: Iterable[str] = (),
 ) -> tuple[dict[str, SparseLayer], Reasons]:
     """Return the layers to be masked, by the names that weights have in their module, and why the others stay dense.
@@ -78,7 +78,9 @@ def new_layers(
         )
     kept = {name: kept[name] for name in judged if name in kept}
     shapes = {name: layer.mask.shape for name, layer in layers.items()}
-    for name, kind in patterns_for(pattern, shapes, _orientations(layers)).items():
+    last = {id(weight) for weight in output_weights(module)}
+    outputs = [name for name, layer in layers.items() if id(layer.weight) in last]
+    for name, kind in patterns_for(pattern, shapes, _orientations(layers), outputs).items():
         layers[name].pattern = kind
     if hint := _hint(kept):
         logger.warning("%s", hint.strip())

@@ -31,3 +31,14 @@ def test_a_run_from_scores_goes_on_with_its_fan_in(tmp_path):
     resumed = main.run(main.parse_arguments(["--resume", str(whole.path), "--epochs", "3"]))
     counts = [record["density_per_layer"] for record in metrics_of(resumed.path)[:3]]
     assert counts[2] == counts[1]
+
+
+def test_patterns_by_name_go_through_the_command_line(tmp_path):
+    main = load_main()
+    given = f"--data digits --epochs 1 --max-threads 1 --device cpu --density 0.1 --run-dir {tmp_path}"
+    args = main.parse_arguments([*given.split(), "--method", "srigl", "--pattern", "fc3=2:4,*=fan-in:0.9"])
+    assert args.pattern == {"fc3": "2:4", "*": "fan-in:0.9"}
+    layers = torch.load(main.run(args).checkpoint)["mask"]["layers"]
+    masks = {name: layer["mask"] for name, layer in layers.items()}
+    assert (masks["fc3.weight"].reshape(-1, 4).sum(1) <= 2).all()
+    assert all(len(set(masks[name].sum(1).tolist()) - {0}) == 1 for name in ("fc1.weight", "fc2.weight"))

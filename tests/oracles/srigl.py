@@ -1,0 +1,43 @@
+"""One update of one layer as SRigL does it, in plain Python, written from the authors' code.
+
+Lasby et al. 2024, https://arxiv.org/abs/2305.02299; calgaryml/condensed-sparsity, src/rigl_torch/rigl_constant_fan.py,
+with `use_sparse_const_fan_in_for_ablation` (the paper's setting). Matrices are lists of rows, a row for each neuron.
+"""
+
+
+def kept_neurons(weight, gradient, active, number_pruned, gamma, fan_in):
+    """Return the indices of the neurons that are not ablated.
+
+    `active` are the masks before the update, and `fan_in` is that of all neurons without ablation.
+    """
+    outputs, inputs = len(weight), len(weight[0])
+    entries = [(i, j) for i in range(outputs) for j in range(inputs)]
+    number_kept = sum(map(sum, active)) - number_pruned
+    by_weight = sorted(entries, key=lambda e: -abs(weight[e[0]][e[1]]) * active[e[0]][e[1]])
+    by_gradient = sorted(entries, key=lambda e: -abs(gradient[e[0]][e[1]]))
+    salient = set(by_weight[:number_kept]) | set(by_gradient[:number_pruned])
+    counts = [sum((i, j) in salient for j in range(inputs)) for i in range(outputs)]
+    at_least = max(1, int(gamma * fan_in))
+    smallest = outputs * fan_in // inputs  # neurons that would hold all weights
+    at_least = min(at_least, sorted(counts, reverse=True)[smallest])
+    return [i for i in range(outputs) if counts[i] >= at_least]
+
+
+def shared_fan_in(outputs, fan_in, kept):
+    """Return the fan-in of the neurons that are kept."""
+    return outputs * fan_in // len(kept)
+
+
+def grown(weight, gradient, active, number_pruned, kept, fan_in):
+    """Return the masks after the update, where no neuron that is removed has a weight that pruning left."""
+    outputs, inputs = len(weight), len(weight[0])
+    entries = [(i, j) for i in range(outputs) for j in range(inputs) if active[i][j]]
+    left = sorted(entries, key=lambda e: -abs(weight[e[0]][e[1]]))[: len(entries) - number_pruned]
+    masks = [[0] * inputs for _ in range(outputs)]
+    for i, j in left:
+        masks[i][j] = 1
+    for i in kept:
+        others = sorted((j for j in range(inputs) if not masks[i][j]), key=lambda j: -abs(gradient[i][j]))
+        for j in others[: fan_in - sum(masks[i])]:
+            masks[i][j] = 1
+    return masks
