@@ -129,9 +129,11 @@ FLAGS: dict[str, dict[str, Any]] = {
         "and output layers over a vocabulary too (default: none)"),
     "sparse_init": dict(type=sparse_init, metavar="INIT",
         help=f"which weights are active at the start: {', '.join(DISTRIBUTIONS)} divide them among layers, and draw "
-        f"them at random within a layer; {', '.join(SCORES)} score the weights on one batch; mask:PATH takes the masks "
-        "of a checkpoint, or of a dict from names to bool tensors; resume takes the nonzeros of the checkpoint given "
-        "to --resume, and zeros at random where the density asks for more"),
+        f"them at random within a layer; {', '.join(SCORES)} score the weights on --score-batches; mask:PATH takes the "
+        "masks of a checkpoint, or of a dict from names to bool tensors; resume takes the nonzeros of the checkpoint "
+        "given to --resume, and zeros at random where the density asks for more"),
+    "score_batches": dict(type=positive_int, default=1, metavar="N",
+        help="training steps whose images --sparse-init snip and grasp score the weights on"),
     "prune": dict(also=["--death"], help="which weights are pruned"),
     "redistribution": dict(help="which layers receive the pruned weights"),
     "growth": dict(help="which weights grow"),
