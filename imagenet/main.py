@@ -213,8 +213,8 @@ def run(args):
     steps_per_epoch = len(batches) // args.accumulate
     loaded = partial(images.on_device, device=device, channels_last=memory_format(args) is torch.channels_last)
 
-    def batches_of_a_step():
-        return list(islice(loaded(train_loader), args.accumulate))
+    def batches_to_score():
+        return list(islice(loaded(train_loader), args.score_batches * args.accumulate))
 
     model = build_model(args, classes)
     load_first_weights(args, model)
@@ -230,7 +230,7 @@ def run(args):
     masking = None
     if not args.dense:
         density = density_of_masked(args, model) if args.density_of == "network" else args.density
-        masking = build_masking(args, model, optimizer, args.epochs * steps_per_epoch, batches_of_a_step, density)
+        masking = build_masking(args, model, optimizer, args.epochs * steps_per_epoch, batches_to_score, density)
 
     parts = resuming.parts_of_checkpoint(model, torch_optimizer(optimizer), scheduler, precision, masking, args.fsdp)
     # Before a checkpoint is loaded: it sends the first process's statistics of BatchNorm to all.

@@ -140,8 +140,8 @@ def run(args):
     def in_order(split, watch=iter):
         return datasets.share(watch(datasets.batches(split, args.test_batch_size, **look)))
 
-    def one_batch():
-        return list(islice(datasets.batches(data.train, args.batch_size, shuffle=True, **look), 1))
+    def batches_to_score():
+        return list(islice(datasets.batches(data.train, args.batch_size, shuffle=True, **look), args.score_batches))
 
     model = models.build(args.model).to(device, memory_format=memory_format(args))
     load_first_weights(args, model)
@@ -154,7 +154,7 @@ def run(args):
     masking = None
     if not args.dense:
         steps = args.epochs * steps_per_epoch
-        masking = build_masking(args, model, optimizer, steps, one_batch, extensions=EXTENSIONS)
+        masking = build_masking(args, model, optimizer, steps, batches_to_score, extensions=EXTENSIONS)
 
     parts = resuming.parts_of_checkpoint(model, torch_optimizer(optimizer), scheduler, precision, masking)
     # Before a checkpoint is loaded: it sends the first process's statistics of BatchNorm to all.

@@ -145,9 +145,9 @@ class Masking(Steps):
             density: fraction of the maskable weights that stays active, in (0, 1]; or {pattern of names: density}, of
                 which the first that matches a name counts (start/names.py). Weights move among the layers of a pattern,
                 or of all modules whose density is a number.
-            sparse_init: 'constant' (the same density everywhere), 'linear' (Erdos-Renyi), 'erdos_renyi_kernel' or a
-                function from a weight's shape to its share; scores by name, or 'snip', 'grasp', 'synflow'; masks by
-                name, or 'resume': the nonzero weights, and zeros if the density asks for more (start/masks.py).
+            sparse_init: 'constant' (one density), 'linear' (Erdos-Renyi), 'erdos_renyi_kernel' or a function from shape
+                to share; 'magnitude', 'magnitude:linear'...: each layer's largest; scores by name, or 'snip', 'grasp',
+                'synflow'; masks by name, or 'resume': the nonzeros, and zeros up to the density (start/masks.py).
             remove_param_names: weights whose name contains one of these stay dense; a whole name means that one alone.
             sparse_embeddings: mask embeddings and output layers over their vocabulary too.
             dense: weights that stay dense, as patterns of names; 'first', 'last', 'depthwise' mean those of the module.

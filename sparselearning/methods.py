@@ -144,6 +144,7 @@ GRASP = "Wang et al. 2020, https://arxiv.org/abs/2002.07376"
 SYNFLOW = "Tanaka et al. 2020, https://arxiv.org/abs/2006.05467"
 ONE_SHOT = "Han et al. 2015, https://arxiv.org/abs/1506.02626"
 ERK = "erdos_renyi_kernel"
+LARGEST = f"magnitude:{ERK}"
 STATIC: dict[str, Any] = dict(prune_rate=0.0, decay_schedule="constant", stop_fraction=0.0)
 
 # fmt: off
@@ -160,7 +161,7 @@ METHODS: dict[str, Method] = {
                     reset_state=True, pattern="fan-in:0.3"),
     "deep_rewiring": Method("Deep Rewiring", DEEPR, "sign_flip", "none", "rewiring", "linear",
                             prune_rate=0.0, decay_schedule="constant", prune_every_k_steps=10, pull=1e-4),
-    "top_kast": Method("Top-KAST", TOP_KAST, "dense_magnitude", "none", "dense_magnitude", ERK,
+    "top_kast": Method("Top-KAST", TOP_KAST, "dense_magnitude", "none", "dense_magnitude", LARGEST,
                        prune_rate=0.0, decay_schedule="constant", prune_every_k_steps=100, weights="kept"),
     "mest": Method("MEST", MEST, "magnitude_gradient", "none", "random", ERK,
                    prune_rate=0.3, decay_schedule="cosine_to_zero", prune_every_k_steps=1000, stop_fraction=0.75,

@@ -26,6 +26,7 @@ DEFAULTS = dict(
     density_schedule="constant",
     start_density=None,
     sparse_init="constant",
+    score_batches=1,
     layer_density={},
     pattern="unstructured",
     dense_layers=[],

@@ -15,7 +15,7 @@ from sparselearning.patterns import pattern_of, patterns_for
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import is_sharded
 from sparselearning.start.maskable import UNKNOWN, judge, maskable_parameters, output_weights, usual_exceptions
-from sparselearning.start.masks import Density, SparseInit, initial_masks, masks_of_nonzeros
+from sparselearning.start.masks import MAGNITUDE, Density, SparseInit, initial_masks, masks_of_nonzeros
 from sparselearning.start.names import by_density, named
 from sparselearning.start.parametrized import REFUSED
 from sparselearning.start.scores import SCORES, Batches, scores_of
@@ -167,9 +167,13 @@ def choose(
         sparse_init = scores_of(sparse_init, module, batches, density, others, sparse=list(new))
     if isinstance(sparse_init, Mapping) and distributed.in_process_group():
         sparse_init = {name: _from_first_process(tensor) for name, tensor in sparse_init.items()}
+    magnitudes = None
+    if isinstance(sparse_init, str) and sparse_init in MAGNITUDE:
+        magnitudes = {name: layer.master.detach().abs() for name, layer in new.items()}
+        sparse_init = MAGNITUDE[sparse_init]
     empty = {name: layer.mask for name, layer in new.items()}
     norm_dims = {name: layer.norm_dim for name, layer in new.items() if layer.norm_dim is not None}
-    masks = initial_masks(empty, density, sparse_init, _orientations(new), norm_dims)
+    masks = initial_masks(empty, density, sparse_init, _orientations(new), norm_dims, magnitudes)
     for name, layer in new.items():
         layer.mask.copy_(masks[name])
         layer.pattern = pattern_of(masks[name])

@@ -17,6 +17,8 @@ from sparselearning.start.names import by_density
 
 Density = float | Mapping[str, float]
 SparseInit = str | Distribution | Mapping[str, Tensor]
+# The largest magnitudes of each layer: {sparse_init: distribution of the active weights among layers}
+MAGNITUDE = {"magnitude": "constant", **{f"magnitude:{name}": name for name in DISTRIBUTIONS}}
 
 
 def initial_masks(
@@ -25,13 +27,15 @@ def initial_masks(
     sparse_init: SparseInit,
     orientations: Mapping[str, Orientation] | None = None,
     norm_dims: Mapping[str, int] | None = None,
+    magnitudes: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return {name: mask} for empty masks that carry the patterns of their layers.
 
     A distribution is given the shape (outputs, inputs, ...) of one layer; experts count as so many layers. No slice
     along the dimension that `norm_dims` gives for a name is empty.
 
-    If `sparse_init` is a distribution, active weights are drawn at random. If it maps names to scores, the highest
+    If `sparse_init` is a distribution, active weights are drawn at random, or are those of the largest `magnitudes` in
+    each layer if these are given. If it maps names to scores, the highest
     scores of the network are active. If it maps names to masks (bool), it gives the masks. No layer stays empty while
     another has two weights or more. A layer with a pattern (patterns.py) gets the number of whole units nearest to its
     number of weights; its mask carries the pattern, with the fan-in if that is constant.
@@ -48,7 +52,7 @@ def initial_masks(
             given = {name: placed_like(mask, sparse_init[name]) for name, mask in empty.items()}
             return {name: _given(name, given[name], mask, norm_dims.get(name)) for name, mask in empty.items()}
     elif not callable(sparse_init) and sparse_init not in DISTRIBUTIONS:
-        names = ", ".join(map(repr, (*DISTRIBUTIONS, "resume", "snip", "grasp", "synflow")))
+        names = ", ".join(map(repr, (*DISTRIBUTIONS, *MAGNITUDE, "resume", "snip", "grasp", "synflow")))
         raise ValueError(
             f"Unknown sparse_init {sparse_init!r}. Pass a function, or one of {names}, or a dict from names to scores "
             "or masks."
@@ -68,7 +72,7 @@ def initial_masks(
             distribution = DISTRIBUTIONS[sparse_init] if isinstance(sparse_init, str) else sparse_init
             ways = [(orientations or {}).get(name, PLAIN) for name in names]
             shares = [way.copies * distribution(way.layer(m.shape)) for way, m in zip(ways, group, strict=True)]
-            scores = None
+            scores = None if magnitudes is None else [magnitudes[name] for name in names]
         counts = _with_slices(names, _counts(total, shares, group), group, norm_dims)
         for i, (name, mask) in enumerate(zip(names, group, strict=True)):
             pattern = of_fan_in(pattern_of(mask), mask.shape, counts[i])

@@ -5,11 +5,14 @@
 
 Scores are tensors of their weights' shapes; `add_module` keeps the weights of the network with the highest scores.
 Every maskable weight gets scores, even one that stays dense; SynFlow, which prunes in rounds, is told which ones stay
-dense. The model does not change, nor do its statistics of batch normalisation.
+dense. The scores are those of a copy in the mode that `training` names (True: batch normalisation by the batch, and
+dropout; False: by its running statistics; None: each module as it is), by default that of the authors' code. The model,
+its mode, gradients and statistics do not change, nor do the random numbers drawn afterwards.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -57,7 +60,11 @@ def scores_of(
 
 
 def snip(
-    model: nn.Module, batches: Batches, loss_function: LossFunction = F.cross_entropy, sparse: Iterable[str] = ()
+    model: nn.Module,
+    batches: Batches,
+    loss_function: LossFunction = F.cross_entropy,
+    sparse: Iterable[str] = (),
+    training: bool | None = False,
 ) -> dict[str, Tensor]:
     """Return |w * dL/dw| for every maskable weight: how strongly the weight's presence affects the loss.
 
@@ -69,9 +76,10 @@ def snip(
         batches: (inputs, targets) pairs, whose gradients are added up.
         loss_function: function of the model's output and the targets.
         sparse: the argument of `add_module`.
+        training: the mode of the model; False, as in the authors' code (namhoonlee/snip-public).
     """
-    model, weights = _copy(model, sparse=sparse)
-    gradients = _gradients(model, weights, batches, loss_function)
+    with _copy(model, training, sparse=sparse) as (model, weights):
+        gradients = _gradients(model, weights, batches, loss_function)
     return {name: (w * g).abs().detach() for (name, w), g in zip(weights.items(), gradients, strict=True)}
 
 
@@ -81,6 +89,7 @@ def grasp(
     loss_function: LossFunction = F.cross_entropy,
     temperature: float = 200.0,
     sparse: Iterable[str] = (),
+    training: bool | None = True,
 ) -> dict[str, Tensor]:
     """Return w * (H g) for every maskable weight: how much of the gradient's norm its removal would take away.
 
@@ -94,20 +103,22 @@ def grasp(
         batches: (inputs, targets) pairs, whose gradients are added up.
         loss_function: function of outputs (logits or log-probabilities) and targets.
         sparse: the argument of `add_module`.
+        training: the mode of the model; True, as in the authors' code (alecwangcq/GraSP). Dropout then switches off
+            other units for g than for H g.
     """
-    model, weights = _copy(model, sparse=sparse)
 
     def softened(output: Tensor, targets: Tensor) -> Tensor:
         return loss_function(output / temperature, targets)
 
-    g = _gradients(model, weights, batches, softened)
-    product = [torch.zeros_like(w) for w in weights.values()]
-    for batch in batches:
-        # The derivative of g^T dL/dw, g held fixed, is H g.
-        dL = _gradients(model, weights, [batch], softened, differentiable=True)
-        flow = torch.stack([(a * b).sum() for a, b in zip(g, dL, strict=True)]).sum()
-        Hg = torch.autograd.grad(flow, list(weights.values()), allow_unused=True, materialize_grads=True)
-        product = [a + b for a, b in zip(product, Hg, strict=True)]
+    with _copy(model, training, sparse=sparse) as (model, weights):
+        g = _gradients(model, weights, batches, softened)
+        product = [torch.zeros_like(w) for w in weights.values()]
+        for batch in batches:
+            # The derivative of g^T dL/dw, g held fixed, is H g.
+            dL = _gradients(model, weights, [batch], softened, differentiable=True)
+            flow = torch.stack([(a * b).sum() for a, b in zip(g, dL, strict=True)]).sum()
+            Hg = torch.autograd.grad(flow, list(weights.values()), allow_unused=True, materialize_grads=True)
+            product = [a + b for a, b in zip(product, Hg, strict=True)]
     return {name: (w * h).detach() for (name, w), h in zip(weights.items(), product, strict=True)}
 
 
@@ -118,6 +129,7 @@ def synflow(
     dense: Sequence[str] = (),
     rounds: int = 100,
     sparse: Iterable[str] = (),
+    training: bool | None = False,
 ) -> dict[str, Tensor]:
     """Return |w * dR/dw|, where R is the sum of the outputs of the network with absolute weights for an input of ones.
 
@@ -125,15 +137,21 @@ def synflow(
     flow, https://arxiv.org/abs/2006.05467, algorithm 1. Round t of T leaves density^(t/T) of the weights. The scores
     are those of round T, and -1 for weights pruned in earlier rounds, so that the highest scores are the paper's
     choice. Computed in float64 (float32 on MPS, which has no float64), because products over many layers are large. As
-    in the paper's code, batch normalisation uses its running statistics, absolute like all tensors of the model, and
-    softmax modules are left out.
+    in the paper's code (ganguli-lab/Synaptic-Flow), batch normalisation uses its running statistics, absolute like all
+    tensors of the model, and softmax modules are left out.
 
     Args:
         inputs: an example; only its shape without the first dimension, its device and its dtype matter.
         density, dense, sparse: the arguments of `add_module`.
+        training: the mode of the model; False, as in the authors' code without --prune-train-mode.
     """
-    model, weights = _copy(model, dense, sparse)
-    model.eval().to(torch.float32 if inputs.device.type == "mps" else torch.float64)
+    with _copy(model, training, dense, sparse) as (model, weights):
+        return _synflow(model, weights, inputs, density, rounds)
+
+
+def _synflow(model, weights, inputs, density, rounds):
+    """Return the scores of a copy of the model, which is changed."""
+    model.to(torch.float32 if inputs.device.type == "mps" else torch.float64)
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.Softmax | nn.LogSoftmax):
@@ -187,10 +205,13 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
     return masks
 
 
+@contextmanager
 def _copy(
-    model: nn.Module, dense: Sequence[str] = (), sparse: Iterable[str] = ()
-) -> tuple[nn.Module, Mapping[str, Tensor]]:
-    """Return a copy of the model, and its maskable weights by name without the dense ones.
+    model: nn.Module, training: bool | None, dense: Sequence[str] = (), sparse: Iterable[str] = ()
+) -> Iterator[tuple[nn.Module, Mapping[str, Tensor]]]:
+    """Give a copy of the model in a mode, and its maskable weights by name without the dense ones.
+
+    What is drawn at random meanwhile, as by dropout, leaves the generators of the CPU and of CUDA as they were.
 
     Raises:
         ValueError: for weights that are sharded among processes.
@@ -201,9 +222,13 @@ def _copy(
             "from them: sparse_init=load_masks(path), or --sparse-init mask:PATH."
         )
     model = copy.deepcopy(model)
+    if training is not None:
+        model.train(training)
     weights = dict(maskable_parameters(model, sparse=sparse))
     kept_dense = named(list(weights), dense)
-    return model, {name: weight for name, weight in weights.items() if name not in kept_dense}
+    devices = {weight.device for weight in model.parameters() if weight.device.type == "cuda"}
+    with torch.random.fork_rng(devices):
+        yield model, {name: weight for name, weight in weights.items() if name not in kept_dense}
 
 
 def _gradients(model, weights, batches, loss_function, differentiable=False):

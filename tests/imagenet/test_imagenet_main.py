@@ -282,6 +282,9 @@ def test_a_run_begins_with_scores_of_one_step(folder, tmp_path):
     assert not any(name.startswith("conv1") or "downsample" in name for name in layers)
     assert metrics[0]["density"] == pytest.approx(0.05, abs=1e-6)
     assert 0.05 < metrics[0]["inference_flops"] < metrics[0]["training_flops"] < 1
+    path, _ = train(folder, tmp_path, "--sparse-init", "snip", "--score-batches", "2", *more)
+    of_two = torch.load(path / "checkpoint.pt")["mask"]["layers"]
+    assert any((of_two[name]["mask"] != layer["mask"]).any() for name, layer in layers.items())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -63,6 +63,11 @@ def refusal(call, capsys):
         ("--redistribution nothing", "nonzeros"),
         ("--growth none.py:grow", "there is no file 'none.py'"),
         ("--sparse-init random", "--sparse-init"),
+        ("--sparse-init snip --score-batches 0", "--score-batches"),
+        (
+            "--sparse-init synflow --score-batches 2",
+            "--score-batches 2 is of --sparse-init snip and grasp, got synflow",
+        ),
         ("--dense-layers conv1", "'conv1' matches none of the weights fc1.weight, fc2.weight, fc3.weight."),
         ("--sparse-layers conv1 fc1", "sparse=['conv1', 'fc1']: conv1 matches none of the parameters fc1.weight,"),
         ("--sparse-layers fc1.bias", "names fc1.bias (300,), which cannot be masked: fewer than two dimensions"),

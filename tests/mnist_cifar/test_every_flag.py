@@ -104,6 +104,11 @@ EFFECTS = {
         lambda a, b: (int(masks(a)["fc1.weight"].sum()), int(masks(b)["fc1.weight"].sum())) == (4704, 11_760),
     ),
     "--sparse-init": (["--sparse-init", "linear"], [], lambda a, b: moved(a, b) > 0 and active(a) == active(b)),
+    "--score-batches": (
+        ["--sparse-init", "snip", "--score-batches", "3"],
+        ["--sparse-init", "snip"],
+        lambda a, b: moved(a, b) > 0 and active(a) == active(b),
+    ),
     "--pattern": (
         ["--pattern", "2:4"],
         [],

@@ -183,7 +183,7 @@ def test_a_run_resumed_by_its_folder_alone_is_bitwise_the_uninterrupted_one(
     assert_same_run(folder, whole)
 
 
-@pytest.mark.parametrize("init", ["snip", "grasp", "synflow"])
+@pytest.mark.parametrize("init", ["snip", "grasp", "synflow", "magnitude:erdos_renyi_kernel"])
 def test_a_run_begins_with_scores_before_training(run, init):
     folder = run("--sparse-init", init, "--epochs", "1")
     assert active_weights(folder) == [13310]

@@ -103,6 +103,6 @@ def test_a_density_that_leaves_no_weight_is_refused():
 
 def test_an_unknown_sparse_init_is_refused():
     # Release 1.0 left all masks at zero.
-    names = "'constant', 'linear', 'erdos_renyi_kernel', 'resume'"
+    names = "'constant', 'linear', 'erdos_renyi_kernel', 'magnitude'"
     with pytest.raises(ValueError, match=f"Unknown sparse_init 'Constant'. Pass a function, or one of {names}"):
         masked(mlp(5, 5), sparse_init="Constant")

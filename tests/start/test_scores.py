@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import assert_masks_hold, masked, mlp, same, train
 from launch import run
+from oracles.scores_modes import grasp_of, snip_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -63,7 +64,7 @@ def test_synflow_of_three_by_three():
 
 def loss_without(model, batches, name, position, strength):
     """The loss when one weight is multiplied by `strength`."""
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).eval()
     with torch.no_grad():
         dict(model.named_parameters())[name].view(-1)[position] *= strength
     return sum(F.cross_entropy(model(x), y) for x, y in batches).item()
@@ -163,6 +164,54 @@ def test_the_highest_scores_of_the_network_stay_and_the_model_is_as_it_was(score
         active = torch.cat([scores[name][mask] for name, mask in masking.masks.items()])
         others = torch.cat([scores[name][~mask] for name, mask in masking.masks.items()])
         assert score == "synflow" or active.min() >= others.max()
+
+
+def with_dropout():
+    return nn.Sequential(network(), nn.Dropout(0.5), nn.Linear(3, 3).double())
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("score", SCORES)
+def test_scores_leave_mode_gradients_statistics_and_random_numbers_as_they_were(score, mode):
+    model = with_dropout().train(mode)
+    model[0][1].train(not mode)
+    modes = [module.training for module in model.modules()]
+    F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+    before = copy.deepcopy(model.state_dict()), [parameter.grad.clone() for parameter in model.parameters()]
+    torch.manual_seed(1)
+    given = batch()
+    state = torch.get_rng_state()
+    for training in (True, False, None):
+        settings = dict(training=training)
+        if score == "synflow":
+            synflow(model, given[0], 0.3, rounds=2, **settings)
+        else:
+            {"snip": snip, "grasp": grasp}[score](model, [given], **settings)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert same(before[0], model.state_dict())
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before[1], strict=True))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_scores_are_those_of_the_authors_mode_whatever_that_of_the_model(mode):
+    model, batches = network().train(mode), [batch(), batch()]
+    model[1].running_mean.fill_(0.3)
+    for found, training in ((snip(model, batches), False), (snip(model, batches, training=True), True)):
+        assert_same_scores(found, snip_of(model, batches, training))
+    for found, training in ((grasp(model, batches), True), (grasp(model, batches, training=False), False)):
+        assert_same_scores(found, grasp_of(model, batches, training))
+    assert_same_scores(snip(model, batches, training=None), snip_of(model, batches, mode))
+    assert not torch.allclose(snip_of(model, batches, True)["0.weight"], snip_of(model, batches, False)["0.weight"])
+    flow = synflow(model, batches[0][0], 0.3, rounds=2)
+    assert same(flow, synflow(copy.deepcopy(model).train(not mode), batches[0][0], 0.3, rounds=2))
+    assert not same(flow, synflow(model, batches[0][0], 0.3, rounds=2, training=True))
+
+
+def assert_same_scores(found, expected):
+    assert found.keys() == expected.keys()
+    for name, score in found.items():
+        torch.testing.assert_close(score, expected[name])
 
 
 def test_an_empty_layer_gets_its_highest_score():

@@ -125,6 +125,11 @@ def _of_both(args: argparse.Namespace) -> list[Condition]:
             from_nonzeros and args.resume == "auto",
             "--sparse-init resume takes the nonzeros of a checkpoint: --resume auto names none",
         ),
+        (
+            args.score_batches > 1 and not goes_on(args) and args.sparse_init not in ("snip", "grasp"),
+            f"--score-batches {args.score_batches} is of --sparse-init snip and grasp, got {args.sparse_init}: leave "
+            "it out",
+        ),
         (args.start_epoch > args.epochs, f"--start-epoch {args.start_epoch} is after the last of {args.epochs} epochs"),
         (
             args.batch_size % (processes() * parts) != 0,
