@@ -19,10 +19,20 @@ std::mt19937 generator(0);
 
 int64_t draw(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
 
+// Normal numbers, from some place of a table on: to draw each took nine tenths of the time of wrong calls.
 template <class S>
 std::vector<S> numbers(int64_t count) {
+    static const std::vector<double> table = [] {
+        std::vector<double> drawn((1 << 16) + 1);
+        for (double& x : drawn) x = std::normal_distribution<double>()(generator);
+        return drawn;
+    }();
     std::vector<S> result(count);
-    for (S& x : result) x = S(std::normal_distribution<double>()(generator));
+    size_t at = draw(0, table.size() - 1);
+    for (S& x : result) {
+        x = S(table[at]);
+        if (++at == table.size()) at = 0;
+    }
     return result;
 }
 

@@ -9,7 +9,7 @@ from helpers_sparse import rows_of, sparse_weight
 from torch import nn
 
 from sparselearning.sparse import SparseConv2d, SparseLinear, available, ops
-from sparselearning.sparse.interface import conv_shape, row_shape
+from sparselearning.sparse.interface import call, conv_shape, row_shape
 
 pytestmark = pytest.mark.skipif(not available(), reason="built without sparse kernels")
 OPERATORS = torch.ops.sparselearning
@@ -190,9 +190,9 @@ def test_convolutions_refuse_numbers_that_make_none(change):
         lambda: OPERATORS.conv2d(x.to("meta"), *(t.to("meta") for t in (value, value[:4], start, column, *turned)),
                                  kernel, *rest, False),
     ]  # fmt: skip
-    for call in calls[:3] if change.get("kernel") in [(1, 3)] else calls:
+    for run in calls[:3] if change.get("kernel") in [(1, 3)] else calls:
         with pytest.raises((RuntimeError, ValueError)):
-            call()
+            run()
 
 
 @pytest.mark.parametrize(
@@ -203,6 +203,45 @@ def test_affine_refuses_a_short_scale(scale, shift):
     for x in (torch.randn(2, 3, 4), torch.randn(2, 3, 4, device="meta")):
         with pytest.raises((RuntimeError, TypeError)):
             OPERATORS.affine(x, scale.to(x.device), shift.to(x.device), True)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("affine", dict(outer=2**62, channels=1, inner=0, relu=0)), ("transpose", dict(rows=0, columns=2**62))],
+)
+def test_sizes_of_nothing_take_no_time(name, sizes):
+    given = dict(scale=torch.ones(1), shift=torch.ones(1)) if name == "affine" else {}
+    call(name, torch.empty(0), x=torch.empty(0), **given, **sizes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(place=torch.zeros(3, dtype=torch.uint8)),
+        dict(place=torch.zeros(32)),
+        dict(window_y=0),
+        dict(window_x=-1),
+        dict(window_y=5),
+        dict(window_y=2**40, window_x=2**40),
+        dict(height=2**40),
+        dict(channels=3),
+        dict(inner=-16),
+        dict(inner=2**62),
+        dict(x=torch.zeros(5)),
+        dict(dy=torch.zeros(5)),
+    ],
+)
+def test_pooling_refuses_sizes_that_do_not_fit(change):
+    sizes = dict(channels=2, height=4, width=4, inner=16, window_y=2, window_x=2)
+    place = torch.zeros(2 * 4 * 16, dtype=torch.uint8)
+    forward = dict(x=torch.zeros(2 * 16 * 16), relu=1, place=place) | sizes
+    backward = dict(dy=torch.zeros(2 * 4 * 16), place=place) | sizes
+    call("pool", torch.zeros(2 * 4 * 16), **forward)
+    call("pool_gradient", torch.zeros(2 * 16 * 16), **backward)
+    for name, given, results in (("pool", forward, 2 * 4 * 16), ("pool_gradient", backward, 2 * 16 * 16)):
+        if set(change) <= set(given):
+            with pytest.raises((TypeError, ValueError)):
+                call(name, torch.zeros(results), **given | change)
 
 
 def test_affine_has_all_gradients():

@@ -55,6 +55,7 @@ inline void check_sizes(const Conv& c) {
 inline int64_t input_numbers(const Conv& c) { return product_of({c.images, c.in_channels, c.height, c.width}); }
 
 inline void check_window(const Window& window, int64_t height, int64_t width) {
+    require(height <= INT32_MAX && width <= INT32_MAX);
     require(window.y >= 1 && window.y <= NOWHERE && window.x >= 1 && window.x <= NOWHERE);
     require(window.pixels() <= NOWHERE && height >= window.y && width >= window.x);
 }

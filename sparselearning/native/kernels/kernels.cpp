@@ -203,7 +203,7 @@ void transpose(const Machine& machine, const Transposition<S>& given) {
     require(given.rows >= 0 && given.columns >= 0);
     const int64_t numbers = product_of({given.rows, given.columns});
     require(given.x.count == numbers && given.result.count == numbers);
-    kernels<S>(machine).transpose(given, parallel_of(machine));
+    if (numbers) kernels<S>(machine).transpose(given, parallel_of(machine));
 }
 
 template <class S>
@@ -212,7 +212,7 @@ void affine(const Machine& machine, const Affine<S>& given) {
     const int64_t numbers = product_of({given.outer, given.channels, given.inner});
     require(given.x.count == numbers && given.result.count == numbers);
     require(given.scale.count == given.channels && given.shift.count == given.channels);
-    kernels<S>(machine).affine(given, parallel_of(machine));
+    if (numbers) kernels<S>(machine).affine(given, parallel_of(machine));
 }
 
 // The statistics and gradients that a normalisation writes have one number for each channel.
@@ -241,31 +241,29 @@ void normalise_gradient(const Machine& machine, const Normalisation<S>& given) {
     kernels<S>(machine).normalise_gradient(given, parallel);
 }
 
+// The numbers before a pooling, after all checks of its sizes.
 template <class S>
-Parallel check_pooling(const Machine& machine, const Pooling<S>& given) {
+int64_t check_pooling(const Pooling<S>& given) {
     const Window& window = given.window;
-    for (int64_t size : {given.channels, given.height, given.width, given.inner}) require(size >= 0);
+    for (int64_t size : {given.channels, given.inner}) require(size >= 0 && size <= INT32_MAX);
     check_window(window, given.height, given.width);
-    const int64_t numbers = product_of({given.height, given.width, given.inner, given.channels});
-    require(window.place.count ==
-            product_of({given.height / window.y, given.width / window.x, given.inner, given.channels}));
-    return parallel_of(machine).only_if(numbers > MANY_INDICES);
+    const int64_t rows = given.height / window.y, columns = given.width / window.x;
+    require(window.place.count == product_of({rows, columns, given.inner, given.channels}));
+    return product_of({given.height, given.width, given.inner, given.channels});
 }
 
 template <class S>
 void pool(const Machine& machine, const Pooling<S>& given) {
-    const Parallel parallel = check_pooling(machine, given);
-    require(given.x.count == given.channels * given.height * given.width * given.inner);
-    require(given.result.count == given.window.place.count);
-    kernels<S>(machine).pool(given, parallel);
+    const int64_t numbers = check_pooling(given);
+    require(given.x.count == numbers && given.result.count == given.window.place.count);
+    if (numbers) kernels<S>(machine).pool(given, parallel_of(machine).only_if(numbers > MANY_INDICES));
 }
 
 template <class S>
 void pool_gradient(const Machine& machine, const Pooling<S>& given) {
-    const Parallel parallel = check_pooling(machine, given);
-    require(given.result.count == given.channels * given.height * given.width * given.inner);
-    require(given.dy.count == given.window.place.count);
-    kernels<S>(machine).pool_gradient(given, parallel);
+    const int64_t numbers = check_pooling(given);
+    require(given.result.count == numbers && given.dy.count == given.window.place.count);
+    if (numbers) kernels<S>(machine).pool_gradient(given, parallel_of(machine).only_if(numbers > MANY_INDICES));
 }
 
 // Sorts the nonzeros by (input channel, phase), as the input gradient reads them. A row of the result is one phase
