@@ -12,33 +12,13 @@ import copy
 
 from torch import Tensor, nn
 
-from sparselearning.sparse import pooling
 from sparselearning.sparse.dispatch import unobserved
 from sparselearning.sparse.memory_order import is_turned, to_batch_first
 from sparselearning.sparse.modules import SparseConv2d, SparseLinear, SparseModule
 from sparselearning.sparse.normalisation import has_kernel, normalised
-from sparselearning.sparse.rows import Row, row_of
+from sparselearning.sparse.pooling import BatchLastAvgPool2d, BatchLastMaxPool2d
+from sparselearning.sparse.rows import Row, row_for
 from sparselearning.sparse.trained import Trained
-
-
-class BatchLastPool:
-    """Pooling that keeps the memory order of its input."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.dim() == 4 and is_turned(input):
-            return super().forward(input.transpose(0, 1)).transpose(0, 1)  # pyright: ignore[reportAttributeAccessIssue]
-        return super().forward(input)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-class BatchLastMaxPool2d(BatchLastPool, nn.MaxPool2d):
-    """nn.MaxPool2d that keeps the memory order of its input."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return pooling.pooled(self, input) if pooling.has_kernel(self, input) else super().forward(input)
-
-
-class BatchLastAvgPool2d(BatchLastPool, nn.AvgPool2d):
-    """nn.AvgPool2d that keeps the memory order of its input."""
 
 
 class BatchLastBatchNorm2d(nn.BatchNorm2d):
@@ -69,18 +49,16 @@ def keeping(module: nn.Module) -> type[nn.Module] | None:
     """Return the class that computes what `module` does and keeps the memory order, if there is one."""
     if isinstance(module, nn.MaxPool2d) and module.return_indices:
         return None
-    if isinstance(module, nn.Sequential) and not isinstance(module, Row):
-        return row_of(type(module))
     return KEEPING.get(type(module))
 
 
 def keep_order(model: nn.Module) -> None:
     """Make pooling and batch norms of `model` keep the memory order of their inputs; its parameters stay.
 
-    Its nn.Sequentials compute neighbours together.
+    An nn.Sequential computes neighbours together, where there are some that can be.
     """
     for module in model.modules():
-        module.__class__ = keeping(module) or type(module)
+        module.__class__ = keeping(module) or row_for(module) or type(module)
 
 
 def forget_order(model: nn.Module) -> None:

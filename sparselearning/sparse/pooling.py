@@ -34,7 +34,7 @@ class MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, size: Size, relu: bool):  # pyright: ignore[reportIncompatibleMethodOverride]
         y, place = outputs(x, x.shape, size)
-        call("pool", y, x=x, relu=relu, **window(place, size), **sizes(x.shape))
+        call("pool", y, x=x, relu=relu, **window_arguments(place, size), **sizes(x.shape))
         ctx.save_for_backward(place)
         ctx.input_shape, ctx.size = x.shape, size
         return y
@@ -45,7 +45,7 @@ class MaxPool(torch.autograd.Function):
         if not unobserved(dy):
             return unpooled(dy, place, ctx.input_shape, ctx.size), None, None
         dx = new_output(dy, ctx.input_shape, True)
-        call("pool_gradient", dx, dy=to_batch_last(dy), **window(place, ctx.size), **sizes(ctx.input_shape))
+        call("pool_gradient", dx, dy=to_batch_last(dy), **window_arguments(place, ctx.size), **sizes(ctx.input_shape))
         return dx, None, None
 
 
@@ -65,7 +65,7 @@ class PooledConv2d(torch.autograd.Function):
         y, place = outputs(x, shape, size)
         x = x.contiguous() if x_first else in_order(x, True)
         tensors = dict(x=x, start=start, column=column, value=value, bias=bias)
-        call("forward", y, conv=conv, relu=True, **tensors, **window(place, size))
+        call("forward", y, conv=conv, relu=True, **tensors, **window_arguments(place, size))
         ctx.save_for_backward(x, value, bias, *indices, place)
         ctx.geometry, ctx.size, ctx.conv, ctx.turned = geometry, size, conv, checked(tuple(x.shape), *layer)[0]
         return y
@@ -77,7 +77,7 @@ class PooledConv2d(torch.autograd.Function):
         nothing = [None] * (len(ctx.needs_input_grad) - 3)
         if not unobserved(dy):
             return *exact_gradients(ctx, dy, (x, value, bias), (start, column)), *nothing
-        given = dict(dy=to_batch_last(dy), **window(place, ctx.size))
+        given = dict(dy=to_batch_last(dy), **window_arguments(place, ctx.size))
         dx = dvalue = dbias = None
         if needed[0]:
             dx = new_output(dy, x.shape, True)
@@ -87,6 +87,52 @@ class PooledConv2d(torch.autograd.Function):
             dvalue, dbias = torch.empty_like(value), dy.new_empty(len(start) - 1)
             call("weight_gradient", dvalue, conv=ctx.conv, x=x, start=start, column=column, dbias=dbias, **given)
         return dx, dvalue if needed[1] else None, dbias if needed[2] else None, *nothing
+
+
+class BatchLastPool:
+    """Pooling that keeps the memory order of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 4 and is_turned(input):
+            return super().forward(input.transpose(0, 1)).transpose(0, 1)  # pyright: ignore[reportAttributeAccessIssue]
+        return super().forward(input)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class BatchLastAvgPool2d(BatchLastPool, nn.AvgPool2d):
+    """nn.AvgPool2d that keeps the memory order of its input."""
+
+
+class BatchLastMaxPool2d(BatchLastPool, nn.MaxPool2d):
+    """nn.MaxPool2d that keeps the memory order of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.pooled(input) if self.has_kernel(input) else super().forward(input)
+
+    def window(self) -> Size | None:
+        """Return the size of the windows, or None if the kernels have none such."""
+        size = _pair(self.kernel_size)
+        plain = (_pair(self.stride), _pair(self.padding), _pair(self.dilation)) == (size, (0, 0), (1, 1))
+        fits = plain and not (self.ceil_mode or self.return_indices) and size[0] * size[1] <= MOST_PIXELS
+        return size if fits else None
+
+    def has_kernel(self, x: Tensor) -> bool:
+        """Return whether the kernels pool x."""
+        size = self.window()
+        return (
+            size is not None
+            and available()
+            and is_plain(x)
+            and x.dtype in DTYPES
+            and x.is_cpu
+            and x.dim() == 4
+            and is_turned(x)
+            and x.shape[2] >= size[0]
+            and x.shape[3] >= size[1]
+        )
+
+    def pooled(self, x: Tensor, relu: bool = False) -> Tensor:
+        """Return x pooled, or its ReLU; `has_kernel` must hold."""
+        return MaxPool.apply(x, self.window(), relu)  # pyright: ignore[reportReturnType]
 
 
 def exact_gradients(ctx, dy, inputs, indices):
@@ -108,7 +154,7 @@ def outputs(x: Tensor, shape: Sequence[int], size: Size) -> tuple[Tensor, Tensor
     return y, torch.empty_like(y, dtype=torch.uint8)
 
 
-def window(place: Tensor, size: Size) -> dict[str, Tensor | int]:
+def window_arguments(place: Tensor, size: Size) -> dict[str, Tensor | int]:
     """Return what the kernels take of a pooling."""
     return dict(place=place, window_y=size[0], window_x=size[1])
 
@@ -126,31 +172,3 @@ def unpooled(dy: Tensor, place: Tensor, shape: torch.Size, size: Size) -> Tensor
     pixels = pixels.reshape(images, channels, rows, columns, *size).transpose(3, 4)
     dx = pixels.reshape(images, channels, rows * size[0], columns * size[1])
     return F.pad(dx, (0, shape[3] - dx.shape[3], 0, shape[2] - dx.shape[2]))
-
-
-def window_of(pool: nn.MaxPool2d) -> Size | None:
-    """Return the size of the windows of `pool`, or None if the kernels have none such."""
-    size = _pair(pool.kernel_size)
-    plain = (_pair(pool.stride), _pair(pool.padding), _pair(pool.dilation)) == (size, (0, 0), (1, 1))
-    return size if plain and not (pool.ceil_mode or pool.return_indices) and size[0] * size[1] <= MOST_PIXELS else None
-
-
-def has_kernel(pool: nn.MaxPool2d, x: Tensor) -> bool:
-    """Return whether the kernels compute what `pool` makes of x."""
-    size = window_of(pool)
-    return (
-        size is not None
-        and available()
-        and is_plain(x)
-        and x.dtype in DTYPES
-        and x.is_cpu
-        and x.dim() == 4
-        and is_turned(x)
-        and x.shape[2] >= size[0]
-        and x.shape[3] >= size[1]
-    )
-
-
-def pooled(pool: nn.MaxPool2d, x: Tensor, relu: bool = False) -> Tensor:
-    """Return what `pool` makes of x, or of its ReLU; `has_kernel` must hold."""
-    return MaxPool.apply(x, window_of(pool), relu)  # pyright: ignore[reportReturnType]

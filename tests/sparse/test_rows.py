@@ -13,7 +13,7 @@ from sparselearning import Masking, models
 from sparselearning.sparse import available
 from sparselearning.sparse.batch_last import forget_order, keep_order
 from sparselearning.sparse.memory_order import is_turned, to_batch_last
-from sparselearning.sparse.pooling import MaxPool, PooledConv2d, has_kernel
+from sparselearning.sparse.pooling import MaxPool, PooledConv2d
 from sparselearning.sparse.rows import Row
 
 pytestmark = pytest.mark.skipif(not available(), reason="built without sparse kernels")
@@ -39,7 +39,7 @@ def test_pooling_is_exact(batch, size, relu, dtype):
     kept = copy.deepcopy(row)
     keep_order(kept)
     x = images(batch, 3, 15, 17, dtype=dtype)
-    assert has_kernel(kept[-1], x)
+    assert kept[-1].has_kernel(x)
     expected, y = row(x), kept(x)
     assert is_turned(y) or y.shape[2:] == (1, 1)
     same(y, expected, atol=0, rtol=0)
@@ -82,7 +82,12 @@ def test_pooling_has_all_gradients(relu):
     ],
 )
 def test_other_pooling_is_left_to_torch(pool):
-    assert not has_kernel(pool, images(16, 3, 17, 17))
+    kept = copy.deepcopy(pool)
+    keep_order(kept)
+    x = images(16, 3, 17, 17)
+    assert kept is not pool
+    assert type(kept) is nn.MaxPool2d or not kept.has_kernel(x)
+    same(kept(x), pool(x), atol=0, rtol=0)
 
 
 GEOMETRIES = [
@@ -246,3 +251,32 @@ def test_images_too_small_for_a_window_are_refused_as_torch_does():
     trained(row)
     with pytest.raises(RuntimeError, match="Output size is too small"):
         row(torch.randn(16, 2, 5, 5))
+
+
+class Smallest(nn.MaxPool2d):
+    """A user's own pooling."""
+
+    def forward(self, input):
+        return -super().forward(-input)
+
+
+def test_a_pooling_of_the_users_own_is_called():
+    row = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), Smallest(2))
+    trained(row)
+    x = images(16, 2, 6, 6)
+    same(row(x), row[2](row[1](row[0](x))))
+
+
+def test_a_relu_in_place_changes_what_the_caller_holds():
+    row = nn.Sequential(nn.ReLU(inplace=True), nn.MaxPool2d(2))
+    keep_order(row)
+    x = images(16, 2, 6, 6).detach()
+    expected = x.relu()
+    row(x)
+    same(x, expected, atol=0, rtol=0)
+
+
+def test_rows_without_a_pooling_stay_what_they_are():
+    row = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    keep_order(row)
+    assert type(row) is nn.Sequential
