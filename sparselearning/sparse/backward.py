@@ -29,13 +29,22 @@ def gradients(ctx, dy, input_gradient, weight_gradient, exact):
     needs_x, needs_value, needs_bias, *others = ctx.needs_input_grad
     if (torch.is_grad_enabled() and not torch.compiler.is_compiling()) or transformed():
         dx, dvalue = exact(dy, x, value, start, column)
-        dbias = dy.flatten(2).sum((0, 2)) if dy.dim() == 4 else dy.sum(0)
+        dbias = bias_gradient(dy) if needs_bias else None
     else:
         if unobserved(dy) and needs_value:  # once for both gradients
             dy = to_batch_last(dy) if dy.dim() == 2 else readable(dy, is_batch_last(dy.shape[0]))[0]
         dx = input_gradient(dy, value, t_start, t_column, t_order) if needs_x else None
-        dvalue, dbias = weight_gradient(dy, x, start, column) if needs_value or needs_bias else (None, None)
-    return dx, dvalue if needs_value else None, dbias if needs_bias else None, *(None for _ in others)
+        if needs_value:
+            dvalue, summed = weight_gradient(dy, x, start, column, needs_bias)
+            dbias = summed if needs_bias else None
+        else:
+            dvalue, dbias = None, bias_gradient(dy) if needs_bias else None
+    return dx, dvalue, dbias, *(None for _ in others)
+
+
+def bias_gradient(dy):
+    """Return the sums of dy over all but the outputs."""
+    return dy.flatten(2).sum((0, 2)) if dy.dim() == 4 else dy.sum(0)
 
 
 def conv2d_backward(ctx, dy):
@@ -43,7 +52,7 @@ def conv2d_backward(ctx, dy):
         ctx,
         dy,
         lambda dy, *rest: run("conv2d_input_gradient", dy, *rest, ctx.input_shape, *ctx.geometry),
-        lambda dy, *rest: run("conv2d_weight_gradient", dy, *rest, *ctx.geometry),
+        lambda dy, x, start, column, bias: run("conv2d_weight_gradient", dy, x, start, column, *ctx.geometry, bias),
         lambda *tensors: conv2d_gradients(*tensors, *ctx.geometry),
     )
 

@@ -29,14 +29,15 @@ def conv2d_input_gradient(dy, value, t_start, t_column, t_order, input_shape, *g
     return new_output(dy, tuple(input_shape), is_batch_last(dy.shape[0]))
 
 
-def conv2d_weight_gradient(dy, x, start, column, *geometry):
+def conv2d_weight_gradient(dy, x, start, column, *rest):
+    *geometry, bias = rest
     check_tensors(dy, None, None, (start,), (column,), x)
     check_images(x)
     check_geometry(*geometry)
     stride = geometry[1]
     planes = x.shape[1] * stride[0] * stride[1]
     check_shape("dy", dy, output_shape(x.shape, start.shape[0] - 1, planes, geometry))
-    return dy.new_empty(column.shape), dy.new_empty(start.shape[0] - 1)
+    return dy.new_empty(column.shape), dy.new_empty(start.shape[0] - 1 if bias else 0)
 
 
 def linear(x, value, bias, start, column, t_start, t_column, t_order, relu):
@@ -51,11 +52,11 @@ def linear_input_gradient(dy, value, t_start, t_column, t_order):
     return dy.new_empty(dy.shape[0], t_start.shape[0] - 1)
 
 
-def linear_weight_gradient(dy, x, start, column):
+def linear_weight_gradient(dy, x, start, column, bias):
     check_tensors(dy, None, None, (start,), (column,), x)
     check_rows(x)
     check_shape("dy", dy, (x.shape[0], start.shape[0] - 1))
-    return dy.new_empty(column.shape), dy.new_empty(start.shape[0] - 1)
+    return dy.new_empty(column.shape), dy.new_empty(start.shape[0] - 1 if bias else 0)
 
 
 def affine(x, scale, shift, relu):

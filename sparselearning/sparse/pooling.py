@@ -84,7 +84,7 @@ class PooledConv2d(torch.autograd.Function):
             indices = dict(start=t_start, column=t_column, order=t_order)
             call("input_gradient", dx, conv=ctx.turned, value=value, **indices, **given)
         if needed[1] or needed[2]:
-            dvalue, dbias = torch.empty_like(value), dy.new_empty(len(start) - 1)
+            dvalue, dbias = torch.empty_like(value), dy.new_empty(len(start) - 1 if needed[2] else 0)
             call("weight_gradient", dvalue, conv=ctx.conv, x=x, start=start, column=column, dbias=dbias, **given)
         return dx, dvalue if needed[1] else None, dbias if needed[2] else None, *nothing
 

@@ -315,7 +315,7 @@ template <class S>
 int refused_of_wrong(Status (*run)(const Machine*, const Layer<S>*)) {
     Case<S> t = random_case<S>();
     std::vector<S> result(draw(0, 1) ? t.dy.size() : draw(0, 1) ? t.x.size() : t.value.size());
-    std::vector<S> dbias(draw(0, 9) ? t.c.out_channels : draw(0, 9));
+    std::vector<S> dbias(draw(0, 9) ? draw(0, 1) * t.c.out_channels : draw(0, 9));
     std::vector<int32_t> order(t.column.size());
     for (size_t i = 0; i < order.size(); ++i) order[i] = int32_t(i);
     for (int64_t changes = draw(0, 2); changes > 0; --changes) {

@@ -186,7 +186,7 @@ def test_convolutions_refuse_numbers_that_make_none(change):
     calls = [
         lambda: OPERATORS.conv2d(x, value, None, start, column, *turned, kernel, *rest, False),
         lambda: OPERATORS.conv2d_input_gradient(dy, value, *turned, x.shape, kernel, *rest),
-        lambda: OPERATORS.conv2d_weight_gradient(dy, x, start, column, kernel, *rest),
+        lambda: OPERATORS.conv2d_weight_gradient(dy, x, start, column, kernel, *rest, True),
         lambda: OPERATORS.conv2d(x.to("meta"), *(t.to("meta") for t in (value, value[:4], start, column, *turned)),
                                  kernel, *rest, False),
     ]  # fmt: skip

@@ -95,7 +95,7 @@ def test_operators_refuse_what_they_have_no_derivative_of():
     start, column, *turned = indices
     gradients = (
         lambda dy: torch.ops.sparselearning.linear_input_gradient(dy, value, *turned),
-        lambda dy: torch.ops.sparselearning.linear_weight_gradient(dy, x, start, column)[0],
+        lambda dy: torch.ops.sparselearning.linear_weight_gradient(dy, x, start, column, False)[0],
     )
     for gradient in gradients:
         with pytest.raises(RuntimeError, match="create_graph=True"):

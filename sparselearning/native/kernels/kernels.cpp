@@ -179,11 +179,11 @@ void weight_gradient(const Machine& machine, const Layer<S>& layer) {
     const Rows<S> rows = rows_of(layer, parallel);
     require(layer.result.count == layer.column.count);
     require(layer.x.count == input_numbers(c) && layer.dy.count == written_numbers(layer));
-    require(layer.dbias.count == c.out_channels);
+    require(layer.dbias.count == 0 || layer.dbias.count == c.out_channels);
     kernels<S>(machine).weight_gradient({forward_grid(c), c.images, c.in_channels, c.groups, c.batch_last != 0,
                                          !c.batch_last && c.x_first, false, rows, layer.x.data, layer.dy.data, nullptr,
                                          false, layer.result.data, threads_for(c, rows.nonzeros(), parallel),
-                                         layer.dbias.data, {}, layer.window});
+                                         layer.dbias.count ? layer.dbias.data : nullptr, {}, layer.window});
 }
 
 // The forward pass of a linear layer whose batch has few rows, each of them contiguous.

@@ -26,7 +26,7 @@ struct Product {
     bool relu;
     S* result;
     Parallel parallel;
-    S* dbias = nullptr;                         // the sums of dy, which the weight gradient writes too
+    S* dbias = nullptr;                         // where the weight gradient writes the sums of dy, if anywhere
     Window x_window{}, dy_window{}, window{};  // of x, dy and the result, where one is a pooled output or its gradient
 
     int64_t planes() const { return channels * int64_t(grid.read.size()); }
