@@ -93,27 +93,46 @@ def test_the_order_in_memory_changes_no_bit(width, instruction_set):
     assert all(torch.equal(first, last) for first, last in zip(*results, strict=True))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
-    batch=st.integers(1, 65),
+    batch=st.integers(1, 70),
     features=st.tuples(st.integers(1, 70), st.integers(1, 70)),
     density=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
+    instruction_set=st.sampled_from(instruction_sets()),
     relu=st.booleans(),
+    turned=st.tuples(st.booleans(), st.booleans()),
 )
-def test_linear_equals_dense_in_values_and_gradients(batch, features, density, dtype, relu):
+def test_linear_equals_dense_in_values_and_gradients(batch, features, density, dtype, instruction_set, relu, turned):
     torch.manual_seed(0)
     weight = sparse_weight(features, density, dtype)
-    x = torch.randn(batch, features[1], dtype=dtype, requires_grad=True)
+    x = ordered(torch.randn(batch, features[1], dtype=dtype), turned[0])
     bias = torch.randn(features[0], dtype=dtype, requires_grad=True)
     dense = weight.clone().requires_grad_()
-    y, value = linear(x, weight, bias, relu)
-    expected = F.linear(x, dense, bias)
-    expected = expected.relu() if relu else expected
-    dy = torch.randn_like(expected)
-    found = torch.autograd.grad(y, [x, value, bias], dy)
+    kernels().instruction_set = instruction_set
+    try:
+        y, value = linear(x, weight, bias, relu)
+        expected = F.linear(x, dense, bias)
+        expected = expected.relu() if relu else expected
+        dy = in_order(torch.randn(expected.shape, dtype=dtype), turned[1])
+        found = torch.autograd.grad(y, [x, value, bias], dy)
+    finally:
+        kernels().instruction_set = kernels().best
     dx, dweight, dbias = torch.autograd.grad(expected, [x, dense, bias], dy)
     assert_same((y, *found), (expected, dx, dweight[weight != 0], dbias), dtype)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 5, 8, 9, 16, 17, 32, 33, 48, 49, 64, 65])
+@pytest.mark.parametrize("wrong", [-1, 500, 2**31 - 1])
+def test_a_wrong_column_is_refused_before_it_is_read(batch, wrong, force_instruction_set):
+    weight = sparse_weight((40, 500), 0.3)
+    value, start, column = rows_of(weight)
+    turned = ops.transposed(start, column, row_shape(1, 500, 40))
+    column[-7] = wrong
+    for index in instruction_sets():
+        force_instruction_set(index)
+        with pytest.raises(ValueError, match="do not fit its shape"):
+            ops.run("linear", torch.randn(batch, 500), value, None, start, column, *turned, False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -62,14 +62,8 @@ inline void check_window(const Window& window, int64_t height, int64_t width) {
 
 inline int64_t output_numbers(const Conv& c) { return product_of({c.images, c.out_channels, c.out_height, c.out_width}); }
 
-// Whether all indices lie in [0, limit); limit is at most 2^31. A negative index, and one above the limit, leaves the
-// highest bit set.
-inline bool all_below(const int32_t* index, int64_t count, int64_t limit) {
-    const uint32_t last = uint32_t(limit - 1);
-    uint32_t bits = 0;
-    for (int64_t k = 0; k < count; ++k) bits |= uint32_t(index[k]) | (last - uint32_t(index[k]));
-    return limit > 0 ? bits >> 31 == 0 : count == 0;
-}
+// Whether all of `count` indices lie in [0, limit), in the widest instruction set of this processor.
+bool all_below(const int32_t* index, int64_t count, int64_t limit);
 
 inline void check_below(const Span<const int32_t>& index, int64_t limit, const Parallel& parallel) {
     std::atomic<bool> below{true};
@@ -79,13 +73,18 @@ inline void check_below(const Span<const int32_t>& index, int64_t limit, const P
     require(below, MISFIT);
 }
 
-// The nonzeros of `rows` rows, whose columns lie in [0, columns).
-inline void check_indices(const Span<const int32_t>& start, const Span<const int32_t>& column, int64_t rows,
-                          int64_t columns, const Parallel& parallel) {
+// Where the nonzeros of `rows` rows start.
+inline void check_starts(const Span<const int32_t>& start, const Span<const int32_t>& column, int64_t rows) {
     require(start.count == rows + 1 && column.count <= INT32_MAX);
     require(start[0] == 0 && start[rows] == column.count, MISFIT);
     uint32_t bits = 0;  // the highest is set by a start below zero, and by one below the start before it
     for (int64_t r = 0; r < rows; ++r) bits |= uint32_t(start[r + 1]) | (uint32_t(start[r + 1]) - uint32_t(start[r]));
     require(bits >> 31 == 0, MISFIT);
+}
+
+// The nonzeros of `rows` rows, whose columns lie in [0, columns).
+inline void check_indices(const Span<const int32_t>& start, const Span<const int32_t>& column, int64_t rows,
+                          int64_t columns, const Parallel& parallel) {
+    check_starts(start, column, rows);
     check_below(column, columns, parallel);
 }

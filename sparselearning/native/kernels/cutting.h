@@ -164,7 +164,8 @@ inline int64_t count_tiles(const Grid& grid, const Unit& unit, int64_t images) {
 // cache holds the input under a tile, or all of that cache where there are few tiles.
 inline int64_t channels_together(const Grid& grid, const Unit& unit, int64_t images, int64_t channels, int64_t nonzeros,
                                  int64_t rows) {
-    const int64_t across = unit.tile_positions();
+    const int64_t whole = (grid.images * grid.image_pitch + unit.lanes - 1) / unit.lanes * unit.lanes;
+    const int64_t across = unit.width > 1 ? unit.tile_positions() : std::min(unit.tile_positions(), whole);
     const int64_t touched = std::min((grid.reach_y + 1) * (across + grid.reach_x), across + grid.before + grid.after);
     const int64_t bytes = touched * unit.width * unit.bytes * int64_t(grid.read.size());
     const int64_t enough = NONZEROS_TOGETHER * channels * rows / std::max<int64_t>(nonzeros, 1);

@@ -1,4 +1,8 @@
 // Sparse convolutions and linear layers on a CPU, with a C interface; sparselearning/sparse/ops.py calls it.
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 #include <array>
 #include <cmath>
 #include <cstring>
@@ -68,11 +72,23 @@ int best_instruction_set() {
     return best;
 }
 
+}  // namespace
+
+bool all_below(const int32_t* index, int64_t count, int64_t limit) {
+#ifdef X86_DISPATCH
+    if (best_instruction_set() == AVX512) return avx512::all_below(index, count, limit);
+    if (best_instruction_set() == AVX2) return avx2::all_below(index, count, limit);
+#endif
+    return portable::all_below(index, count, limit);
+}
+
+namespace {
+
 template <class S>
 struct Kernels {
     void (*convolve)(const Product<S>&);
     void (*weight_gradient)(const Product<S>&);
-    void (*multiply_few)(const Product<S>&);
+    bool (*multiply_few)(const Product<S>&);
     void (*transpose)(const Transposition<S>&, const Parallel&);
     void (*affine)(const Affine<S>&, const Parallel&);
     void (*normalise)(const Normalisation<S>&, const Parallel&);
@@ -138,16 +154,36 @@ void check_forward(const Layer<S>& layer) {
     require(layer.x.count == input_numbers(c) && layer.result.count == written_numbers(layer));
 }
 
+// Whether a product makes rows of a linear layer, and so few that it needs no grid.
+bool makes_few_rows(const Conv& c, bool by_rows) { return by_rows && !c.batch_last && c.width <= FEW; }
+
+// Multiplies `rows` with the few rows of x, which has so many features; by_rows: whether they lie row by row.
+template <class S>
+void multiply_few(const Machine& machine, const Conv& c, const Rows<S>& rows, const S* x, int64_t features,
+                  bool by_rows, const S* bias, bool relu, S* result) {
+    const Parallel parallel = threads_for(c, rows.nonzeros(), parallel_of(machine));
+    const Product<S> product{{}, c.width, features, 1, false, by_rows, true, rows, x, nullptr, bias, relu, result,
+                             parallel};
+    require(kernels<S>(machine).multiply_few(product), MISFIT);
+}
+
 template <class S>
 void forward(const Machine& machine, const Layer<S>& layer) {
     const Conv& c = layer.conv;
     const Parallel parallel = parallel_of(machine);
-    const Rows<S> rows = rows_of(layer, parallel);
+    check_sizes(c);
     check_forward(layer);
+    const S *x = layer.x.data, *bias = layer.bias.data;
+    if (makes_few_rows(c, c.y_first) && !layer.window.y) {
+        check_starts(layer.start, layer.column, c.out_channels);
+        const Rows<S> rows{c.out_channels, layer.start.data, layer.column.data, layer.value.data};
+        return multiply_few(machine, c, rows, x, c.in_channels, c.x_first, bias, layer.relu, layer.result.data);
+    }
+    const Rows<S> rows = rows_of(layer, parallel);
     kernels<S>(machine).convolve({forward_grid(c), c.images, c.in_channels, c.groups, c.batch_last != 0,
-                                  !c.batch_last && c.x_first, !c.batch_last && c.y_first, rows, layer.x.data, nullptr,
-                                  layer.bias.data, layer.relu != 0, layer.result.data,
-                                  threads_for(c, rows.nonzeros(), parallel), nullptr, {}, {}, layer.window});
+                                  !c.batch_last && c.x_first, !c.batch_last && c.y_first, rows, x, nullptr, bias,
+                                  layer.relu != 0, layer.result.data, threads_for(c, rows.nonzeros(), parallel),
+                                  nullptr, {}, {}, layer.window});
 }
 
 // A row is one phase plane of one input channel.
@@ -166,6 +202,8 @@ void input_gradient(const Machine& machine, const Layer<S>& layer) {
         for (int64_t k = from; k < to; ++k) ordered[k] = layer.value[layer.order[k]];
     });
     const Rows<S> rows{planes, layer.start.data, layer.column.data, ordered.data()};
+    if (makes_few_rows(c, c.x_first) && !layer.window.y)
+        return multiply_few(machine, c, rows, layer.dy.data, c.out_channels, c.y_first, {}, false, layer.result.data);
     kernels<S>(machine).convolve({input_gradient_grid(c), c.images, c.out_channels, c.groups, c.batch_last != 0,
                                   !c.batch_last && c.y_first, !c.batch_last && c.x_first, rows, layer.dy.data, nullptr,
                                   nullptr, false, layer.result.data, threads_for(c, nonzeros, parallel), nullptr,
@@ -184,18 +222,6 @@ void weight_gradient(const Machine& machine, const Layer<S>& layer) {
                                          !c.batch_last && c.x_first, false, rows, layer.x.data, layer.dy.data, nullptr,
                                          false, layer.result.data, threads_for(c, rows.nonzeros(), parallel),
                                          layer.dbias.count ? layer.dbias.data : nullptr, {}, layer.window});
-}
-
-// The forward pass of a linear layer whose batch has few rows, each of them contiguous.
-template <class S>
-void few(const Machine& machine, const Layer<S>& layer) {
-    const Conv& c = layer.conv;
-    const Parallel parallel = parallel_of(machine);
-    const Rows<S> rows = rows_of(layer, parallel);
-    check_forward(layer);
-    require(c.x_first && c.y_first && !c.batch_last && !layer.window.y);
-    kernels<S>(machine).multiply_few({{}, c.width, c.in_channels, 1, false, true, true, rows, layer.x.data, nullptr,
-                                      layer.bias.data, layer.relu != 0, layer.result.data, parallel});
 }
 
 template <class S>
@@ -337,7 +363,6 @@ EXPORT Status sl_transpose_rows(const Machine* machine, const Sorting* given) {
 EXPORT_FOR_ALL(forward, Layer)
 EXPORT_FOR_ALL(input_gradient, Layer)
 EXPORT_FOR_ALL(weight_gradient, Layer)
-EXPORT_FOR_ALL(few, Layer)
 EXPORT_FOR_ALL(transpose, Transposition)
 EXPORT_FOR_ALL(affine, Affine)
 EXPORT_FOR_ALL(normalise, Normalisation)

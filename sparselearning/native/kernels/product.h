@@ -4,6 +4,8 @@
 #include "geometry.h"
 #include "parallel.h"
 
+constexpr int64_t FEW = 64;  // rows of a linear layer that are multiplied without a grid
+
 template <class S>
 struct Rows {
     int64_t count;
