@@ -29,18 +29,17 @@ def magnitude_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
 @single_weights
 @reads("nothing")
 def magnitude_and_negativity_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
-    """Drop the smallest positive and the largest negative weights, half of the count each.
+    """Drop the smallest positive and the largest negative weights, the same fraction of each.
 
     Mocanu et al. 2018, Scalable Training of Artificial Neural Networks with Adaptive Sparse Connectivity inspired by
-    Network Science (SET), https://arxiv.org/abs/1707.04780, algorithm 1, where a fraction of the positive and the same
-    of the negative weights leave: as many in all, and the same where there are as many of each. Where one sign has too
-    few weights, the other gives the rest; active zeros count as positive.
+    Network Science (SET), https://arxiv.org/abs/1707.04780, algorithm 1. The two counts are rounded together, so that
+    as many leave as for any other method. Active zeros count as positive.
     """
     negative = mask & (weight < 0)
     positive = mask & ~negative
     available = [int(count) for count in fetch([positive.sum(), negative.sum()])]
-    half = apportion(count_to_remove(masking, name), [1, 1], available)
-    return drop_lowest(weight, positive, half[0]) | drop_lowest(-weight, negative, half[1])
+    smallest, largest = apportion(count_to_remove(masking, name), available, available)
+    return drop_lowest(weight, positive, smallest) | drop_lowest(-weight, negative, largest)
 
 
 @network_wide
