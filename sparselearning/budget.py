@@ -93,13 +93,17 @@ def shares(importance: Sequence[float], layers: Layers) -> list[float]:
     return [value / total if total else 1 / len(layers) for value in importance]
 
 
-def prune_rates(rate: float, change: Sequence[int], layers: Layers) -> list[float]:
-    """Return the fraction of its active weights that each layer prunes."""
+def prune_rates(rate: float, change: Sequence[int], layers: Layers, after_pruning: bool = False) -> list[float]:
+    """Return the fraction of its active weights that each layer prunes.
+
+    A nearly dense layer that is still growing prunes at most its sparsity (Dettmers & Zettlemoyer 2019), where it is
+    known before pruning which layers grow.
+    """
     rates = []
     for layer, gain in zip(layers, change, strict=True):
         sparsity = 1 - layer.density
-        # A nearly dense layer that is still growing would only prune what it regrows.
-        growing = sparsity < 0.2 and layer.importance > 1 / len(layers)
+        # It would only prune what it regrows.
+        growing = not after_pruning and sparsity < 0.2 and layer.importance > 1 / len(layers)
         own = min(rate, sparsity) if growing else rate
         rates.append((count_of(own, layer.nonzeros + gain) - gain) / layer.nonzeros if gain < 0 else own)
     return rates
@@ -116,19 +120,22 @@ def give_back(lacking: int, change: Sequence[int], layers: Layers) -> list[int]:
     return [count * unit for count in apportion(min(lacking // unit, sum(room)), lost, room)]
 
 
-def redistribute(lacking: int, layers: Layers) -> list[int]:
+def redistribute(lacking: int, layers: Layers, in_proportion: bool = False) -> list[int]:
     """Return how many weights each layer grows: in proportion to its importance, and equal parts of the excess.
 
     Layer i grows min(room_i, r_i * lacking + excess), where r_i is its importance and `excess` is the same number for
     all layers: what full layers cannot take goes in equal parts to the others, as in release 1.0. A layer of importance
     zero takes its part, too. No layer is filled beyond 99% of its room, unless the weights fit nowhere else.
+
+    `in_proportion`: the excess is divided in proportion to the importance, and layers fill up.
     """
-    unit = unit_of(layers)
+    unit, importance = unit_of(layers), [layer.importance for layer in layers]
     room = [int(0.99 * layer.room) // unit for layer in layers]
-    if sum(room) < lacking // unit:
+    if in_proportion or sum(room) < lacking // unit:
         room = [layer.room // unit for layer in layers]
     units = min(lacking // unit, sum(room))
-    counts = apportion(units, _share_excess([units * layer.importance for layer in layers], room), room)
+    shares = importance if in_proportion else _share_excess([units * part for part in importance], room)
+    counts = apportion(units, shares, room)
     # A layer that lost its last weight would have no importance, and stay empty for ever.
     emptied = [int(layer.removed > 0 and layer.nonzeros == 0 and layer.room >= unit) for layer in layers]
     return [count * unit for count in none_empty(counts, emptied, [layer.nonzeros for layer in layers])]

@@ -262,7 +262,8 @@ class Masking(Steps):
 
     def _set_prune_rates(self, changes):
         rate, change = schedules.rate_at(self.prune_rate_decay, self.steps), [changes[name] for name in self.masks]
-        for layer, own in zip(self.layers, budget.prune_rates(rate, change, self.layers), strict=True):
+        after_pruning = functions.is_marked(self.measure, "after_pruning")
+        for layer, own in zip(self.layers, budget.prune_rates(rate, change, self.layers, after_pruning), strict=True):
             layer.prune_rate = own
 
     def _redistribute(self, changes):
@@ -271,7 +272,7 @@ class Masking(Steps):
         lacking = max(self.baseline_nonzero - self.total_nonzero, 0)
         if functions.is_marked(self.measure, "gives_back"):
             return budget.give_back(lacking, [changes[name] for name in self.masks], self.layers)
-        return budget.redistribute(lacking, self.layers)
+        return budget.redistribute(lacking, self.layers, functions.is_marked(self.measure, "in_proportion"))
 
     def check(self) -> None:
         """Raise an InvariantError unless masks, weights and optimizer belong together; see `invariants.check`.

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sparselearning.functions import network_wide, reads, single_weights
-from sparselearning.processes.sharded import add_up, fetch, highest, local_part
+from sparselearning.processes.sharded import count_active, fetch, highest, local_part
 from sparselearning.selection import (
     add_highest,
     add_highest_jointly,
@@ -160,13 +160,18 @@ def adaptive_threshold_prune(masking) -> dict[str, Tensor]:
     Mostafa & Wang 2019, Parameter Efficient Training of Deep Convolutional Neural Networks by Dynamic Sparse
     Reparameterization, https://arxiv.org/abs/1902.05967 (DSR), algorithm 1: the threshold, one for the network, is
     doubled where fewer than 0.9 of the intended number were dropped, and halved where more than 1.1. Intended is the
-    prune rate (the paper: a number of weights).
+    prune rate (the paper: a number of weights). A layer whose weights are all below keeps its largest; the authors'
+    code (IntelAI/dynamic-reparameterization) keeps one, too.
     """
     expected = sum(count_to_remove(masking, layer.name) for layer in masking.layers)
     if not expected:
         return masking.masks
     kept = {layer.name: layer.mask & (layer.master.abs() >= masking.prune_threshold) for layer in masking.layers}
-    removed = masking.total_nonzero - sum(add_up([mask.sum() for mask in kept.values()]))
+    left = fetch([count_active(mask) for mask in kept.values()])
+    emptied = [layer for layer, count in zip(masking.layers, left, strict=True) if layer.nonzeros and not count]
+    for layer in emptied:
+        kept[layer.name] = drop_lowest(layer.master.abs(), layer.mask, layer.nonzeros - 1)
+    removed = masking.total_nonzero - sum(left) - len(emptied)
     if removed < 0.9 * expected:
         masking.prune_threshold *= 2
     elif removed > 1.1 * expected:

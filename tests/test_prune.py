@@ -92,6 +92,13 @@ def test_adaptive_threshold_doubles_and_halves():
     assert masking.prune_threshold == 0.45
 
 
+def test_a_layer_below_the_threshold_keeps_its_largest_weight():
+    masking = two_layers([0.1, -0.2, 0.3, 0.1], [0.5, -0.6])
+    masking.prune_threshold = 0.4
+    assert flat(adaptive_threshold_prune(masking)) == [[F, F, T, F], [T, T]]
+    assert masking.prune_threshold == 0.4, "three left, of three intended"
+
+
 def test_magnitude_and_gradient_together_rank_weights():
     masking = layer_with([[0.5, 0.4, 0.3, 0.0]], [[T, T, T, F]], prune_rate=1 / 3)
     layer = masking.layers[0]

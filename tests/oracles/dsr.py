@@ -14,8 +14,8 @@ largest remainders.
 from fractions import Fraction
 
 from oracles import schedules, sparse_momentum
-from oracles.network import Move, rounded_up
-from oracles.reference import apportion
+from oracles.network import Move, magnitudes, rounded_up
+from oracles.reference import apportion, drop_lowest
 
 start = sparse_momentum.start
 
@@ -33,8 +33,7 @@ def update(layers, step, course):
     for layer in layers:
         mask = [active and abs(value) >= threshold for active, value in zip(layer.mask, layer.weight, strict=True)]
         if not any(mask) and any(layer.mask):
-            one = max((abs(value), -j) for j, value in enumerate(layer.weight) if layer.mask[j])
-            mask[-one[1]] = True
+            mask = drop_lowest(magnitudes(layer), layer.mask, layer.active - 1)
         kept.append(mask)
     left = [sum(mask) for mask in kept]
     pruned = sum(layer.active for layer in layers) - sum(left)
