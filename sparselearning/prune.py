@@ -138,14 +138,17 @@ def gradual_magnitude_prune(masking) -> dict[str, Tensor]:
     """Drop what the density falls by where weights are smallest in the network, then the prune rate in each layer.
 
     Liu et al. 2021, Sparse Training via Boosting Pruning Plasticity with Neuroregeneration,
-    https://arxiv.org/abs/2106.10404 (GraNet), algorithm 1. The second part regenerates at no cost: growth adds as many
-    by their gradient. In the authors' code each layer gets back its own; here by what is left (redistribution_mode=
-    "remaining"), which is the same up to rounding.
+    https://arxiv.org/abs/2106.10404 (GraNet), algorithm 1. The second part regenerates at no cost: with
+    redistribution_mode="none" each layer grows as many as it lost in this part, as in the authors' code
+    (VITA-Group/GraNet).
     """
     scores = [layer.master.abs() for layer in masking.layers]
     fall = max(masking.total_nonzero - masking.baseline_nonzero, 0)
     masks = drop_lowest_jointly(scores, list(masking.masks.values()), fall)
     left = [int(count) for count in fetch([mask.sum() for mask in masks])]
+    if fall:
+        for layer, number in zip(masking.layers, left, strict=True):
+            layer.change = number - layer.nonzeros
     counts = [count_of(masking.prune_rate, number) for number in left]
     pruned = [drop_lowest(score, mask, k) for score, mask, k in zip(scores, masks, counts, strict=True)]
     return dict(zip(masking.masks, pruned, strict=True))

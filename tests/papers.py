@@ -38,8 +38,9 @@ class Case:
         )
         masked = list(self.module)[len(self.dense) :]
         size, layers = sum(part.weight.numel() for part in masked), len(masked)
-        enough = [density for density in (0.11, 0.23, 0.31, 0.59, 0.87) if round(density * size) >= 2 * layers]
-        self.course.density = draw.choice(enough or [0.87])
+        start = METHODS[method].start_density or 1.0
+        enough = [d for d in (0.11, 0.23, 0.31, 0.43, 0.59, 0.87) if round(d * size) >= 2 * layers and d < start]
+        self.course.density = draw.choice(enough or [min(start, 0.87)])
         self.weights = [part.weight for part in masked]
         if self.ties:
             with torch.no_grad():

@@ -9,10 +9,10 @@ falls as a cosine over the whole training; the momentum of inactive weights is z
 from fractions import Fraction
 
 from oracles import distributions, schedules
-from oracles.network import Move, drop_lowest_of_network, largest_remainders, magnitudes, rounded_up
+from oracles.network import Move, drop_lowest_of_network, fall, largest_remainders, magnitudes, none_empty, rounded_up
 from oracles.reference import add_highest, drop_lowest
 
-FIRST, END = 0.5, 0.75
+FIRST = 0.5
 
 
 def start(layers, course):
@@ -23,7 +23,7 @@ def start(layers, course):
 
 
 def end(course):
-    return round(END * course.steps)
+    return 3 * course.steps // 4
 
 
 def moves(step, course):
@@ -41,10 +41,12 @@ def rate(step, course):
 def update(layers, step, course):
     scores, masks = [magnitudes(layer) for layer in layers], [layer.mask for layer in layers]
     total = round(density(step, course) * sum(layer.size for layer in layers))
-    fallen = drop_lowest_of_network(scores, masks, sum(map(sum, masks)) - total)
+    fallen = drop_lowest_of_network(scores, masks, max(sum(map(sum, masks)) - total, 0))
+    rise = [max(-lost, 0) for lost in fall(layers, total)]  # where a layer is frozen, the others may lack some
     found = []
-    for layer, mask, score in zip(layers, fallen, scores, strict=True):
+    for layer, mask, score, more in zip(layers, fallen, scores, rise, strict=True):
         k = rounded_up(rate(step, course) * sum(mask))
         kept = drop_lowest(score, mask, k)
-        found.append(Move(kept, add_highest([abs(g) for g in layer.gradient], kept, k), forget=True))
-    return found
+        found.append(add_highest([abs(g) for g in layer.gradient], kept, k + more))
+    after = none_empty(found, masks, scores)
+    return [Move([False] * len(mask), mask, forget=True) for mask in after]

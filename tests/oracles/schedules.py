@@ -12,4 +12,6 @@ def cubic(first, last, step, end):
     """Zhu & Gupta 2017, equation 1: s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n dt))^3, for densities from step 0."""
     sparsity_first, sparsity_last = 1 - first, 1 - last
     left = max(1 - step / end, 0)
+    if not left:
+        return last
     return 1 - (sparsity_last + (sparsity_first - sparsity_last) * left**3)
