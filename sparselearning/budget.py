@@ -30,8 +30,8 @@ def unit_of(layers: Layers) -> int:
     return sizes.pop() if len(sizes) == 1 else 1
 
 
-def change_density(density: float | Mapping[str, float] | None, layers: Layers) -> dict[str, int]:
-    """Set how many weights each budget keeps, and return {name: how many a layer gains, or loses if negative}.
+def change_density(density: float | Mapping[str, float] | None, layers: Layers) -> None:
+    """Set how many weights each budget keeps, and by how many each layer changes with it (`SparseLayer.change`).
 
     Args:
         density: of the network, or of the budgets by their patterns; one that has none stays as it is, None all.
@@ -39,7 +39,8 @@ def change_density(density: float | Mapping[str, float] | None, layers: Layers) 
     Raises:
         ValueError: for a pattern of no budget, or a density that is more than the layers' pattern can hold.
     """
-    changes = {layer.name: 0 for layer in layers}
+    for layer in layers:
+        layer.change = 0
     budgets = {layer.budget: layer.budget.pattern for layer in layers}
     if isinstance(density, Mapping):
         parts = [
@@ -48,10 +49,10 @@ def change_density(density: float | Mapping[str, float] | None, layers: Layers) 
     else:
         parts = [] if density is None else [(density, layers)]
     for value, part in parts:
-        changes |= zip([layer.name for layer in part], change_to(value, part), strict=True)
+        for layer, change in zip(part, change_to(value, part), strict=True):
+            layer.change = change
     for budget in {layer.budget: None for _, part in parts for layer in part}:
-        budget.nonzeros = sum(layer.nonzeros + changes[layer.name] for layer in layers_of(budget, layers))
-    return changes
+        budget.nonzeros = sum(layer.nonzeros + layer.change for layer in layers_of(budget, layers))
 
 
 def change_to(density: float, layers: Layers) -> list[int]:
@@ -93,42 +94,46 @@ def shares(importance: Sequence[float], layers: Layers) -> list[float]:
     return [value / total if total else 1 / len(layers) for value in importance]
 
 
-def prune_rates(rate: float, change: Sequence[int], layers: Layers) -> list[float]:
-    """Return the fraction of its active weights that each layer prunes."""
+def prune_rates(rate: float, layers: Layers, after_pruning: bool = False) -> list[float]:
+    """Return the fraction of its active weights that each layer prunes.
+
+    A nearly dense layer that is still growing prunes at most its sparsity (Dettmers & Zettlemoyer 2019), where it is
+    known before pruning which layers grow.
+    """
     rates = []
-    for layer, gain in zip(layers, change, strict=True):
-        sparsity = 1 - layer.density
-        # A nearly dense layer that is still growing would only prune what it regrows.
-        growing = sparsity < 0.2 and layer.importance > 1 / len(layers)
+    for layer in layers:
+        sparsity, gain = 1 - layer.density, layer.change
+        # It would only prune what it regrows.
+        growing = not after_pruning and sparsity < 0.2 and layer.importance > 1 / len(layers)
         own = min(rate, sparsity) if growing else rate
         rates.append((count_of(own, layer.nonzeros + gain) - gain) / layer.nonzeros if gain < 0 else own)
     return rates
 
 
-def give_back(lacking: int, change: Sequence[int], layers: Layers) -> list[int]:
-    """Return how many weights each layer grows if each gets back what it lost."""
+def give_back(lacking: int, layers: Layers) -> list[int]:
+    """Return how many weights each layer grows if each gets back what it lost, but for the change of the density."""
     unit = unit_of(layers)
-    lost = [
-        layer.room if layer.pattern.ablation else max(layer.removed + gain, 0)
-        for layer, gain in zip(layers, change, strict=True)
-    ]
+    lost = [layer.room if layer.pattern.ablation else max(layer.removed + layer.change, 0) for layer in layers]
     room = [layer.room // unit for layer in layers]
     return [count * unit for count in apportion(min(lacking // unit, sum(room)), lost, room)]
 
 
-def redistribute(lacking: int, layers: Layers) -> list[int]:
+def redistribute(lacking: int, layers: Layers, in_proportion: bool = False) -> list[int]:
     """Return how many weights each layer grows: in proportion to its importance, and equal parts of the excess.
 
     Layer i grows min(room_i, r_i * lacking + excess), where r_i is its importance and `excess` is the same number for
     all layers: what full layers cannot take goes in equal parts to the others, as in release 1.0. A layer of importance
     zero takes its part, too. No layer is filled beyond 99% of its room, unless the weights fit nowhere else.
+
+    `in_proportion`: the excess is divided in proportion to the importance, and layers fill up.
     """
-    unit = unit_of(layers)
+    unit, importance = unit_of(layers), [layer.importance for layer in layers]
     room = [int(0.99 * layer.room) // unit for layer in layers]
-    if sum(room) < lacking // unit:
+    if in_proportion or sum(room) < lacking // unit:
         room = [layer.room // unit for layer in layers]
     units = min(lacking // unit, sum(room))
-    counts = apportion(units, _share_excess([units * layer.importance for layer in layers], room), room)
+    shares = importance if in_proportion else _share_excess([units * part for part in importance], room)
+    counts = apportion(units, shares, room)
     # A layer that lost its last weight would have no importance, and stay empty for ever.
     emptied = [int(layer.removed > 0 and layer.nonzeros == 0 and layer.room >= unit) for layer in layers]
     return [count * unit for count in none_empty(counts, emptied, [layer.nonzeros for layer in layers])]

@@ -246,32 +246,33 @@ class Masking(Steps):
             if not layers:
                 return
             with invariants.all_or_nothing(self) as before:
-                changes = budget.change_density(self.updates.density_at(self.steps), layers)
+                budget.change_density(self.updates.density_at(self.steps), layers)
                 for part in self.budgets:
                     with self.only(part):
                         functions.measure(self)
-                        self._set_prune_rates(changes)
+                        self._set_prune_rates()
                         functions.prune(self)
                         if functions.is_marked(self.measure, "after_pruning"):
                             functions.measure(self)
-                        functions.grow(self, self._redistribute(changes))
+                        functions.grow(self, self._redistribute())
             invariants.keep_last_weights(self, before)
             self.held.moved(layers, before)
         self.apply_mask()
         self.held.updated(self.updates.ahead(self.steps))
 
-    def _set_prune_rates(self, changes):
-        rate, change = schedules.rate_at(self.prune_rate_decay, self.steps), [changes[name] for name in self.masks]
-        for layer, own in zip(self.layers, budget.prune_rates(rate, change, self.layers), strict=True):
+    def _set_prune_rates(self):
+        rate = schedules.rate_at(self.prune_rate_decay, self.steps)
+        after_pruning = functions.is_marked(self.measure, "after_pruning")
+        for layer, own in zip(self.layers, budget.prune_rates(rate, self.layers, after_pruning), strict=True):
             layer.prune_rate = own
 
-    def _redistribute(self, changes):
+    def _redistribute(self):
         """Return how many weights each layer grows, together as many as their budget lacks."""
         # A user's function may have grown more, or pruned less, than it was asked to.
         lacking = max(self.baseline_nonzero - self.total_nonzero, 0)
         if functions.is_marked(self.measure, "gives_back"):
-            return budget.give_back(lacking, [changes[name] for name in self.masks], self.layers)
-        return budget.redistribute(lacking, self.layers)
+            return budget.give_back(lacking, self.layers)
+        return budget.redistribute(lacking, self.layers, functions.is_marked(self.measure, "in_proportion"))
 
     def check(self) -> None:
         """Raise an InvariantError unless masks, weights and optimizer belong together; see `invariants.check`.

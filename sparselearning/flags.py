@@ -149,7 +149,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "stop_fraction": dict(type=fraction, metavar="F",
         help="fraction of the training after which the masks stay the same"),
     "density_schedule": dict(choices=[*DENSITY_SCHEDULES],
-        help="how the density goes from --start-density at --start-fraction to --density at --stop-fraction"),
+        help="how the density goes from --start-density at --start-fraction to --density at --stop-fraction; "
+        "early_cubic arrives after three quarters of this time"),
     "start_density": dict(type=positive_fraction, metavar="DENSITY",
         help="density at the start of a --density-schedule; None: that of --density"),
     "pattern": dict(type=patterns, metavar="PATTERN",

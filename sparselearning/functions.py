@@ -15,6 +15,7 @@ Marks say what a function does. The checks before training, the FLOPs and the sp
     @reads("momentum")          it reads the momentum; also "gradient", "second_moment", "inactive" and "nothing"
     @single_weights             it moves single weights, and does not obey the pattern of a layer
     @after_pruning              (redistribute) it measures what pruning left
+    @in_proportion              (redistribute) what full layers cannot take goes to the others by importance, too
     @gives_back                 (redistribute) no weights move between layers: each layer grows what it lost
 """
 
@@ -58,6 +59,14 @@ def network_wide(function: Callable) -> Callable:
 def after_pruning(function: Callable) -> Callable:
     """Mark a redistribute function that measures the layers after pruning."""
     return _mark(function, "after_pruning", True)
+
+
+def in_proportion(function: Callable) -> Callable:
+    """Mark a redistribute function by whose importance the others share what full layers cannot take.
+
+    Without this mark they share it in equal parts, and 1% of each layer stays free while others have room.
+    """
+    return _mark(function, "in_proportion", True)
 
 
 def gives_back(function: Callable) -> Callable:

@@ -36,6 +36,7 @@ class SparseLayer:
     ever_active: Tensor  # bool: active now, or before
     nonzeros: int = 0  # active weights
     removed: int = 0  # weights pruned in the last update
+    change: int = 0  # weights that the layer gains by the density in this update; loses, if negative
     importance: float = 0.0  # share of this layer in the importance of the network
     prune_rate: float = 0.0  # fraction of active weights to prune
     memory: dict[str, Tensor] = field(default_factory=dict)  # what functions keep from update to update, by name

@@ -54,6 +54,7 @@ DECAYS: Mapping[str, Callable[[float, int], Schedule]] = {
 DENSITY_SCHEDULES: Mapping[str, Any] = {
     "constant": None,
     "cubic": CubicDensity,
+    "early_cubic": lambda start, end, begin, finish: CubicDensity(start, end, begin, begin + 3 * (finish - begin) // 4),
     "step": lambda start, end, begin, finish: StepDensity(start, end, finish),
     "soft": None,  # above the final density by what the next update prunes; see SoftDensity
 }
@@ -110,8 +111,10 @@ class Method:
             )
         if self.start_density is not None and not 0 < self.start_density <= 1:
             raise ValueError(f"Expected a start_density in (0, 1], got {self.start_density}.")
-        if self.start_density is not None and self.density_schedule not in ("cubic", "step"):
-            raise ValueError("A start_density needs a density_schedule that leaves it: 'cubic' or 'step'.")
+        if self.start_density is not None and self.density_schedule in ("constant", "soft"):
+            raise ValueError(
+                "A start_density needs a density_schedule that leaves it: 'cubic', 'early_cubic' or 'step'."
+            )
         if self.density_schedule == "soft" and self.prune_rate >= 1:
             raise ValueError(f"density_schedule='soft' needs a prune_rate below 1, got {self.prune_rate}.")
 
@@ -166,9 +169,9 @@ METHODS: dict[str, Method] = {
     "mest": Method("MEST", MEST, "magnitude_gradient", "none", "random", ERK,
                    prune_rate=0.3, decay_schedule="cosine_to_zero", prune_every_k_steps=1000, stop_fraction=0.75,
                    density_schedule="soft"),
-    "granet": Method("GraNet", GRANET, "gradual_magnitude", "remaining", "gradient", ERK,
-                     prune_rate=0.5, prune_every_k_steps=1000, stop_fraction=0.75,
-                     density_schedule="cubic", start_density=0.5, reset_state=True),
+    "granet": Method("GraNet", GRANET, "gradual_magnitude", "none", "gradient", ERK,
+                     prune_rate=0.5, prune_every_k_steps=1000, density_schedule="early_cubic", start_density=0.5,
+                     reset_state=True),
     "cht": Method("CHT", CHT, "magnitude", "none", "cannistraci_hebb", "linear", prune_rate=0.3),
     "static": Method("Static random", RIGL, sparse_init=ERK, **STATIC),
     "snip": Method("SNIP", SNIP, sparse_init="snip", **STATIC),

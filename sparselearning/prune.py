@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sparselearning.functions import network_wide, reads, single_weights
-from sparselearning.processes.sharded import add_up, fetch, highest, local_part
+from sparselearning.processes.sharded import count_active, fetch, highest, local_part
 from sparselearning.selection import (
     add_highest,
     add_highest_jointly,
@@ -29,18 +29,17 @@ def magnitude_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
 @single_weights
 @reads("nothing")
 def magnitude_and_negativity_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
-    """Drop the smallest positive and the largest negative weights, half of the count each.
+    """Drop the smallest positive and the largest negative weights, the same fraction of each.
 
     Mocanu et al. 2018, Scalable Training of Artificial Neural Networks with Adaptive Sparse Connectivity inspired by
-    Network Science (SET), https://arxiv.org/abs/1707.04780, algorithm 1, where a fraction of the positive and the same
-    of the negative weights leave: as many in all, and the same where there are as many of each. Where one sign has too
-    few weights, the other gives the rest; active zeros count as positive.
+    Network Science (SET), https://arxiv.org/abs/1707.04780, algorithm 1. The two counts are rounded together, so that
+    as many leave as for any other method. Active zeros count as positive.
     """
     negative = mask & (weight < 0)
     positive = mask & ~negative
     available = [int(count) for count in fetch([positive.sum(), negative.sum()])]
-    half = apportion(count_to_remove(masking, name), [1, 1], available)
-    return drop_lowest(weight, positive, half[0]) | drop_lowest(-weight, negative, half[1])
+    smallest, largest = apportion(count_to_remove(masking, name), available, available)
+    return drop_lowest(weight, positive, smallest) | drop_lowest(-weight, negative, largest)
 
 
 @network_wide
@@ -139,14 +138,17 @@ def gradual_magnitude_prune(masking) -> dict[str, Tensor]:
     """Drop what the density falls by where weights are smallest in the network, then the prune rate in each layer.
 
     Liu et al. 2021, Sparse Training via Boosting Pruning Plasticity with Neuroregeneration,
-    https://arxiv.org/abs/2106.10404 (GraNet), algorithm 1. The second part regenerates at no cost: growth adds as many
-    by their gradient. In the authors' code each layer gets back its own; here by what is left (redistribution_mode=
-    "remaining"), which is the same up to rounding.
+    https://arxiv.org/abs/2106.10404 (GraNet), algorithm 1. The second part regenerates at no cost: with
+    redistribution_mode="none" each layer grows as many as it lost in this part, as in the authors' code
+    (VITA-Group/GraNet).
     """
     scores = [layer.master.abs() for layer in masking.layers]
     fall = max(masking.total_nonzero - masking.baseline_nonzero, 0)
     masks = drop_lowest_jointly(scores, list(masking.masks.values()), fall)
     left = [int(count) for count in fetch([mask.sum() for mask in masks])]
+    if fall:
+        for layer, number in zip(masking.layers, left, strict=True):
+            layer.change = number - layer.nonzeros
     counts = [count_of(masking.prune_rate, number) for number in left]
     pruned = [drop_lowest(score, mask, k) for score, mask, k in zip(scores, masks, counts, strict=True)]
     return dict(zip(masking.masks, pruned, strict=True))
@@ -161,13 +163,18 @@ def adaptive_threshold_prune(masking) -> dict[str, Tensor]:
     Mostafa & Wang 2019, Parameter Efficient Training of Deep Convolutional Neural Networks by Dynamic Sparse
     Reparameterization, https://arxiv.org/abs/1902.05967 (DSR), algorithm 1: the threshold, one for the network, is
     doubled where fewer than 0.9 of the intended number were dropped, and halved where more than 1.1. Intended is the
-    prune rate (the paper: a number of weights).
+    prune rate (the paper: a number of weights). A layer whose weights are all below keeps its largest; the authors'
+    code (IntelAI/dynamic-reparameterization) keeps one, too.
     """
     expected = sum(count_to_remove(masking, layer.name) for layer in masking.layers)
     if not expected:
         return masking.masks
     kept = {layer.name: layer.mask & (layer.master.abs() >= masking.prune_threshold) for layer in masking.layers}
-    removed = masking.total_nonzero - sum(add_up([mask.sum() for mask in kept.values()]))
+    left = fetch([count_active(mask) for mask in kept.values()])
+    emptied = [layer for layer, count in zip(masking.layers, left, strict=True) if layer.nonzeros and not count]
+    for layer in emptied:
+        kept[layer.name] = drop_lowest(layer.master.abs(), layer.mask, layer.nonzeros - 1)
+    removed = masking.total_nonzero - sum(left) - len(emptied)
     if removed < 0.9 * expected:
         masking.prune_threshold *= 2
     elif removed > 1.1 * expected:

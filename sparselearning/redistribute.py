@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparselearning.functions import after_pruning, gives_back, reads
+from sparselearning.functions import after_pruning, gives_back, in_proportion, reads
 from sparselearning.native.zero import zero_inactive
 
 
@@ -33,11 +33,13 @@ def nonzero_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> 
 
 
 @after_pruning
+@in_proportion
 @reads("nothing")
 def remaining_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> int:
     """Return the number of weights R_i that pruning left: layer i grows R_i / sum_j R_j of what was pruned.
 
-    Mostafa & Wang 2019 (DSR), https://arxiv.org/abs/1902.05967, algorithm 1.
+    Mostafa & Wang 2019 (DSR), https://arxiv.org/abs/1902.05967, algorithm 1. What full layers cannot take is divided in
+    the same proportions, as in the authors' code (IntelAI/dynamic-reparameterization).
     """
     return masking.name2nonzeros[name]
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import SupportsIndex
 
 Schedule = Callable[[int], float]
@@ -14,7 +15,7 @@ class Updates:
 
     every: optimizer steps between two updates; 0 for one at the end of every epoch.
     first, last: steps before and after which the masks stay. At step `last` itself there is always an update, so that
-        a density schedule arrives.
+        a density schedule arrives; if there is no `last` and `every` is not 0, at the step where the schedule ends.
     density: function from the step to the density that an update leaves, in (0, 1]; or {pattern: function}, for the
         patterns of `add_module(density={pattern: ...})`; None keeps it.
 
@@ -45,11 +46,17 @@ class Updates:
 
     def after_step(self, step: int) -> bool:
         """Tell whether the masks move after this step."""
-        return step == self.last or (self.every > 0 and step % self.every == 0 and self._is_open(step))
+        return step in self._always or (self.every > 0 and step % self.every == 0 and self._is_open(step))
 
     def after_epoch(self, step: int) -> bool:
         """Tell whether the masks move at the end of an epoch that ends with this step."""
         return not self.every and self._is_open(step)
+
+    @cached_property
+    def _always(self) -> tuple[int, ...]:
+        """The step that has an update whatever `every` is; none, if no step has."""
+        end = self.last if self.last is not None or not self.every else self.ends_at()
+        return () if end is None or (self.last is None and end < self.first) else (end,)
 
     def _is_open(self, step: int) -> bool:
         return self.first <= step and (self.last is None or step < self.last)
@@ -65,8 +72,7 @@ class Updates:
         if self.every:
             coming = (max(step + 1, self.first) + self.every - 1) // self.every * self.every
             left += [coming - step] if self._is_open(coming) else []
-        if self.last is not None and step < self.last:
-            left.append(self.last - step)
+        left += [end - step for end in self._always if step < end]
         return min(left), self.every > 0 or (self.last is not None and step >= self.last)
 
     def ends_at(self) -> int | None:

@@ -50,6 +50,19 @@ def test_excess_is_divided_in_equal_parts(lacking, importance, rooms, expected):
     assert redistribute(lacking, layers_of(importance, rooms)) == expected
 
 
+@pytest.mark.parametrize(
+    ("lacking", "importance", "rooms", "expected"),
+    [
+        (100, [60, 30, 10], [40, 1000, 1000], [40, 45, 15]),  # 40 fit of 60, and a layer fills up: 60 as 30 to 10
+        (100, [60, 30, 10], [40, 45, 15], [40, 45, 15]),
+        (10, [2, 1, 1], [6, 3, 0], [7, 3, 0]),
+    ],
+)
+def test_dsr_divides_the_excess_in_proportion(lacking, importance, rooms, expected):
+    rooms = [max(room, count) for room, count in zip(rooms, expected, strict=True)]
+    assert redistribute(lacking, layers_of(importance, rooms), in_proportion=True) == expected
+
+
 def test_excess_of_blocks_is_divided_in_blocks():
     layers = layers_of([60, 30, 10], [164, 4000, 4000], pattern_for("block:2x2", (100, 100)))
     assert redistribute(400, layers) == [160, 160, 80]

@@ -61,7 +61,7 @@ def test_a_method_brings_its_pattern():
         (dict(start_fraction=0.8), "Expected 0 <= start_fraction <= stop_fraction <= 1, got 0.8 and 0.75."),
         (dict(density_schedule="soft", prune_rate=1.0), "density_schedule='soft' needs a prune_rate below 1, got 1.0."),
         (dict(start_density=1.5, density_schedule="cubic"), "Expected a start_density in (0, 1], got 1.5."),
-        (dict(start_density=0.5), "A start_density needs a density_schedule that leaves it: 'cubic' or 'step'."),
+        (dict(start_density=0.5), "A start_density needs a density_schedule that leaves it: 'cubic', 'early_cubic' or"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(parts, message):
@@ -105,6 +105,17 @@ def test_one_shot_prunes_once():
     model, optimizer, masking = begin("one_shot")
     counts = [masking.total_nonzero for _ in go_on(model, optimizer, masking)]
     assert counts == 12 * [900] + 15 * [180]  # steps 1 to 11 and the end of an epoch, then those from 12 on
+
+
+def test_granet_regenerates_after_its_density_has_arrived():
+    model, optimizer, masking = begin("granet", prune_every_k_steps=5)
+    moved, before = [], snapshot(masking)
+    for step in go_on(model, optimizer, masking):
+        if not same(before, masking.masks):
+            moved.append((step, masking.total_nonzero))
+            before = snapshot(masking)
+    fall = CubicDensity(0.5, 0.2, 0, 18)
+    assert moved == [(step, round(fall(step) * 900)) for step in (5, 10, 15, 18, 20)]
 
 
 def test_static_masks_stay():

@@ -40,9 +40,11 @@ def test_magnitude_prunes_the_smallest(weight, mask, rate, expected):
     [
         ([0.1, 0.2, 0.9, -0.1, -0.3, -0.8], 2 / 6, [F, T, T, F, T, T]),  # smallest positive, largest negative
         ([0.1, 0.2, 0.9, -0.1, -0.3, -0.8], 3 / 6, [F, F, T, F, T, T]),  # the odd one is positive
-        ([0.1, 0.2, 0.9, 0.4, 0.5, -0.8], 4 / 6, [F, F, T, F, T, F]),  # one negative only: three positive
+        ([0.1, 0.2, 0.9, 0.4, 0.5, -0.8], 4 / 6, [F, F, T, F, T, F]),  # 3.3 of five positive, 0.7 of one negative
+        ([0.1, 0.2, 0.9, 0.4, -0.5, -0.8], 4 / 6, [F, F, T, F, F, T]),  # 2.7 of four, 1.3 of two; not two and two
         ([0.1, 0.2, 0.9, 0.4, 0.5, 0.8], 2 / 6, [F, F, T, T, T, T]),
-        ([-0.1, -0.2, 0.0, -0.4, -0.5, -0.8], 2 / 6, [F, T, F, T, T, T]),  # an active zero counts as positive
+        ([-0.1, -0.2, 0.0, 0.4, -0.5, -0.8], 2 / 6, [F, T, F, T, T, T]),  # an active zero counts as positive
+        ([-0.1, -0.2, -0.3, -0.4, -0.5, 0.8], 2 / 6, [F, F, T, T, T, T]),  # 1.7 of five negative, 0.3 of one positive
     ],
 )
 def test_set_prunes_smallest_positive_and_largest_negative(weight, rate, expected):
@@ -88,6 +90,13 @@ def test_adaptive_threshold_doubles_and_halves():
     masking.prune_threshold = 0.45
     adaptive_threshold_prune(masking)  # as many as intended
     assert masking.prune_threshold == 0.45
+
+
+def test_a_layer_below_the_threshold_keeps_its_largest_weight():
+    masking = two_layers([0.1, -0.2, 0.3, 0.1], [0.5, -0.6])
+    masking.prune_threshold = 0.4
+    assert flat(adaptive_threshold_prune(masking)) == [[F, F, T, F], [T, T]]
+    assert masking.prune_threshold == 0.4, "three left, of three intended"
 
 
 def test_magnitude_and_gradient_together_rank_weights():

@@ -203,11 +203,23 @@ def test_the_schedule_arrives_at_the_last_update():
         (Updates(every=1), [(1, True)] * 4),
         (Updates(last=2), [(2, False), (1, False), (math.inf, True), (math.inf, True)]),
         (Updates(every=3, last=2), [(2, True), (1, True), (math.inf, True), (math.inf, True)]),
+        (Updates(every=3, density=CubicDensity(1.0, 0.1, 0, 2)), [(2, True), (1, True), (1, True), (3, True)]),
+        (Updates(every=3, first=3, density=CubicDensity(1.0, 0.1, 0, 2)), [(3, True), (2, True), (1, True), (3, True)]),
+        (Updates(density=CubicDensity(1.0, 0.1, 0, 2)), [(math.inf, False)] * 4),
         (Updates(), [(math.inf, False)] * 4),
     ],
 )
 def test_the_steps_until_the_next_update_are_known(updates, expected):
     assert [updates.ahead(step) for step in range(4)] == expected
+    assert [updates.after_step(step) for step in range(1, 5)] == [left == 1 for left, _ in expected]
+
+
+def test_a_schedule_arrives_between_two_updates():
+    model = mlp(20, 30, 10)
+    density = CubicDensity(1.0, 0.1, begin=0, finish=7)
+    masking = masked(model, None, 1.0, updates=Updates(every=5, density=density))
+    train(model, masking, 7)
+    assert masking.total_nonzero == 90
 
 
 def test_the_distance_of_updates_can_be_changed_in_training():

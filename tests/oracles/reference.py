@@ -107,4 +107,9 @@ def update(weights, momenta, masks, prune_rate):
     if sum(room) < sum(removed):
         room = zeros
     grown = redistribute(sum(removed), importance, room)
+    for i in layers:  # a law of the library: no layer stays empty, the one that grows most gives a weight
+        if removed[i] and not any(pruned[i]) and not grown[i] and zeros[i]:
+            giver = max(layers, key=lambda j: (grown[j] * (grown[j] + sum(pruned[j]) > 1), -j))
+            if grown[giver]:
+                grown[giver], grown[i] = grown[giver] - 1, 1
     return [add_highest([abs(m) for m in momenta[i]], pruned[i], grown[i]) for i in layers]

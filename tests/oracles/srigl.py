@@ -4,6 +4,14 @@ Lasby et al. 2024, https://arxiv.org/abs/2305.02299; calgaryml/condensed-sparsit
 with `use_sparse_const_fan_in_for_ablation` (the paper's setting). Matrices are lists of rows, a row for each neuron.
 """
 
+from fractions import Fraction
+
+from oracles import distributions, rigl
+from oracles.network import Move, exactly, rounded_up
+from oracles.reference import round_to
+
+moves = rigl.moves
+
 
 def kept_neurons(weight, gradient, active, number_pruned, gamma, fan_in):
     """Return the indices of the neurons that are not ablated.
@@ -41,3 +49,37 @@ def grown(weight, gradient, active, number_pruned, kept, fan_in):
         for j in others[: fan_in - sum(masks[i])]:
             masks[i][j] = 1
     return masks
+
+
+def start(layers, course):
+    """Return the number of active weights of each matrix: ERK, rounded to the same number for every neuron.
+
+    As many for every neuron as are nearest to the share of the layer, at least one; the output layer too.
+    """
+    total, sizes = exactly(layers, course), [layer.size for layer in layers]
+    real = distributions.erdos_renyi_kernel([layer.shape for layer in layers], Fraction(total, sum(sizes)))
+    counts = round_to(total, real, sizes)
+    return [max(1, round(count / layer.shape[0])) * layer.shape[0] for count, layer in zip(counts, layers, strict=True)]
+
+
+def update(layers, step, course):
+    """Return the masks of linear layers; `course.memory` holds the fan-in of each at the start.
+
+    Neurons of the last layer, the outputs, are not ablated. Where a neuron is, growth places the weights that pruning
+    left there, too, so that `grown` gets all that is free.
+    """
+    found = []
+    for i, layer in enumerate(layers):
+        outputs, inputs = layer.shape
+        weight, gradient, mask = (
+            [part[j : j + inputs] for j in range(0, layer.size, inputs)]
+            for part in (layer.weight, layer.gradient, layer.mask)
+        )
+        fan_in = course.memory["fan_in"][i]
+        pruned = rounded_up(rigl.rate(step, course) * layer.active)
+        kept = list(range(outputs))
+        if i < len(layers) - 1:
+            kept = kept_neurons(weight, gradient, mask, pruned, 0.3, fan_in)
+        masks = grown(weight, gradient, mask, pruned, kept, shared_fan_in(outputs, fan_in, kept))
+        found.append(Move([False] * layer.size, [bool(m) for row in masks for m in row], forget=True))
+    return found

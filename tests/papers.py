@@ -1,0 +1,160 @@
+"""Train small networks by the library and by the oracle of a method side by side, and compare them bit for bit."""
+
+import importlib
+import random
+
+import torch
+from oracles.network import Course, Layer
+from torch import nn
+
+from sparselearning import Masking
+from sparselearning.methods import METHODS
+
+LAYERS = [
+    lambda draw: nn.Linear(draw.randint(2, 12), draw.randint(2, 12), bias=False),
+    lambda draw: nn.Linear(draw.randint(2, 12), draw.randint(2, 12), bias=False),
+    lambda draw: nn.Conv2d(draw.randint(1, 4), draw.randint(1, 5), draw.choice([1, 2, 3]), bias=False),
+    lambda draw: nn.Linear(draw.randint(1, 3), draw.randint(1, 2), bias=False),  # a few weights
+]
+
+
+def oracle_of(method):
+    """Return the module that says what the paper of a method says."""
+    return importlib.import_module(f"oracles.{method}")
+
+
+class Case:
+    """A random network, its training, and what is particular in it: ties, full layers, dense and frozen ones."""
+
+    def __init__(self, method, seed):
+        draw = random.Random(f"{method} {seed}")
+        torch.manual_seed(seed)
+        self.module = nn.ModuleList([draw.choice(LAYERS)(draw) for _ in range(draw.randint(2, 4))])
+        self.ties = draw.random() < 0.4
+        self.dense = ["first"] if draw.random() < 0.3 else []
+        self.frozen_at = draw.randint(1, 20) if draw.random() < 0.3 else None
+        self.course = Course(
+            steps=draw.choice([24, 30, 37]), every=draw.choice([2, 3, 5]), epoch=draw.choice([5, 6]), density=1.0
+        )
+        masked = list(self.module)[len(self.dense) :]
+        size, layers = sum(part.weight.numel() for part in masked), len(masked)
+        start = METHODS[method].start_density or 1.0
+        enough = [d for d in (0.11, 0.23, 0.31, 0.43, 0.59, 0.87) if round(d * size) >= 2 * layers and d < start]
+        self.course.density = draw.choice(enough or [min(start, 0.87)])
+        self.weights = [part.weight for part in masked]
+        if self.ties:
+            with torch.no_grad():
+                for weight in self.weights:
+                    weight.mul_(8).round_().div_(8)
+        self.parts = dict(dense=self.dense)
+        if METHODS[method].prune_every_k_steps:
+            self.parts["prune_every_k_steps"] = self.course.every
+
+    def gradients(self):
+        """Return random gradients, many of them equal in a case of ties."""
+        drawn = [torch.randn_like(weight) for weight in self.weights]
+        return [(2 * gradient).round() / 2 if self.ties else gradient for gradient in drawn]
+
+    def trains(self, i, step):
+        """Tell whether a layer trains in this step; the last one may be frozen from some step on."""
+        return self.frozen_at is None or step < self.frozen_at or i != len(self.weights) - 1
+
+
+class Twin:
+    """The same weights, stepped by an optimizer of their own and masked by an oracle."""
+
+    def __init__(self, case, masks):
+        self.weights = [nn.Parameter(weight.detach().clone()) for weight in case.weights]
+        self.optimizer = torch.optim.SGD(self.weights, lr=0.1, momentum=0.9)
+        self.masks = [mask.clone() for mask in masks]
+        self.memory = [{} for _ in self.weights]
+
+    def momentum(self, i):
+        buffer = self.optimizer.state[self.weights[i]].get("momentum_buffer")
+        return torch.zeros_like(self.weights[i]) if buffer is None else buffer
+
+    def layers(self):
+        """Return the network as flat lists."""
+        return [
+            Layer(
+                tuple(weight.shape),
+                weight.flatten().tolist(),
+                (torch.zeros_like(weight) if weight.grad is None else weight.grad).flatten().tolist(),
+                self.momentum(i).flatten().tolist(),
+                self.masks[i].flatten().tolist(),
+                self.memory[i],
+            )
+            for i, weight in enumerate(self.weights)
+        ]
+
+    @torch.no_grad()
+    def step(self, gradients, pull):
+        for weight, gradient in zip(self.weights, gradients, strict=True):
+            weight.grad = gradient
+        if pull is not None:
+            for weight, layer in zip(self.weights, self.layers(), strict=True):
+                if weight.grad is not None:
+                    weight.grad = weight.grad + torch.tensor(pull(layer)).reshape(weight.shape)
+        self.optimizer.step()
+        self.apply()
+
+    @torch.no_grad()
+    def apply(self):
+        for weight, mask in zip(self.weights, self.masks, strict=True):
+            weight.masked_fill_(~mask, 0)
+
+    @torch.no_grad()
+    def move(self, moves, chosen, where):
+        """Take what an oracle says; where it leaves the choice to chance, what the library has `chosen`, if it may."""
+        for i, (move, choice) in enumerate(zip(moves, chosen, strict=True)):
+            if move is None:
+                continue
+            before, shape = self.masks[i], self.masks[i].shape
+            kept = torch.tensor(move.kept).reshape(shape)
+            if isinstance(move.grown, int):
+                assert (choice & kept == kept).all(), f"{where}: layer {i} pruned what the paper keeps"
+                grown = choice & ~kept
+                assert int(grown.sum()) == move.grown, f"{where}: layer {i} grew {int(grown.sum())}, not {move.grown}"
+                if move.score is not None and grown.any() and not choice.all():
+                    score = torch.tensor(move.score).reshape(shape)
+                    assert score[grown].min() > score[~choice].max() - 1e-5, f"{where}: layer {i} grew a lower score"
+            else:
+                grown = torch.tensor(move.grown).reshape(shape)
+            self.masks[i] = kept | grown
+            if move.forget:
+                self.momentum(i).masked_fill_(self.masks[i] & ~before, 0)
+        self.apply()
+
+
+def train_both(method, seed, oracle):
+    """Train a random network by a method and by its oracle, and assert after every step that they are equal."""
+    case = Case(method, seed)
+    course, total = case.course, case.course.steps
+    optimizer = torch.optim.SGD(case.module.parameters(), lr=0.1, momentum=0.9)
+    masking = Masking.from_method(method, case.module, optimizer, total, course.density, **case.parts)
+    twin = Twin(case, list(masking.masks.values()))
+    assert list(masking.name2nonzeros.values()) == oracle.start(twin.layers(), course), "active weights at the start"
+    for step in range(1, total + 1):
+        where = f"{method}, seed {seed}, step {step}"
+        gradients = case.gradients()
+        for i, weight in enumerate(case.weights):
+            if not case.trains(i, step):
+                gradients[i] = None
+                weight.requires_grad_(False)
+            weight.grad = None if gradients[i] is None else gradients[i].clone()
+        optimizer.step()
+        if step % course.epoch == 0 and step < total:
+            masking.at_end_of_epoch()
+        twin.step(gradients, getattr(oracle, "pull", None))
+        if oracle.moves(step, course):
+            training = [i for i in range(len(case.weights)) if case.trains(i, step)]
+            layers = twin.layers()
+            found = dict(zip(training, oracle.update([layers[i] for i in training], step, course), strict=True))
+            chosen = list(masking.masks.values())
+            twin.move([found.get(i) for i in range(len(layers))], chosen, where)
+        for i, (mask, weight) in enumerate(zip(masking.masks.values(), case.weights, strict=True)):
+            assert torch.equal(mask, twin.masks[i]), f"{where}: masks of layer {i}"
+            assert torch.equal(weight, twin.weights[i]), f"{where}: weights of layer {i}"
+            buffer = optimizer.state[weight].get("momentum_buffer", torch.zeros_like(weight))
+            assert torch.equal(buffer, twin.momentum(i)), f"{where}: momenta of layer {i}"
+        yield step, masking, twin
