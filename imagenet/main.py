@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 8 main.py DIR --recipe baseline --density 0.2 --amp bf16
     python main.py DIR --arch resnet18 --image-size 64 --epochs 10 --batch-size 64
 
-DIR holds train/<class>/<image> and val/<class>/<image>; `webdataset:DIR` holds tar shards *train*.tar and *val*.tar.
+DIR holds train/<class>/<image> and val/<class>/<image>; `webdataset:DIR` holds tar shards train-*.tar and val-*.tar.
 A run leaves runs/imagenet-<model>-<density>-<seed>-<hash>/ with args.json, log.txt, metrics.jsonl, checkpoint.pt,
 checkpoint-best.pt, curves.png and density.png. `--resume <that folder>` goes on where it was stopped, with the same
 arguments and on any number of processes; a command with `--resume auto` goes on if its run has begun, and begins it if

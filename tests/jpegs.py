@@ -50,3 +50,11 @@ def add(tar, name, content):
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
+
+
+def tar_of(path, members):
+    """Write a tar file of the members {name: content}; return its path."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            add(tar, name, content if isinstance(content, bytes) else content.encode())
+    return path
