@@ -37,7 +37,8 @@ from sparselearning.experiments.run import resuming, session
 from sparselearning.experiments.run.arguments import check
 from sparselearning.experiments.run.chance import at_chance, warn_at_chance
 from sparselearning.experiments.run.costs import describe, flops_of_run
-from sparselearning.experiments.run.folder import RunFolder
+from sparselearning.experiments.run.folder import RunFolder, place
+from sparselearning.experiments.run.lock import locked
 from sparselearning.experiments.run.precision import choose_precision
 from sparselearning.experiments.run.start import build_masking, load_first_weights, memory_format
 from sparselearning.experiments.run.stopping import StopRequests
@@ -62,6 +63,12 @@ def run(args):
     """Make one run, and return its folder."""
     device = session.start(args)
     torch.backends.cudnn.benchmark = True  # all batches have one shape
+    with locked(place(args)) as lock:
+        return train(args, device, lock)
+
+
+def train(args, device, lock):
+    """Make the run in its folder, which nobody else writes into."""
     found = resuming.find(args)
 
     classes, batches, train_loader, valid_loader = load_images(args, device)
@@ -93,10 +100,10 @@ def run(args):
     if rank := distributed.rank():  # each process drops out units of its own
         seed_generators(args.seed + 1000 * args.start_epoch + rank)
     first_epoch, begun, metrics = resuming.take(args, found, parts, model)
-    folder = RunFolder(args, metrics)
+    folder = RunFolder(args, metrics, lock)
 
-    # The rest needs only `train` and `validate`: they know precision, processes and the parts of a step.
-    def train(batches, **more):
+    # The rest needs only `train_on` and `validate`: they know precision, processes and the parts of a step.
+    def train_on(batches, **more):
         loss_function = partial(F.cross_entropy, label_smoothing=args.label_smoothing)
         settings = dict(loss_function=loss_function, report_every=args.print_freq, accumulate=args.accumulate)
         return train_epoch(network, batches, masking or optimizer, scheduler, precision, **settings, **more)
@@ -115,10 +122,10 @@ def run(args):
             report_evaluation(folder, validate(loaded(valid_loader)))
             return folder
         if args.prof:
-            profile(folder, device, lambda: train(islice(endless(loaded, train_loader), 10 * args.accumulate)))
+            profile(folder, device, lambda: train_on(islice(endless(loaded, train_loader), 10 * args.accumulate)))
             return folder
         if args.benchmark_training or args.benchmark_inference:
-            for kind, work, loader in [("training", train, train_loader), ("inference", validate, valid_loader)]:
+            for kind, work, loader in [("training", train_on, train_loader), ("inference", validate, valid_loader)]:
                 if getattr(args, f"benchmark_{kind}"):
                     benchmark(args, folder, kind, work, endless(loaded, loader), args.batch_size // args.accumulate)
             return folder
@@ -131,7 +138,7 @@ def run(args):
                 after_step = partial(checkpoints.after_step, epoch, progress)
                 with session.naming_errors(epoch, folder):
                     with progress_bar(f"epoch {epoch}", steps_per_epoch) as report:
-                        loss = train(loaded(train_loader), progress=progress, after_step=after_step, report=report)
+                        loss = train_on(loaded(train_loader), progress=progress, after_step=after_step, report=report)
                     training_seconds = progress.seconds
                     valid = validate(checkpoints.watch(loaded(valid_loader), epoch, progress))
                     results = dict(train_loss=loss, valid_loss=valid.loss, valid_accuracy=valid.accuracy)

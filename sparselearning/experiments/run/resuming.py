@@ -22,6 +22,7 @@ from sparselearning.experiments.run import folder as run_folder
 from sparselearning.experiments.run.arguments import goes_on
 from sparselearning.experiments.run.folder import RunFolder
 from sparselearning.experiments.run.stopping import Stopped, StopRequests
+from sparselearning.experiments.run.together import on_first
 from sparselearning.experiments.run.training import Progress, check_weights
 from sparselearning.loading import (
     MOST_STEPS,
@@ -51,17 +52,25 @@ def find(args: argparse.Namespace) -> Found | None:
         FileNotFoundError, CheckpointError: if there is none, or none that can be read; with 'auto' a new run begins.
         CheckpointError: if the run is to go on, and the checkpoint is of a run with other arguments.
     """
-    found = None
-    if args.resume and distributed.rank():
-        path = distributed.from_first(None)
-        found = None if path is None else (path, checkpoint.read(path))
-    elif args.resume:
-        found = _find(args)
-        distributed.from_first(found and found[0])
-    args.resume = found and str(found[0])
-    if found and goes_on(args):
-        run_folder.check_same_run(found[0], found[1].get("args", {}), args)
-    return found
+    if not args.resume:
+        args.resume = None
+        return None
+    state = None
+
+    def find_on_first():
+        nonlocal state
+        if (found := _find(args)) is None:
+            return None
+        path, state = found
+        if goes_on(args):
+            run_folder.check_same_run(path, state.get("args", {}), args)
+        return path
+
+    path = on_first(find_on_first)
+    args.resume = path and str(path)
+    if path is None:
+        return None
+    return path, checkpoint.read(path) if state is None else state
 
 
 def _find(args):
