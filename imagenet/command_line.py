@@ -76,8 +76,10 @@ def build_parser(description=None):
         help=f"weight decay on normalisation and biases too {of_recipe}")
     add("-p", "--print-freq", type=positive_int, default=10, metavar="STEPS",
         help="steps between two losses shown (default: 10)")
-    add("-e", "--evaluate", action="store_true", help="evaluate on the validation images, and end")
-    add("--pretrained-weights", metavar="FILE", help="checkpoint or state_dict to take the weights from")
+    add("-e", "--evaluate", action="store_true",
+        help="evaluate the weights of --resume or --pretrained-weights, write nothing, and end")
+    add("--pretrained-weights", metavar="FILE", help="checkpoint or state_dict of any program to take the weights from")
+    add("--new-head", action="store_true", help="draw the classifier anew, and take the others of --pretrained-weights")
     add_run_args(parser)
     add("--static-loss-scale", type=non_negative, metavar="SCALE", help="loss scale of fp16 (default: it adapts)")
     add("--dynamic-loss-scale", action="store_true", help="adapt the loss scale, whatever --static-loss-scale says")
@@ -137,6 +139,18 @@ def exclusions(args):
         (
             args.fsdp and processes() == 1,
             "--fsdp shards among processes: start it with torchrun --nproc_per_node N",
+        ),
+        (
+            args.evaluate and not (args.resume or args.pretrained_weights),
+            "--evaluate needs the weights to evaluate: add --resume RUN_FOLDER, or --pretrained-weights FILE",
+        ),
+        (
+            args.new_head and not args.pretrained_weights,
+            "--new-head keeps the other weights of a trained network: add --pretrained-weights FILE",
+        ),
+        (
+            args.evaluate and args.new_head and not args.resume,
+            "--evaluate with --new-head would evaluate a classifier that is not trained: leave out one",
         ),
         (args.static_loss_scale == 0, "--static-loss-scale expects a number above 0"),
     ]

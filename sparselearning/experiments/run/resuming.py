@@ -67,23 +67,39 @@ def find(args: argparse.Namespace) -> Found | None:
         return path
 
     path = on_first(find_on_first)
+    others_read = state is None and path is not None and goes_on(args)
     args.resume = path and str(path)
     if path is None:
         return None
-    return path, checkpoint.read(path) if state is None else state
+    return path, checkpoint.read(path) if others_read else state or {}
+
+
+def weights_to_evaluate(args: argparse.Namespace) -> Path:
+    """Return the file whose weights --evaluate is about: the checkpoint that --resume means, or --pretrained-weights.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `find`; also where 'auto' finds no good checkpoint.
+    """
+    found = find(args)
+    return found[0] if found else Path(args.pretrained_weights)
 
 
 def _find(args):
     if args.resume != "auto":
         path = Path(args.resume)
-        return checkpoint.read_newest(path / "checkpoint.pt") if path.is_dir() else (path, checkpoint.read(path))
+        if path.is_dir():
+            return checkpoint.read_newest(path / "checkpoint.pt")
+        return path, checkpoint.read(path) if goes_on(args) else {}  # other programs' weights may be in it
     folder = run_folder.place(args)
     try:
         return checkpoint.read_newest(folder / "checkpoint.pt")
-    except FileNotFoundError:
-        logger.info("There is no checkpoint in %s: a new run begins.", folder)
-    except checkpoint.CheckpointError as error:
-        logger.warning("%s There is no good one in %s: a new run begins.", error, folder)
+    except (FileNotFoundError, checkpoint.CheckpointError) as error:
+        if vars(args).get("evaluate"):
+            raise
+        if isinstance(error, FileNotFoundError):
+            logger.info("There is no checkpoint in %s: a new run begins.", folder)
+        else:
+            logger.warning("%s There is no good one in %s: a new run begins.", error, folder)
     return None
 
 
