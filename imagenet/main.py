@@ -8,8 +8,8 @@ DIR holds train/<class>/<image> and val/<class>/<image>; `webdataset:DIR` holds 
 A run leaves runs/imagenet-<model>-<density>-<seed>-<hash>/ with args.json, log.txt, metrics.jsonl, checkpoint.pt,
 checkpoint-best.pt, curves.png and density.png. `--resume <that folder>` goes on where it was stopped, with the same
 arguments and on any number of processes; a command with `--resume auto` goes on if its run has begun, and begins it if
-not. On SIGTERM and SIGINT (Ctrl-C) the run writes a checkpoint after the running step, and exits with status 143 or
-130.
+not. `--resume <that folder> --evaluate` prints the accuracy of its checkpoint, and writes nothing. On SIGTERM and
+SIGINT (Ctrl-C) the run writes a checkpoint after the running step, and exits with status 143 or 130.
 
 The masks move at the end of every epoch but the last (or every --prune-every-k-steps steps): a weight that has just
 grown is still zero, and after the last epoch no step would train it.
@@ -40,7 +40,8 @@ from sparselearning.experiments.run.costs import describe, flops_of_run
 from sparselearning.experiments.run.folder import RunFolder, place
 from sparselearning.experiments.run.lock import locked
 from sparselearning.experiments.run.precision import choose_precision
-from sparselearning.experiments.run.start import build_masking, load_first_weights, memory_format
+from sparselearning.experiments.run.pretrained import load_pretrained
+from sparselearning.experiments.run.start import build_masking, check_batch_norm, load_first_weights, memory_format
 from sparselearning.experiments.run.stopping import StopRequests
 from sparselearning.experiments.run.training import Progress, evaluate, progress_bar, seed_generators, train_epoch
 from sparselearning.flops import forward_flops
@@ -63,8 +64,28 @@ def run(args):
     """Make one run, and return its folder."""
     device = session.start(args)
     torch.backends.cudnn.benchmark = True  # all batches have one shape
+    if args.evaluate:
+        return evaluate_weights(args, device)
     with locked(place(args)) as lock:
         return train(args, device, lock)
+
+
+def evaluate_weights(args, device):
+    """Evaluate weights as they are on the validation images, log the result and return it; write nothing."""
+    weights = resuming.weights_to_evaluate(args)
+    source = images.source_of(args.data_dir, "val")
+    batches = images.on_device(load_in_order(args, source, device), device, memory_format(args) is torch.channels_last)
+    model = build_model(args, len(source.classes))
+    load_pretrained(weights, model, hint=f"The images of {args.data_dir} have {len(source.classes)} classes.")
+    model = model.to(device, memory_format=format_of_weights(args))
+    if args.compile:
+        model.compile()
+    if args.fsdp:
+        shard(model)
+    precision, _ = choose_precision(args, model, build_optimizer(args, model), device)
+    result = evaluate(model, batches, precision, F.cross_entropy)
+    logger.info("Validation: %s, in five %.3f%%", result, 100 * result.accuracy_in_5)
+    return result
 
 
 def train(args, device, lock):
@@ -80,9 +101,10 @@ def train(args, device, lock):
 
     model = build_model(args, classes)
     load_first_weights(args, model)
-    # fully_shard takes no weights in channels_last. The images are in it, which is enough for the convolutions.
-    model = model.to(device, memory_format=torch.contiguous_format if args.fsdp else memory_format(args))
-    flops = forward_flops(model, torch.zeros(1, 3, args.image_size, args.image_size, device=device))
+    model = model.to(device, memory_format=format_of_weights(args))
+    example = torch.zeros(1, 3, args.image_size, args.image_size, device=device)
+    flops = forward_flops(model, example)
+    check_batch_norm(model, example, images_of_a_part(args), args.batch_size, args.accumulate)
     if args.compile:
         model.compile()
     if args.fsdp:
@@ -118,9 +140,6 @@ def train(args, device, lock):
         active = parameters - (masking.total_zero if masking is not None else 0)
         logger.info("the whole network: %d of %d parameters, %.4f", active, parameters, active / parameters)
 
-        if args.evaluate:
-            report_evaluation(folder, validate(loaded(valid_loader)))
-            return folder
         if args.prof:
             profile(folder, device, lambda: train_on(islice(endless(loaded, train_loader), 10 * args.accumulate)))
             return folder
@@ -167,18 +186,35 @@ def load_images(args, device):
     """Return the number of classes, the order of the training batches, and loaders for training and evaluation."""
     train_source, valid_source = images.sources(args.data_dir)
     train_images = images.Photographs(train_source, args.image_size, train=True, seed=args.seed)
-    valid_images = images.Photographs(valid_source, args.image_size, train=False)
     if args.batch_size > len(train_images):
         raise DataError(
             f"--batch-size {args.batch_size} is more than the {len(train_images)} images of {args.data_dir}."
         )
     share = dict(rank=distributed.rank(), processes=distributed.processes())
     batches = images.TrainingBatches(len(train_images), args.batch_size, args.accumulate, **share, seed=args.seed)
-    of_a_part = args.batch_size // distributed.processes() // args.accumulate
-    in_order = images.EvaluationBatches(len(valid_images), of_a_part, **share)
     train_loader = images.load(train_images, batches, args.workers, device)
-    valid_loader = images.load(valid_images, in_order, args.workers, device)
-    return len(train_source.classes), batches, train_loader, valid_loader
+    return len(train_source.classes), batches, train_loader, load_in_order(args, valid_source, device)
+
+
+def load_in_order(args, source, device):
+    """Return a loader of this process's share of the images to evaluate."""
+    valid_images = images.Photographs(source, args.image_size, train=False)
+    share = dict(rank=distributed.rank(), processes=distributed.processes())
+    in_order = images.EvaluationBatches(len(valid_images), images_of_a_part(args), **share)
+    return images.load(valid_images, in_order, args.workers, device)
+
+
+def images_of_a_part(args):
+    """Return how many images a process computes at a time."""
+    return args.batch_size // distributed.processes() // args.accumulate
+
+
+def format_of_weights(args):
+    """Return the memory format of the weights: NCHW for fully_shard, which takes no other.
+
+    There the images are in channels_last, which is enough for the convolutions.
+    """
+    return torch.contiguous_format if args.fsdp else memory_format(args)
 
 
 def build_optimizer(args, model):
@@ -197,13 +233,6 @@ def learning_rate(args, steps_per_epoch):
     warmup = round(args.warmup * steps_per_epoch)
     decays = [round(epoch * steps_per_epoch) for epoch in args.decay_epochs]
     return lambda step: min((step + 1) / (warmup or 1), 1) * 0.1 ** sum(step >= decay for decay in decays)
-
-
-def report_evaluation(folder, valid):
-    """Log an evaluation and keep it."""
-    results = dict(valid_loss=valid.loss, valid_accuracy=valid.accuracy, valid_accuracy_5=valid.accuracy_in_5)
-    folder.add(**results, valid_total=valid.total)
-    logger.info("Validation: %s, in five %.3f%%", valid, 100 * valid.accuracy_in_5)
 
 
 def endless(loaded, loader) -> Iterator:

@@ -15,9 +15,9 @@ WITHOUT_BOTTLENECK = ("resnet18", "resnet34")
 
 
 def architecture(text):
-    """Parse the name of a network."""
-    library, _, name = text.rpartition(":")
-    if library not in ("", "torchvision", "timm") or (not library and name not in RESNETS):
+    """Parse the name of a network; what follows `torchvision:` or `timm:` may have colons of its own."""
+    library, colon, name = text.partition(":")
+    if not (name and library in LIBRARIES if colon else text in RESNETS):
         expected = f"{', '.join(RESNETS)}, torchvision:NAME or timm:NAME"
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
     return text
@@ -29,16 +29,7 @@ def build_model(args, classes):
         return RESNETS[args.model](classes, stride_in=args.stride_in, fan=FAN[args.model_config])
     library, _, name = args.model.partition(":")
     try:
-        if library == "torchvision":
-            from torchvision.models import get_model
-
-            # These two would give more than one output in training.
-            one = dict(aux_logits=False, init_weights=True) if name in ("googlenet", "inception_v3") else {}
-            model = get_model(name, weights=None, num_classes=classes, **one)
-        else:
-            from timm import create_model
-
-            model = create_model(name, num_classes=classes)
+        model = LIBRARIES[library](name, classes, args.image_size)
         output = model.eval()(torch.zeros(1, 3, args.image_size, args.image_size))
     except ImportError as error:
         raise DataError(f"--arch {args.model} needs {library}: pip install {library} ({error}).") from None
@@ -48,6 +39,33 @@ def build_model(args, classes):
     if not isinstance(output, torch.Tensor) or output.shape != (1, classes):
         raise DataError(f"--arch {args.model} is no classifier: it gives no logits of shape [N, {classes}].")
     return model
+
+
+def of_torchvision(name, classes, size):
+    """Return a network of torchvision for images of `size` pixels a side, with one output in training too."""
+    from torchvision.models import get_model
+
+    more = dict(aux_logits=False, init_weights=True) if name.lower() in ("googlenet", "inception_v3") else {}
+    if name.lower().startswith("vit_"):  # its position embedding has an entry for each patch
+        more = dict(image_size=size)
+    if name.lower().startswith("maxvit"):
+        more = dict(input_size=(size, size))
+    return get_model(name, weights=None, num_classes=classes, **more)
+
+
+def of_timm(name, classes, size):
+    """Return a network of timm for images of `size` pixels a side; those whose weights depend on it take img_size."""
+    from timm import create_model
+
+    try:
+        return create_model(name, num_classes=classes, img_size=size)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return create_model(name, num_classes=classes)
+
+
+LIBRARIES = {"torchvision": of_torchvision, "timm": of_timm}
 
 
 def shard(model):
