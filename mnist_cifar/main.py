@@ -38,7 +38,8 @@ from sparselearning.experiments.run import resuming, session
 from sparselearning.experiments.run.arguments import ArgumentParser, add_run_args, check, goes_on, processes
 from sparselearning.experiments.run.chance import at_chance, warn_at_chance
 from sparselearning.experiments.run.costs import describe, flops_of_run
-from sparselearning.experiments.run.folder import RunFolder, defaults_of_run
+from sparselearning.experiments.run.folder import RunFolder, defaults_of_run, place
+from sparselearning.experiments.run.lock import locked
 from sparselearning.experiments.run.precision import choose_precision
 from sparselearning.experiments.run.start import build_masking, load_first_weights, memory_format
 from sparselearning.experiments.run.stopping import StopRequests
@@ -106,7 +107,7 @@ def parse_arguments(argv=None):
 
 def exclusions(args):
     """Return (condition, reason) pairs of arguments that exclude each other in this script alone."""
-    place = Path(args.save_model or "model.pt").parent
+    folder = Path(args.save_model or "model.pt").parent
     return [
         (
             args.iters > 1 and goes_on(args) and args.resume != "auto",
@@ -116,7 +117,7 @@ def exclusions(args):
             args.iters > 1 and bool(args.save_model),
             "--save-model keeps one model: leave out --iters, every run keeps a checkpoint",
         ),
-        (not place.is_dir(), f"--save-model {args.save_model}: there is no folder {place}"),
+        (not folder.is_dir(), f"--save-model {args.save_model}: there is no folder {folder}"),
         (
             args.save_features and args.model == "lenet300-100",
             "--save-features looks at the channels of convolutions, and lenet300-100 has none: --model lenet5",
@@ -131,6 +132,12 @@ def exclusions(args):
 def run(args):
     """Make one run, and return its folder."""
     device = session.start(args)
+    with locked(place(args)) as lock:
+        return train(args, device, lock)
+
+
+def train(args, device, lock):
+    """Make the run in its folder, which nobody else writes into."""
     found = resuming.find(args)
 
     data = datasets.load(args.data, args.data_dir, device, args.valid_split)
@@ -160,7 +167,7 @@ def run(args):
     # Before a checkpoint is loaded: it sends the first process's statistics of BatchNorm to all.
     network = distributed.replicate(model)
     first_epoch, begun, metrics = resuming.take(args, found, parts, model, len(data.train))
-    folder = RunFolder(args, metrics)
+    folder = RunFolder(args, metrics, lock)
 
     with folder.log():
         session.log_head(folder, args, masking, flops, steps_per_epoch)

@@ -5,7 +5,6 @@ import re
 import shlex
 import textwrap
 import warnings
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -25,13 +24,6 @@ LIBRARIES = {  # document -> the libraries that it needs
     "docs/accelerate.md": "accelerate",
 }
 main = load_main()
-
-
-def load_imagenet():
-    spec = spec_from_file_location("imagenet_main_of_the_documents", ROOT / "imagenet" / "main.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def python_blocks(text):
@@ -110,7 +102,7 @@ def test_commands_are_understood(document, command, folder):
 
 
 def test_commands_of_imagenet_are_understood():
-    script = load_imagenet()
+    script = load_main("imagenet")
     shown = commands("imagenet/README.md", r"(?:python|torchrun [^\n]*?) *main\.py(?= DIR)")
     assert len(shown) >= 8
     for command in shown:

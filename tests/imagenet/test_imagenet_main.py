@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections import OrderedDict
 from pathlib import Path
 
 import apex_stand_in
@@ -15,6 +14,7 @@ import torch
 from jpegs import write_folder
 from launch import run
 from script import ROOT, draw_nothing, load_main, run_folder, without_times
+from small import small_network
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -126,14 +126,6 @@ def stop_at(patch, step):
     patch.setattr(Progress, "add", signalling)
 
 
-def small_network(args, classes):
-    """Return a small network in place of a ResNet, which takes a minute in fp16, compiled or in several processes."""
-    layers = dict(conv1=nn.Conv2d(3, 8, 3, 2), bn1=nn.BatchNorm2d(8), relu=nn.ReLU(), conv2=nn.Conv2d(8, 16, 3, 2))
-    return nn.Sequential(
-        OrderedDict(layers, pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(16, classes))
-    )
-
-
 def train_and_stop(step, given):
     """Train on this process's share, the second one gets a signal in a step; return metrics, or where it stopped."""
     os.environ["WORLD_SIZE"] = str(distributed.processes())
@@ -158,15 +150,6 @@ def test_processes_stopped_inside_an_epoch_go_on_to_the_bit(folder, tmp_path, mo
     same_state(one, other)
 
 
-def test_evaluation_alone_gives_the_accuracy_of_the_run(whole_run, folder, tmp_path):
-    path, metrics = whole_run
-    _, (*_, evaluated) = train(folder, tmp_path, "--resume", path, "--evaluate")
-    assert evaluated["valid_accuracy"] == metrics[-1]["valid_accuracy"]
-    assert evaluated["valid_total"] == 7
-    _, (alone,) = train(folder, tmp_path, "--pretrained-weights", path / "checkpoint.pt", "--evaluate", "--dense")
-    assert alone["valid_loss"] == evaluated["valid_loss"]
-
-
 def train_together(*given):
     """Train on this process's share; return the metrics of the last epoch."""
     os.environ["WORLD_SIZE"] = str(distributed.processes())
@@ -186,7 +169,10 @@ def test_processes_go_on_with_a_run_of_one(whole_run, folder, tmp_path, more):
     masks = {name: entry["mask"] for name, entry in saved["mask"]["layers"].items()}
     assert sum(mask.sum() for mask in masks.values()) == metrics[2]["active_weights"]
     assert all(saved["model"][name][~mask].abs().sum() == 0 for name, mask in masks.items())
-    train(folder, tmp_path, "--resume", place, "--evaluate")  # one process reads what two wrote
+    evaluated = script.run(
+        script.parse_arguments(["--resume", place, "--evaluate"])
+    )  # one process reads what two wrote
+    assert evaluated.accuracy == first[2]["valid_accuracy"]
 
 
 @pytest.mark.parametrize("more", [("--accumulate", "2"), ("--dense", "--accumulate", "2")])

@@ -200,6 +200,7 @@ OF_IMAGENET = {
     "--print-freq": "test_a_run_leaves_its_files_and_keeps_its_density",
     "--evaluate": "test_evaluation_alone_gives_the_accuracy_of_the_run",
     "--pretrained-weights": "test_evaluation_alone_gives_the_accuracy_of_the_run",
+    "--new-head": "test_another_classifier_is_drawn_anew_where_asked_for",
     "--static-loss-scale": "test_a_static_loss_scale_stays_with_apex_and_without",
     "--dynamic-loss-scale": "test_a_static_loss_scale_stays_with_apex_and_without",
     "--fsdp": "test_processes_move_masks_after_an_evaluation",

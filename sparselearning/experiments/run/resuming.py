@@ -22,6 +22,7 @@ from sparselearning.experiments.run import folder as run_folder
 from sparselearning.experiments.run.arguments import goes_on
 from sparselearning.experiments.run.folder import RunFolder
 from sparselearning.experiments.run.stopping import Stopped, StopRequests
+from sparselearning.experiments.run.together import on_first
 from sparselearning.experiments.run.training import Progress, check_weights
 from sparselearning.loading import (
     MOST_STEPS,
@@ -51,30 +52,54 @@ def find(args: argparse.Namespace) -> Found | None:
         FileNotFoundError, CheckpointError: if there is none, or none that can be read; with 'auto' a new run begins.
         CheckpointError: if the run is to go on, and the checkpoint is of a run with other arguments.
     """
-    found = None
-    if args.resume and distributed.rank():
-        path = distributed.from_first(None)
-        found = None if path is None else (path, checkpoint.read(path))
-    elif args.resume:
-        found = _find(args)
-        distributed.from_first(found and found[0])
-    args.resume = found and str(found[0])
-    if found and goes_on(args):
-        run_folder.check_same_run(found[0], found[1].get("args", {}), args)
-    return found
+    if not args.resume:
+        args.resume = None
+        return None
+    state = None
+
+    def find_on_first():
+        nonlocal state
+        if (found := _find(args)) is None:
+            return None
+        path, state = found
+        if goes_on(args):
+            run_folder.check_same_run(path, state.get("args", {}), args)
+        return path
+
+    path = on_first(find_on_first)
+    others_read = state is None and path is not None and goes_on(args)
+    args.resume = path and str(path)
+    if path is None:
+        return None
+    return path, checkpoint.read(path) if others_read else state or {}
+
+
+def weights_to_evaluate(args: argparse.Namespace) -> Path:
+    """Return the file whose weights --evaluate is about: the checkpoint that --resume means, or --pretrained-weights.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `find`; also where 'auto' finds no good checkpoint.
+    """
+    found = find(args)
+    return found[0] if found else Path(args.pretrained_weights)
 
 
 def _find(args):
     if args.resume != "auto":
         path = Path(args.resume)
-        return checkpoint.read_newest(path / "checkpoint.pt") if path.is_dir() else (path, checkpoint.read(path))
+        if path.is_dir():
+            return checkpoint.read_newest(path / "checkpoint.pt")
+        return path, checkpoint.read(path) if goes_on(args) else {}  # other programs' weights may be in it
     folder = run_folder.place(args)
     try:
         return checkpoint.read_newest(folder / "checkpoint.pt")
-    except FileNotFoundError:
-        logger.info("There is no checkpoint in %s: a new run begins.", folder)
-    except checkpoint.CheckpointError as error:
-        logger.warning("%s There is no good one in %s: a new run begins.", error, folder)
+    except (FileNotFoundError, checkpoint.CheckpointError) as error:
+        if vars(args).get("evaluate"):
+            raise
+        if isinstance(error, FileNotFoundError):
+            logger.info("There is no checkpoint in %s: a new run begins.", folder)
+        else:
+            logger.warning("%s There is no good one in %s: a new run begins.", error, folder)
     return None
 
 

@@ -21,13 +21,15 @@ from sparselearning.experiments.run import stopping
 from sparselearning.experiments.run.arguments import fail
 from sparselearning.experiments.run.costs import describe
 from sparselearning.experiments.run.folder import RunFolder
+from sparselearning.experiments.run.lock import Locked
+from sparselearning.experiments.run.together import said_by_first
 from sparselearning.experiments.run.training import NotFinite, seed_generators
 from sparselearning.flops import Flops, relative_flops
 from sparselearning.functions import FunctionError
 from sparselearning.native.allocator import keep_freed_memory
 from sparselearning.processes import distributed
 
-USER_ERRORS = (DataError, CheckpointError, NotFinite, FunctionError, OSError, ValueError)
+USER_ERRORS = (DataError, CheckpointError, Locked, NotFinite, FunctionError, OSError, ValueError)
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,8 @@ def main(program: str, parse: Callable[[], argparse.Namespace], run: Callable[[a
         with logging_redirect_tqdm(), stopping.handled(stopping.stop_at_once), distributed.noticing_losses():
             run(parse())
     except USER_ERRORS as error:
+        if said_by_first(error):
+            sys.exit(2)
         fail(program, error)
     except distributed.ProcessError as error:
         fail(program, error, status=1)
