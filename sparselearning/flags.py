@@ -22,6 +22,7 @@ from sparselearning.start.distributions import DISTRIBUTIONS
 from sparselearning.start.masks import MAGNITUDE
 from sparselearning.start.scores import SCORES
 from sparselearning.weights.regrowth import START_VALUES
+from sparselearning.weights.start_states import START_STATES
 
 
 def parse_value(text: str, convert: Callable[[str], Any], holds: Callable[[Any], bool], expected: str) -> Any:
@@ -105,6 +106,16 @@ def sparse_init(text: str) -> str:
     return text
 
 
+def start_state(text: str) -> str | bool:
+    """Parse what the optimizer's state of a regrown weight starts from; zero is True, as by --reset-state.
+
+    >>> start_state("zero"), start_state("mean")
+    (True, 'mean')
+    """
+    name = parse_value(text, str, START_STATES.__contains__, f"one of {', '.join(START_STATES)}")
+    return True if name == "zero" else name
+
+
 def _checked(check, text):
     """Return the text if `check` takes it; its errors become the parser's."""
     try:
@@ -158,7 +169,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         "fan-in, fan-in:0.3 (neurons that matter little are removed, but none of the output layer), neuron; or by "
         "layers, such as 'fc3=fan-in,*=fan-in:0.3'"),
     "reset_state": dict(action=argparse.BooleanOptionalAction,
-        help="forget the optimizer's state of a weight that grows"),
+        help="set the optimizer's state of a weight that grows to zero"),
     "regrown": dict(choices=START_VALUES,
         help="value of a weight when it grows; random: as torch initialises the layer"),
     "rescale": dict(action=argparse.BooleanOptionalAction,
@@ -175,6 +186,7 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 # fmt: on
 DEST = {"weights": "inactive"}  # of a part whose flag has another name
+STATE = "--state-of-regrown"  # names a start of START_STATES
 
 
 def add_sparse_args(
@@ -197,6 +209,16 @@ def add_sparse_args(
     parts = _parts("sparse_momentum")
     for dest, settings in FLAGS.items():
         _add_flag(group, dest, **{"default": parts.get(dest), **settings, **_mode(dest, extensions or {})})
+    # Not a value of --reset-state, which would take the folder that follows it on a command line.
+    group.add_argument(
+        STATE,
+        dest="reset_state",
+        type=start_state,
+        metavar=f"{{{','.join(START_STATES)}}}",
+        default=parts["reset_state"],
+        help="what the optimizer's state of a weight that grows is set to: zero, as by --reset-state, or the mean over "
+        "the active weights of its layer (default: that of --reset-state)",
+    )
     kind_of_run = group.add_mutually_exclusive_group()
     kind_of_run.add_argument("--dense", action="store_true", help="train the dense model")
     kind_of_run.add_argument("--sparse", action="store_false", dest="dense", help="train sparse (default)")
@@ -251,7 +273,7 @@ def flags_of(method: str) -> str:
     """
     others = _parts("sparse_momentum")
     return " ".join(
-        _spelling(dest) if value is True else f"{_spelling(dest)} {value}"
+        _spelling(dest) if value is True else f"{STATE if dest == 'reset_state' else _spelling(dest)} {value}"
         for dest, value in _parts(method).items()
         if f"{dest}_mode" in FUNCTIONS or value != others[dest]
     )

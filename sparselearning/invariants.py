@@ -89,11 +89,12 @@ def refuse_update(masking: Any) -> None:
     """Check what an update relies on.
 
     Raises:
-        InvariantError, NonFiniteError, ProcessError: if something does not hold.
+        InvariantError, NonFiniteError, ProcessError, RuntimeError: if something does not hold.
     """
     if problems := _strangers(masking):
         raise InvariantError("\n".join(problems))
     _refuse_unknown_patterns(masking)
+    masking.held.refuse_update(masking.layers)
     refuse_bad_values(masking)
     distributed.check_agreement(masking.masks.values())
 

@@ -34,6 +34,7 @@ from sparselearning.schedules import (
 from sparselearning.sparse.training import WINDOW, SparseTraining
 from sparselearning.start.masks import Density, SparseInit
 from sparselearning.weights.dense_copy import DenseCopy
+from sparselearning.weights.start_states import refuse_unfit_optimizer
 from sparselearning.weights.together import members_of
 from sparselearning.weights.zeros import Zeros
 
@@ -90,7 +91,7 @@ class Method:
     stop_fraction: float = 1.0  # of training, after which the masks stay
     density_schedule: str = "constant"  # from start_fraction to stop_fraction; a key of DENSITY_SCHEDULES
     start_density: float | None = None  # None: the final density
-    reset_state: bool = False  # of the optimizer, where a weight becomes active
+    reset_state: bool | str = False  # of the optimizer, where a weight becomes active: to zero (True), to the "mean"
     regrown: str = "zero"  # what a weight is when it becomes active
     rescale: bool = False  # at the start, until layers have the norm they had without masks
     pull: float = 0.0  # of active weights towards zero, added to their gradients
@@ -227,8 +228,8 @@ def hold(
     the last step if one may read the gradient, and none otherwise.
 
     Raises:
-        ValueError: for an unknown name, an object that holds the weights of another Masking, or several optimizers
-            whose weights cannot be held so.
+        ValueError: for an unknown name, an object that holds the weights of another Masking, several optimizers whose
+            weights cannot be held so, or an optimizer without the state that `reset_state` takes a mean of.
         TypeError: for anything else.
         RuntimeError, FunctionError: if a function reads what is not there; see `functions.check_readable`.
     """
@@ -250,6 +251,8 @@ def hold(
             f"weights={held.kind!r}{' with a pull' * (held.kind == 'zero')} needs one optimizer, got several. Make a "
             "Masking for each of them."
         )
+    for member in members_of(optimizer):
+        refuse_unfit_optimizer(held.start_state, member)
     functions = (prune, grow, measure)
     check_readable(functions, optimizer, held.keeps_inactive)
     held.optimizer = optimizer

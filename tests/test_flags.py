@@ -71,6 +71,9 @@ COMMANDS = {
     "--sparse-init mask:a.pt": dict(sparse_init="mask:a.pt"),
     "--sparse-init linear --rescale --reset-state": dict(sparse_init="linear", rescale=True, reset_state=True),
     "--reset-state --no-reset-state": {},
+    "--state-of-regrown zero": dict(reset_state=True),
+    "--no-reset-state --state-of-regrown mean": dict(reset_state="mean"),
+    "--state-of-regrown mean --no-reset-state": {},
     "--regrown random --pull 1e-4": dict(regrown="random", pull=1e-4),
     "--inactive soft": dict(inactive="soft"),
     "--sparse-backend cpu": dict(sparse_backend="cpu"),
@@ -78,6 +81,7 @@ COMMANDS = {
     "--method rigl": dict(method="rigl", **RIGL),
     "--growth random --method=rigl --no-reset-state": dict(method="rigl", **RIGL)
     | dict(growth="random", reset_state=False),
+    "--state-of-regrown mean --method rigl": dict(method="rigl", **RIGL | dict(reset_state="mean")),
     "--method set --meth srigl --prune-rate 0.1": dict(method="srigl", **RIGL)
     | dict(prune_rate=0.1, pattern="fan-in:0.3"),
     "--method set --inactive zero": dict(

@@ -20,6 +20,7 @@ from sparselearning.sparse import available
 from sparselearning.start.distributions import DISTRIBUTIONS
 from sparselearning.start.scores import SCORES
 from sparselearning.weights.regrowth import START_VALUES
+from sparselearning.weights.start_states import START_STATES
 
 EXAMPLES = [100, pytest.param(10_000, marks=pytest.mark.slow)]
 STEPS = 5
@@ -114,7 +115,8 @@ class Settings:
     def masking(self, optimizer, density):
         self.schedule = self.draw_schedule(density)
         every, first = self.data.draw(st.integers(0, 3)), self.data.draw(st.integers(0, 2))
-        reset, pull = self.data.draw(st.booleans()), self.data.draw(st.sampled_from([0.0, 1e-3]))
+        reset = self.data.draw(st.sampled_from([False, *START_STATES]))
+        pull = self.data.draw(st.sampled_from([0.0, 1e-3]))
         regrown = "zero" if self.weights in ("kept", "soft") else self.one_of(START_VALUES)
         return Masking(
             optimizer, DECAYS[self.one_of(DECAYS)](self.fraction(0)), prune_mode=self.mode(PRUNE_FUNCTIONS),

@@ -6,13 +6,14 @@ same as that of masked or dense training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparselearning.sparse.trained import Trained
+from sparselearning.weights.start_states import start_of_state
 
 # They read a weight as a matrix, or keep the values of all weights in one row; the active values in a row would be
 # stepped by another algorithm.
@@ -61,6 +62,30 @@ def momentum_gain(optimizer: torch.optim.Optimizer, module: Trained) -> float:
 def vectors(state: Mapping[Any, Any], size: int) -> dict[Any, Tensor]:
     """Return the parts of a parameter's state that have an entry for each of `size` values."""
     return {key: item for key, item in state.items() if isinstance(item, Tensor) and item.shape == (size,)}
+
+
+def carry_over(
+    optimizer: torch.optim.Optimizer,
+    module: Trained,
+    position: Tensor,
+    mask: Tensor,
+    start: str | None,
+    copies: Collection[str],
+) -> None:
+    """Keep the state of the values at `position`, in dense form, and start that of weights that grow in a new mask.
+
+    It starts as `start_of_state` says. If `start` is None, SGD's momentum starts as if the mean of the observed
+    gradients had been the gradient all along, and all else at zero.
+    """
+    state = optimizer.state.get(module.value, {})
+    entries = vectors(state, len(position))
+    starts = start_of_state(start or "zero", entries, mask.flatten()[position], copies)
+    mean, gain = module.observed.mean(), momentum_gain(optimizer, module)
+    for key, tensor in entries.items():
+        begun = torch.zeros_like(module.dense).reshape(-1) + starts[key]
+        if start is None and key == "momentum_buffer" and mean is not None:
+            begun = mean.reshape(-1) * gain
+        state[key] = begun.scatter(0, position, tensor).reshape(mask.shape)
 
 
 def in_dense_form(state: Mapping[Any, Any], module: Trained) -> dict[Any, Any]:

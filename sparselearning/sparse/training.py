@@ -4,9 +4,9 @@ This differs from exact sparse momentum (Dettmers & Zettlemoyer 2019, https://ar
 is dense: here the optimizer keeps state for active weights alone. Growth by momentum scores an inactive weight by the
 mean of its gradient over the last `WINDOW` steps before an update. Growth by the gradient takes that of the last step,
 as RigL does (Evci et al. 2020, https://arxiv.org/abs/1911.11134). Other growth observes no dense gradient. When a
-weight grows, SGD's momentum starts as if that mean had been its gradient all along; other optimizers' state starts at
-zero. Pruning and redistribution, which read active weights, are the paper's. Gradients are those that a step
-used: scaled back, clipped, and none of a batch that the loop skipped.
+weight grows, SGD's momentum starts as if that mean had been its gradient all along, and other optimizers' state at
+zero, unless `reset_state` says otherwise. Pruning and redistribution, which read active weights, are the paper's.
+Gradients are those that a step used: scaled back, clipped, and none of a batch that the loop skipped.
 
 An optimizer's state_dict holds dense tensors, so that it is the same as that of masked or dense training.
 """
@@ -216,30 +216,25 @@ class SparseTraining(Zeros):
         self.carry = True
         super().apply([layer for layer in layers if layer.name not in self.trained])
 
+    def refuse_update(self, layers: Layers) -> None:
+        """Check that regrown weights can start as they are to."""
+        for module in self.trained.values():
+            optimizer_state.compact(self.optimizer, module)  # it may have been loaded
+        super().refuse_update(layers)
+
     def move(self, layer: SparseLayer, module: Trained) -> None:
         """Let values and optimizer state follow a mask."""
         self.versions[layer.name] = layer.mask._version
-        size, position = len(module.value), getattr(module, "position", None)
+        position = getattr(module, "position", None)
         if position is not None and torch.equal(position, layer.mask.flatten().nonzero().flatten()):
             return
         module.follow(layer.mask)
-        kept = self.optimizer.state.get(module.value, {})
         if self.carry and position is not None:
-            for key, tensor in optimizer_state.vectors(kept, size).items():
-                kept[key] = self.start_of(key, module).scatter(0, position, tensor).reshape(layer.weight.shape)
+            optimizer_state.carry_over(
+                self.optimizer, module, position, layer.mask, self.start_state, self.copies.copies
+            )
         optimizer_state.compact(self.optimizer, module)
         module.value.grad = None
-
-    def start_of(self, key: str, module: Trained) -> Tensor:
-        """Return what the optimizer's state starts from where a weight grows, for the flattened weight.
-
-        A momentum starts as if the mean of the observed gradients had been the gradient all along. All else starts at
-        zero, and with `reset_state` the momentum too.
-        """
-        mean, gain = module.observed.mean(), optimizer_state.momentum_gain(self.optimizer, module)
-        if self.reset_state or key != "momentum_buffer" or mean is None:
-            return torch.zeros_like(module.dense).reshape(-1)
-        return mean.reshape(-1) * gain
 
     def stepped(self, ahead: Ahead) -> None:
         """Count a step; decide whether the next one observes dense gradients; see `observes`."""

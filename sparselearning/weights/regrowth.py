@@ -1,14 +1,15 @@
 """What weights start from: the value and optimizer state of one that becomes active, and the norms of all layers."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from sparselearning.layers import SparseLayer
 from sparselearning.processes import distributed
-from sparselearning.processes.sharded import add_up, is_sharded, uniform_like
+from sparselearning.processes.sharded import add_up, is_sharded, local_part, uniform_like
+from sparselearning.weights.start_states import start_of_state, state_per_weight
 
 START_VALUES = ("zero", "random")
 
@@ -34,19 +35,24 @@ def start_regrown(
     before: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
     value: str,
-    forget_state: bool,
+    state: str | None,
+    copies: Collection[str],
 ) -> None:
     """Set value and optimizer state of the weights that became active since the masks were `before`.
 
-    `value` is 'zero', which an inactive weight has already, or 'random'. A weight that was pruned and grown in one
-    update goes on as it was.
+    `value` is 'zero', which an inactive weight has already, or 'random'; `state` is one of START_STATES, or None to
+    leave it; `copies` are names of second copies of the weights in it. A weight that was pruned and grown in one update
+    goes on as it was.
     """
-    if not forget_state and value == "zero":
+    if state is None and value == "zero":
         return
     for layer, old in zip(layers, before, strict=True):
         regrown = layer.mask & ~old
-        if forget_state:
-            reset_state(optimizer, layer.master, regrown)
+        if state is not None:
+            entries = state_per_weight(optimizer, layer.master)
+            starts = start_of_state(state, entries, layer.mask & old, copies)
+            for name, start in starts.items():
+                local_part(entries[name]).masked_fill_(local_part(regrown), start)
         if value == "random":
             draw(layer, regrown)
 
@@ -75,13 +81,6 @@ def gradient_scale(optimizer: torch.optim.Optimizer) -> Tensor | float:
     """Return the factor that gradients still carry: a fused optimizer undoes GradScaler's scale in its kernel."""
     scale = getattr(optimizer, "grad_scale", None)
     return 1.0 if scale is None else scale
-
-
-def reset_state(optimizer: torch.optim.Optimizer, weight: Tensor, regrown: Tensor) -> None:
-    """Set everything that the optimizer keeps per entry of a weight to zero where `regrown`: momenta, variances."""
-    for value in optimizer.state.get(weight, {}).values():
-        if isinstance(value, Tensor) and value.shape == weight.shape:
-            value.masked_fill_(regrown, 0)
 
 
 def draw(layer: SparseLayer, regrown: Tensor) -> None:

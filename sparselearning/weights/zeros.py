@@ -18,6 +18,7 @@ from sparselearning.native.zero import zero_inactive
 from sparselearning.weights.optimizer import gradient_of, mixes_entries, momentum_of
 from sparselearning.weights.regrowth import START_VALUES, pull_to_zero, start_regrown
 from sparselearning.weights.second_copies import SecondCopies
+from sparselearning.weights.start_states import START_STATES, refuse_unfit_state
 
 Layers = Sequence[SparseLayer]
 Ahead = tuple[float, bool]  # steps until the next update, and whether steps trigger all: schedules.Updates.ahead
@@ -30,12 +31,13 @@ class Zeros:
 
     Args:
         regrown: what a weight is when it becomes active: 'zero', or 'random', as torch initialises layers.
-        reset_state: set the optimizer's state of a weight to zero when the weight becomes active.
+        reset_state: what the optimizer's state of a weight starts from when the weight becomes active: zero (True or
+            'zero'), or 'mean', the mean over the layer's active weights; False leaves what the optimizer has.
         pull: how strongly active weights are pulled to zero: pull * sign(weight) is added to their gradients before
             every step.
 
     Raises:
-        ValueError: for an unknown `regrown`, or a negative or infinite pull.
+        ValueError: for an unknown `regrown` or `reset_state`, or a negative or infinite pull.
     """
 
     kind = "zero"
@@ -44,15 +46,24 @@ class Zeros:
     optimizer: torch.optim.Optimizer  # set by Masking, as the next
     window: int  # steps before an update whose dense gradients its functions read
 
-    def __init__(self, *, regrown: str = "zero", reset_state: bool = False, pull: float = 0.0):
+    def __init__(self, *, regrown: str = "zero", reset_state: bool | str = False, pull: float = 0.0):
         if regrown not in START_VALUES:
             raise ValueError(f"Unknown regrown {regrown!r}. Choose one of {', '.join(map(repr, START_VALUES))}.")
+        if reset_state not in (False, True, *START_STATES):
+            names = ", ".join(map(repr, START_STATES))
+            raise ValueError(f"Unknown reset_state {reset_state!r}. Choose False, True or one of {names}.")
         if not 0 <= pull < math.inf:
             raise ValueError(f"Expected a pull of at least 0, got {pull}.")
-        self.regrown, self.reset_state, self.pull = regrown, reset_state, pull
+        self.regrown, self.pull = regrown, pull
+        self.reset_state = True if reset_state == "zero" else reset_state
         self.copies = SecondCopies([])  # of the weights; set by Masking
         self.ready = False  # the optimizer was given what it is to step
         self.gradients: dict[Tensor, Tensor] = {}  # dense ones, of an optimizer that is given masked ones
+
+    @property
+    def start_state(self) -> str | None:
+        """What the optimizer's state of a regrown weight starts from, one of START_STATES; None if nothing is set."""
+        return self.reset_state if isinstance(self.reset_state, str) else "zero" if self.reset_state else None
 
     @property
     def acts_before_steps(self) -> bool:
@@ -121,9 +132,17 @@ class Zeros:
     def stepped(self, ahead: Ahead) -> None:
         """Count a step."""
 
+    def refuse_update(self, layers: Layers) -> None:
+        """Check that regrown weights can start as they are to; the masks are going to move.
+
+        Raises:
+            RuntimeError: if they cannot.
+        """
+        refuse_unfit_state(self.start_state, self.optimizer, map(self.stepped_for, layers))
+
     def moved(self, layers: Layers, before: Sequence[Tensor]) -> None:
         """Follow masks that have moved; `before` is what they were."""
-        start_regrown(layers, before, self.optimizer, self.regrown, self.reset_state)
+        start_regrown(layers, before, self.optimizer, self.regrown, self.start_state, self.copies.copies)
         if self.mixes:
             self.optimizer.state.clear()  # the directions that it remembers are those of other weights
 

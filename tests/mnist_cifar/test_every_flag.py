@@ -137,6 +137,11 @@ EFFECTS = {
         LAST_UPDATE,
         lambda a, b: momentum_of_zeros(a) == 0 < momentum_of_zeros(b),
     ),
+    "--state-of-regrown": (
+        [*LAST_UPDATE, "--optimizer", "adam", "--state-of-regrown", "mean"],
+        [*LAST_UPDATE, "--optimizer", "adam", "--reset-state"],
+        lambda a, b: second_moments_of_grown(a) == 1 and second_moments_of_grown(b) == 0,
+    ),
 }
 
 
@@ -154,6 +159,17 @@ def momentum_of_zeros(run):
     weight, mask = run.saved["model"]["fc1.weight"], masks(run)["fc1.weight"]
     momentum = run.saved["optimizer"]["state"][0]["momentum_buffer"]
     return momentum[mask & (weight == 0)].abs().sum()
+
+
+def second_moments_of_grown(run):
+    """Adam's second moments of weights that grew in the last update, over the mean of those of older weights.
+
+    The former must be equal, and are the weights that are zero.
+    """
+    weight, mask = run.saved["model"]["fc1.weight"], masks(run)["fc1.weight"]
+    moments, grown = run.saved["optimizer"]["state"][0]["exp_avg_sq"], mask & (weight == 0)
+    assert len(moments[grown].unique()) == 1
+    return pytest.approx(moments[grown].mean().item() / moments[mask & ~grown].mean().item(), rel=1e-5)
 
 
 # What other tests show, by running the script: {flag: test}

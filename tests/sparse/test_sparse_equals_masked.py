@@ -58,7 +58,7 @@ def network():
 class Run:
     """A model with its optimizer and masks, and the steps that a situation makes of a batch."""
 
-    def __init__(self, sparse, make_optimizer, maximize=False, groups=False, channels_last=False):
+    def __init__(self, sparse, make_optimizer, maximize=False, groups=False, channels_last=False, reset=True):
         torch.manual_seed(0)
         self.model = network()
         if channels_last:
@@ -71,7 +71,7 @@ class Run:
         self.optimizer = make_optimizer(parts)
         for group in self.optimizer.param_groups:
             group["maximize"] = maximize
-        held = (SparseTraining if sparse else Zeros)(reset_state=True)
+        held = (SparseTraining if sparse else Zeros)(reset_state=reset)
         modes = dict(growth_mode="random", redistribution_mode="none")
         self.masking = Masking(self.optimizer, None, 0.3, weights=held, **modes)
         self.masking.add_module(self.model, density=0.4)
@@ -219,12 +219,28 @@ def compare(name, situation, **settings):
     assert {key: state.keys() for key, state in saved["state"].items()} == {
         key: state.keys() for key, state in found["state"].items()
     }
+    return masked, sparse
 
 
 @pytest.mark.parametrize("situation", SITUATIONS, ids=lambda situation: situation.__name__)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_sparse_training_is_masked_training(name, situation):
     compare(name, situation)
+
+
+@pytest.mark.parametrize("situation", [plain, loaded], ids=lambda situation: situation.__name__)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_regrown_weights_start_from_the_mean_as_in_masked_training(name, situation):
+    """The last step of a run is an update; the state is that of active weights right after it."""
+    masked, sparse = compare(name, situation, reset="mean")
+    numbers = {id(p): i for i, p in enumerate(p for group in masked.optimizer.param_groups for p in group["params"])}
+    saved, found = (run.optimizer.state_dict()["state"] for run in (masked, sparse))
+    for layer in masked.masking.layers:
+        of_masked, of_sparse = (state.get(numbers[id(layer.weight)], {}) for state in (saved, found))
+        for key, value in of_masked.items():
+            if isinstance(value, torch.Tensor) and value.shape == layer.weight.shape:
+                active = value[layer.mask]
+                torch.testing.assert_close(of_sparse[key][layer.mask], active, rtol=2e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize("setting", ["maximize", "groups", "channels_last"])
