@@ -18,7 +18,7 @@ DOCUMENTS = sorted(
     for path in (ROOT / folder).glob("*.md")
 )
 PLACES = ("", "docs", "benchmarks", "imagenet", "mnist_cifar", "sparselearning/sparse")  # where paths begin
-OF_A_USER = {"my.py", "busy.py", "relative.py", "file.py", "path/to/file.py"}
+OF_A_USER = {"train/", "val/", "my.py", "busy.py", "relative.py", "file.py", "path/to/file.py"}
 EXTENSIONS = "py|md|cpp|h|json|csv|png|toml|txt|inc"
 
 

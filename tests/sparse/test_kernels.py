@@ -95,7 +95,7 @@ def test_the_order_in_memory_changes_no_bit(width, instruction_set):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    batch=st.integers(1, 70),
+    batch=st.integers(1, 120),
     features=st.tuples(st.integers(1, 70), st.integers(1, 70)),
     density=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
@@ -122,7 +122,7 @@ def test_linear_equals_dense_in_values_and_gradients(batch, features, density, d
     assert_same((y, *found), (expected, dx, dweight[weight != 0], dbias), dtype)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 4, 5, 8, 9, 16, 17, 32, 33, 48, 49, 64, 65])
+@pytest.mark.parametrize("batch", [1, 2, 5, 9, 17, 64, 100, 113])
 @pytest.mark.parametrize("wrong", [-1, 500, 2**31 - 1])
 def test_a_wrong_column_is_refused_before_it_is_read(batch, wrong, force_instruction_set):
     weight = sparse_weight((40, 500), 0.3)

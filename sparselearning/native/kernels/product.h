@@ -4,7 +4,7 @@
 #include "geometry.h"
 #include "parallel.h"
 
-constexpr int64_t FEW = 64;  // rows of a linear layer that are multiplied without a grid
+constexpr int64_t FEW = 112;  // rows of a linear layer that are multiplied without a grid
 
 template <class S>
 struct Rows {
