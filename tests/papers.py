@@ -126,6 +126,16 @@ class Twin:
         self.apply()
 
 
+def know_signs(twin, masking):
+    """Tell the oracle the signs that were drawn by chance, once: those of weights are their own."""
+    for weight, memory, layer in zip(twin.weights, twin.memory, masking.layers, strict=True):
+        if "sign" not in memory and "sign" in layer.memory:
+            drawn = layer.memory["sign"].flatten().tolist()
+            assert set(drawn) <= {-1, 1}
+            own = weight.sign().flatten().tolist()
+            memory["sign"] = [int(sign) or other for sign, other in zip(own, drawn, strict=True)]
+
+
 def train_both(method, seed, oracle):
     """Train a random network by a method and by its oracle, and assert after every step that they are equal."""
     case = Case(method, seed)
@@ -148,6 +158,8 @@ def train_both(method, seed, oracle):
         twin.step(gradients, getattr(oracle, "pull", None))
         if oracle.moves(step, course):
             training = [i for i in range(len(case.weights)) if case.trains(i, step)]
+            if method == "deep_rewiring":
+                know_signs(twin, masking)
             layers = twin.layers()
             found = dict(zip(training, oracle.update([layers[i] for i in training], step, course), strict=True))
             chosen = list(masking.masks.values())
