@@ -27,11 +27,11 @@ def oracle_of(method):
 class Case:
     """A random network, its training, and what is particular in it: ties, full layers, dense and frozen ones."""
 
-    def __init__(self, method, seed, freezes=True, layers=LAYERS):
+    def __init__(self, method, seed, freezes=True, ties=True, layers=LAYERS):
         draw = random.Random(f"{method} {seed}")
         torch.manual_seed(seed)
         self.module = nn.ModuleList([draw.choice(layers)(draw) for _ in range(draw.randint(2, 4))])
-        self.ties = draw.random() < 0.4
+        self.ties = ties and draw.random() < 0.4
         self.dense = ["first"] if draw.random() < 0.3 else []
         self.frozen_at = draw.randint(1, 20) if freezes and draw.random() < 0.3 else None
         self.course = Course(

@@ -27,7 +27,7 @@ def kept_neurons(weight, gradient, active, number_pruned, gamma, fan_in):
     counts = [sum((i, j) in salient for j in range(inputs)) for i in range(outputs)]
     at_least = max(1, int(gamma * fan_in))
     smallest = outputs * fan_in // inputs  # neurons that would hold all weights
-    at_least = min(at_least, sorted(counts, reverse=True)[smallest])
+    at_least = min(at_least, sorted(counts, reverse=True)[min(smallest, outputs - 1)])
     return [i for i in range(outputs) if counts[i] >= at_least]
 
 
