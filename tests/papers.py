@@ -27,12 +27,12 @@ def oracle_of(method):
 class Case:
     """A random network, its training, and what is particular in it: ties, full layers, dense and frozen ones."""
 
-    def __init__(self, method, seed, freezes=True, ties=True, layers=LAYERS):
+    def __init__(self, method, seed, freezes=True, ties=True, layers=LAYERS, uniform=False):
         draw = random.Random(f"{method} {seed}")
         torch.manual_seed(seed)
         self.module = nn.ModuleList([draw.choice(layers)(draw) for _ in range(draw.randint(2, 4))])
         self.ties = ties and draw.random() < 0.4
-        self.dense = ["first"] if draw.random() < 0.3 else []
+        self.dense = ["first"] if uniform or draw.random() < 0.3 else []
         self.frozen_at = draw.randint(1, 20) if freezes and draw.random() < 0.3 else None
         self.course = Course(
             steps=draw.choice([24, 30, 37]), every=draw.choice([2, 3, 5]), epoch=draw.choice([5, 6]), density=1.0
@@ -47,7 +47,7 @@ class Case:
             with torch.no_grad():
                 for weight in self.weights:
                     weight.mul_(8).round_().div_(8)
-        self.parts = dict(dense=self.dense)
+        self.parts = dict(sparse_init="uniform") if uniform else dict(dense=self.dense)
         if METHODS[method].prune_every_k_steps:
             self.parts["prune_every_k_steps"] = self.course.every
 

@@ -1,6 +1,7 @@
 """Every method is what its paper says: its oracle, written from the paper, trains the same network bit for bit."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from papers import LAYERS, oracle_of, score, train_both, train_kept
@@ -21,6 +22,14 @@ def test_every_method_has_its_oracle():
         oracle = oracle_of(method)
         assert all(hasattr(oracle, part) for part in ("start", "moves")), method
         assert "http" in (oracle.__doc__ or ""), f"the oracle of {method} names no source"
+
+
+def test_rigl_with_its_uniform_distribution_is_that_of_the_paper():
+    """The first layer is dense, and the others have the density."""
+    rigl, uniform = oracle_of("rigl"), oracle_of("sparse_momentum")
+    for seed in SEEDS:
+        oracle = SimpleNamespace(start=uniform.start, moves=rigl.moves, update=rigl.update)
+        train_both("rigl", seed, oracle, uniform=True)
 
 
 @pytest.mark.filterwarnings("ignore:A density of")
