@@ -8,6 +8,7 @@ from torch import nn
 from sparselearning.experiments.data.files import DataError
 from sparselearning.models.resnet import RESNETS
 from sparselearning.start.maskable import maskable_parameters, usual_exceptions
+from sparselearning.start.masks import first_dense
 from sparselearning.start.names import named
 
 FAN = {"classic": "fan_out", "fanin": "fan_in"}
@@ -85,7 +86,7 @@ def density_of_masked(args, model):
         ValueError: if the parameters without masks are more than that.
     """
     weights = {name: weight.numel() for name, weight in maskable_parameters(model, sparse=args.sparse_layers)}
-    dense = named(list(weights), args.dense_layers, usual_exceptions(model))
+    dense = named(list(weights), first_dense(args.dense_layers, args.sparse_init)[0], usual_exceptions(model))
     masked = sum(size for name, size in weights.items() if name not in dense)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     density = 1 - (1 - args.density) * parameters / max(masked, 1)

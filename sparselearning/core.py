@@ -25,6 +25,7 @@ from sparselearning.processes.sharded import reshard
 from sparselearning.schedules import CosineDecay, LinearDecay, Schedule, Updates
 from sparselearning.start.fit import check_fit
 from sparselearning.start.layers import Batches, Density, SparseInit, choose, new_layers, set_budgets
+from sparselearning.start.masks import first_dense
 from sparselearning.weights import clipping, copies, destroyed
 from sparselearning.weights.frozen import training_alone
 from sparselearning.weights.optimizer import master_weights
@@ -142,12 +143,11 @@ class Masking(Steps):
         Another Masking that masks one of them lets go of it. The log warns if a trained network loses many weights.
 
         Args:
-            density: fraction of the maskable weights that stays active, in (0, 1]; or {pattern of names: density}, of
-                which the first that matches a name counts (start/names.py). Weights move among the layers of a pattern,
-                or of all modules whose density is a number.
-            sparse_init: 'constant' (one density), 'linear' (Erdos-Renyi), 'erdos_renyi_kernel' or a function from shape
-                to share; 'magnitude', 'magnitude:linear'...: each layer's largest; scores by name, or 'snip', 'grasp',
-                'synflow'; masks by name, or 'resume': the nonzeros, and zeros up to the density (start/masks.py).
+            density: fraction of the maskable weights that stays active, in (0, 1]; or {pattern of names: density}: the
+                first that matches a name counts, and weights move among the layers of a pattern (start/names.py).
+            sparse_init: 'constant' (one density), 'uniform' (the same, the first layer dense), 'linear' (Erdos-Renyi),
+                'erdos_renyi_kernel' or a function from shape to share; 'magnitude', 'magnitude:linear'...: each layer's
+                largest; scores by name, or 'snip', 'grasp', 'synflow'; masks by name, or 'resume' (start/masks.py).
             remove_param_names: weights whose name contains one of these stay dense; a whole name means that one alone.
             sparse_embeddings: mask embeddings and output layers over their vocabulary too.
             dense: weights that stay dense, as patterns of names; 'first', 'last', 'depthwise' mean those of the module.
@@ -156,7 +156,7 @@ class Masking(Steps):
             rescale: enlarge each layer's weights until the active ones have the norm that all had (1% learns then).
             sparse: patterns of names to mask beside the weights of layers that multiply (start/maskable.py).
             state: what `state_dict` returned: its masks are taken in place of new ones, which would set loaded weights
-                to zero; density and sparse_init are not read. The rest is loaded when all its layers are added.
+                to zero; density is not read, nor sparse_init but 'uniform'. The rest is loaded with its last layer.
 
         Raises:
             ValueError: for a density, names, scores, masks or a pattern that do not fit, or nothing to mask.
@@ -166,6 +166,7 @@ class Masking(Steps):
             raise ValueError(f"With weights={self.held.kind!r} magnitudes decide what is active; leave out rescale.")
         self._refuse_released()
         reshard([module])
+        dense, sparse_init = first_dense(dense, sparse_init)
         new, kept_dense = new_layers(self, module, remove_param_names, sparse_embeddings, dense, pattern, sparse)
         layers = list(new.values())
         set_budgets(self, new, density, state)

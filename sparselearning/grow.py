@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from sparselearning.functions import FunctionError, network_wide, reads, single_weights
-from sparselearning.processes import distributed
 from sparselearning.processes.sharded import is_sharded, uniform_like
 from sparselearning.selection import add_highest, add_highest_jointly, apportion
 from sparselearning.weights.dense_copy import dense_weight
@@ -74,16 +73,11 @@ def momentum_neuron_growth(masking, name: str, new_mask: Tensor, total_regrowth:
 
 @reads("nothing")
 def rewiring_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
-    """Add inactive weights at random, and give each a random sign that it has to keep.
+    """Add inactive weights at random; prune_mode="sign_flip" knows the sign that each has to have.
 
-    Bellec et al. 2018, Deep Rewiring, https://arxiv.org/abs/1711.05136, algorithm 1, with prune_mode="sign_flip". The
-    number of connections of a layer stays, as in the authors' code.
+    Bellec et al. 2018, Deep Rewiring, https://arxiv.org/abs/1711.05136, algorithm 1. The number of connections of a
+    layer stays, as in the authors' code (guillaumeBellec/deep_rewiring).
     """
-    drawn = (uniform_like(new_mask) < 0.5).to(torch.int8) * 2 - 1
-    if not is_sharded(drawn):
-        distributed.send_to_all(drawn)
-    memory = masking.memory[name]
-    memory["sign"] = torch.where(new_mask, memory.get("sign", weight.sign().to(torch.int8)), drawn)
     return random_growth(masking, name, new_mask, total_regrowth, weight)
 
 

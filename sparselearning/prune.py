@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from sparselearning.functions import network_wide, reads, single_weights
-from sparselearning.processes.sharded import count_active, fetch, highest, local_part
+from sparselearning.processes import distributed
+from sparselearning.processes.sharded import count_active, fetch, highest, is_sharded, local_part, uniform_like
 from sparselearning.selection import (
     add_highest,
     add_highest_jointly,
@@ -94,13 +95,18 @@ def magnitude_gradient_prune(masking, mask: Tensor, weight: Tensor, name: str) -
 def sign_flip_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
     """Drop the weights whose sign has changed. The count follows from the signs; the prune rate is not used.
 
-    Bellec et al. 2018, Deep Rewiring, https://arxiv.org/abs/1711.05136, algorithm 1: a connection has a fixed sign, and
-    is removed when its weight would cross zero. Here an update looks at the signs, so a weight may be on the wrong side
-    until then. A weight that is still zero is removed too, as the paper's L1 term would do. The first update notes the
-    signs. There is no noise (temperature 0).
+    Bellec et al. 2018, Deep Rewiring, https://arxiv.org/abs/1711.05136, algorithm 1: a connection has a constant sign,
+    also while it is dormant, and is removed when its weight would cross zero. Here an update looks at the signs, so a
+    weight may be on the wrong side until then. A weight that is still zero is removed too, as the paper's L1 term would
+    do. The first update notes the signs of weights, and draws those of zeros. There is no noise (temperature 0).
     """
-    sign = masking.memory[name].setdefault("sign", weight.sign().to(torch.int8))
-    return mask & (weight * sign > 0)
+    memory = masking.memory[name]
+    noted = memory.get("sign", weight.sign().to(torch.int8))
+    drawn = (uniform_like(mask) < 0.5).to(torch.int8) * 2 - 1
+    if not is_sharded(drawn):
+        distributed.send_to_all(drawn)
+    memory["sign"] = torch.where(noted == 0, drawn, noted)
+    return mask & (weight * memory["sign"] > 0)
 
 
 @single_weights

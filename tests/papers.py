@@ -2,6 +2,7 @@
 
 import importlib
 import random
+from itertools import pairwise
 
 import torch
 from oracles.network import Course, Layer
@@ -26,13 +27,13 @@ def oracle_of(method):
 class Case:
     """A random network, its training, and what is particular in it: ties, full layers, dense and frozen ones."""
 
-    def __init__(self, method, seed):
+    def __init__(self, method, seed, freezes=True, ties=True, layers=LAYERS, uniform=False):
         draw = random.Random(f"{method} {seed}")
         torch.manual_seed(seed)
-        self.module = nn.ModuleList([draw.choice(LAYERS)(draw) for _ in range(draw.randint(2, 4))])
-        self.ties = draw.random() < 0.4
-        self.dense = ["first"] if draw.random() < 0.3 else []
-        self.frozen_at = draw.randint(1, 20) if draw.random() < 0.3 else None
+        self.module = nn.ModuleList([draw.choice(layers)(draw) for _ in range(draw.randint(2, 4))])
+        self.ties = ties and draw.random() < 0.4
+        self.dense = ["first"] if uniform or draw.random() < 0.3 else []
+        self.frozen_at = draw.randint(1, 20) if freezes and draw.random() < 0.3 else None
         self.course = Course(
             steps=draw.choice([24, 30, 37]), every=draw.choice([2, 3, 5]), epoch=draw.choice([5, 6]), density=1.0
         )
@@ -46,7 +47,7 @@ class Case:
             with torch.no_grad():
                 for weight in self.weights:
                     weight.mul_(8).round_().div_(8)
-        self.parts = dict(dense=self.dense)
+        self.parts = dict(sparse_init="uniform") if uniform else dict(dense=self.dense)
         if METHODS[method].prune_every_k_steps:
             self.parts["prune_every_k_steps"] = self.course.every
 
@@ -110,6 +111,13 @@ class Twin:
             if move is None:
                 continue
             before, shape = self.masks[i], self.masks[i].shape
+            if not move.kept:  # a pattern says how many weights each neuron has, at the most
+                numbers = choice.flatten(1).sum(1).tolist()
+                assert len({*numbers} - {0}) == 1, f"{where}: layer {i} has neurons of {numbers} weights"
+                assert move.grown in (None, numbers), f"{where}: layer {i} has {numbers}, not {move.grown}"
+                self.masks[i] = choice.clone()
+                self.momentum(i).masked_fill_(self.masks[i] & ~before, 0)
+                continue
             kept = torch.tensor(move.kept).reshape(shape)
             if isinstance(move.grown, int):
                 assert (choice & kept == kept).all(), f"{where}: layer {i} pruned what the paper keeps"
@@ -126,9 +134,77 @@ class Twin:
         self.apply()
 
 
-def train_both(method, seed, oracle):
+def train_kept(method, seed, oracle):
+    """Train a random network whose inactive weights keep their values, by a method and by its oracle.
+
+    The twin is set to the library's weights after each step, so that rounding errors do not add up.
+    """
+    case = Case(method, seed, freezes=False)
+    course, total = case.course, case.course.steps
+    decay, momentum = random.Random(seed).choice([(0.0, 0.9), (0.02, 0.0)])
+    settings = dict(lr=0.1, momentum=momentum)
+    theta = [weight.detach().clone() for weight in case.weights]
+    optimizer = torch.optim.SGD(case.module.parameters(), weight_decay=decay, **settings)
+    masking = Masking.from_method(method, case.module, optimizer, total, course.density, **case.parts)
+    model = oracle.Network(theta, list(masking.name2nonzeros.values()))
+    assert model.counts() == oracle.start(model.layers(), course)
+    twin = torch.optim.SGD(model.theta, **settings)
+    for step in range(total + 1):
+        where = f"{method}, seed {seed}, step {step}"
+        if step:
+            for weight, mine, gradient in zip(case.weights, model.theta, case.gradients(), strict=True):
+                weight.grad, mine.grad = gradient.clone(), gradient
+            optimizer.step()
+            model.train(twin, decay)
+        for mine, layer in zip(model.theta, masking.layers, strict=True):
+            torch.testing.assert_close(layer.memory["dense"], mine, msg=f"{where}: {layer.name}")
+            mine.copy_(layer.memory["dense"])
+        if oracle.moves(step, course):
+            model.move(step, course)
+        for layer, mask, seen in zip(masking.layers, model.masks, model.seen(), strict=True):
+            assert torch.equal(layer.mask, mask), f"{where}: mask of {layer.name}"
+            torch.testing.assert_close(layer.weight.detach(), seen, msg=f"{where}: {layer.name}")
+
+
+def score(method, seed, oracle):
+    """Choose the first weights of a random network by its oracle's scores; they need not be the same to the bit."""
+    draw = random.Random(f"{method} {seed}")
+    torch.manual_seed(seed)
+    widths = [draw.randint(2, 9) for _ in range(draw.choice([3, 4]))]
+    layers = [part for pair in pairwise(widths) for part in (nn.Linear(*pair), nn.ReLU())][:-1]
+    model = nn.Sequential(*layers).double()
+    size = sum(a * b for a, b in pairwise(widths))
+    density = draw.choice([d for d in (0.13, 0.23, 0.31, 0.59) if round(d * size) > 2 * len(widths)] or [0.59])
+    batches = [(torch.randn(5, widths[0]).double(), torch.arange(5) % widths[-1]) for _ in range(2)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    expected = oracle.masks(model, batches, density)
+    masking = Masking.from_method(method, model, optimizer, 10, density, batches=batches)
+    assert masking.total_nonzero == round(density * size)
+    assert list(masking.masks) == list(expected)
+    for name, mask in masking.masks.items():
+        assert torch.equal(mask, expected[name]), f"{method}, seed {seed}: {name}"
+    first = {name: mask.clone() for name, mask in masking.masks.items()}
+    for step in range(1, 11):
+        model(batches[0][0]).sum().backward()
+        optimizer.step()
+        assert not oracle.moves(step, None)
+        masking.at_end_of_epoch()
+    assert all(torch.equal(mask, first[name]) for name, mask in masking.masks.items())
+
+
+def know_signs(twin, masking):
+    """Tell the oracle the signs that were drawn by chance, once: those of weights are their own."""
+    for weight, memory, layer in zip(twin.weights, twin.memory, masking.layers, strict=True):
+        if "sign" not in memory and "sign" in layer.memory:
+            drawn = layer.memory["sign"].flatten().tolist()
+            assert set(drawn) <= {-1, 1}
+            own = weight.sign().flatten().tolist()
+            memory["sign"] = [int(sign) or other for sign, other in zip(own, drawn, strict=True)]
+
+
+def train_both(method, seed, oracle, **of_case):
     """Train a random network by a method and by its oracle, and assert after every step that they are equal."""
-    case = Case(method, seed)
+    case = Case(method, seed, **of_case)
     course, total = case.course, case.course.steps
     optimizer = torch.optim.SGD(case.module.parameters(), lr=0.1, momentum=0.9)
     masking = Masking.from_method(method, case.module, optimizer, total, course.density, **case.parts)
@@ -148,6 +224,8 @@ def train_both(method, seed, oracle):
         twin.step(gradients, getattr(oracle, "pull", None))
         if oracle.moves(step, course):
             training = [i for i in range(len(case.weights)) if case.trains(i, step)]
+            if method == "deep_rewiring":
+                know_signs(twin, masking)
             layers = twin.layers()
             found = dict(zip(training, oracle.update([layers[i] for i in training], step, course), strict=True))
             chosen = list(masking.masks.values())
@@ -157,4 +235,3 @@ def train_both(method, seed, oracle):
             assert torch.equal(weight, twin.weights[i]), f"{where}: weights of layer {i}"
             buffer = optimizer.state[weight].get("momentum_buffer", torch.zeros_like(weight))
             assert torch.equal(buffer, twin.momentum(i)), f"{where}: momenta of layer {i}"
-        yield step, masking, twin

@@ -114,10 +114,15 @@ def test_weights_that_change_sign_leave_and_new_ones_have_a_sign_to_keep():
         layer.weight.copy_(torch.tensor([[-0.1, -0.2, 0.0, 0.0]]))
     layer.mask.copy_(sign_flip_prune(masking, layer.mask, layer.weight, "weight"))
     assert layer.mask.tolist() == [[F, T, F, F]]
-    assert rewiring_growth(masking, "weight", layer.mask, 3, layer.weight).tolist() == [[T, T, T, T]]
+    layer.mask.copy_(rewiring_growth(masking, "weight", layer.mask, 3, layer.weight))
+    assert layer.mask.all()
     signs = layer.memory["sign"][0].tolist()
-    assert signs[1] == -1
-    assert all(abs(sign) == 1 for sign in signs)
+    assert signs[:3] == [1, -1, 1], "a connection that comes back has the sign that it had"
+    assert abs(signs[3]) == 1
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.1, 0.2, -0.3, 0.4 * signs[3]]]))
+    assert sign_flip_prune(masking, layer.mask, layer.weight, "weight").tolist() == [[T, F, F, T]]
+    assert layer.memory["sign"][0].tolist() == signs
 
 
 def test_gradual_pruning_falls_everywhere_and_then_moves_in_each_layer():

@@ -22,6 +22,7 @@ from sparselearning.start.scores import SCORES, Batches, scores_of
 
 logger = logging.getLogger(__name__)
 
+NAMED = "named to stay dense"
 Reasons = dict[str, tuple[nn.Parameter, str]]
 
 
@@ -61,7 +62,7 @@ def new_layers(
             kept[own_name] = (weight, "the optimizer does not step it")
             continue
         if _stays_dense(own_name, named_dense, parts):
-            kept[own_name] = (weight, "named to stay dense")
+            kept[own_name] = (weight, NAMED)
             continue
         while name in taken:  # a second module may use the names of the first
             name = f"{len(masking.modules)}.{name}"
@@ -71,11 +72,7 @@ def new_layers(
         layers[own_name] = SparseLayer(name, weight, master, mask, mask.clone(), orientation=found.orientation)
         layers[own_name].norm_dim, layers[own_name].budget = found.norm_dim, masking.common
     if not layers:
-        raise ValueError(
-            f"{type(masking.optimizer).__name__} steps no weight of {type(module).__name__} that could be masked "
-            f"and is not yet. Build the optimizer from the module's parameters, and add the module once."
-            f"{_frozen_beside_adapters(kept)}{_hint(kept)}"
-        )
+        raise ValueError(_nothing_to_mask(masking, module, weights, kept))
     kept = {name: kept[name] for name in judged if name in kept}
     shapes = {name: layer.mask.shape for name, layer in layers.items()}
     last = {id(weight) for weight in output_weights(module)}
@@ -85,6 +82,19 @@ def new_layers(
     if hint := _hint(kept):
         logger.warning("%s", hint.strip())
     return layers, kept
+
+
+def _nothing_to_mask(masking, module, weights, kept):
+    if weights and all(kept.get(name, (None, ""))[1] == NAMED for name in weights):
+        return (
+            f"All weights of {type(module).__name__} that could be masked are named to stay dense: "
+            f"{', '.join(weights)}. Name fewer in dense=[...]; sparse_init='uniform' keeps the first one dense."
+        )
+    return (
+        f"{type(masking.optimizer).__name__} steps no weight of {type(module).__name__} that could be masked "
+        f"and is not yet. Build the optimizer from the module's parameters, and add the module once."
+        f"{_frozen_beside_adapters(kept)}{_hint(kept)}"
+    )
 
 
 def _stays_dense(name, named_dense, parts):

@@ -1,7 +1,7 @@
 """The masks at the start of training."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -19,6 +19,24 @@ Density = float | Mapping[str, float]
 SparseInit = str | Distribution | Mapping[str, Tensor]
 # The largest magnitudes of each layer: {sparse_init: distribution of the active weights among layers}
 MAGNITUDE = {"magnitude": "constant", **{f"magnitude:{name}": name for name in DISTRIBUTIONS}}
+
+# One density for all layers but the first, which stays dense: {sparse_init: what it is beside dense=["first"]}
+FIRST_DENSE = {"uniform": "constant", "magnitude:uniform": "magnitude"}
+
+
+def first_dense(dense: Iterable[str], sparse_init: SparseInit) -> tuple[list[str], SparseInit]:
+    """Return what stays dense, as patterns of names, and the `sparse_init` of the other layers.
+
+    'uniform' is the uniform distribution of Evci et al. 2020 (RigL), https://arxiv.org/abs/1911.11134, section 3(1):
+    the first layer is dense, and all others have the density.
+
+    >>> first_dense(["fc3"], "uniform"), first_dense([], "constant")
+    ((['fc3', 'first'], 'constant'), ([], 'constant'))
+    """
+    patterns = [dense] if isinstance(dense, str) else list(dense)
+    if isinstance(sparse_init, str) and sparse_init in FIRST_DENSE:
+        return [*patterns, "first"], FIRST_DENSE[sparse_init]
+    return patterns, sparse_init
 
 
 def initial_masks(
@@ -52,7 +70,7 @@ def initial_masks(
             given = {name: placed_like(mask, sparse_init[name]) for name, mask in empty.items()}
             return {name: _given(name, given[name], mask, norm_dims.get(name)) for name, mask in empty.items()}
     elif not callable(sparse_init) and sparse_init not in DISTRIBUTIONS:
-        names = ", ".join(map(repr, (*DISTRIBUTIONS, *MAGNITUDE, "resume", "snip", "grasp", "synflow")))
+        names = ", ".join(map(repr, (*DISTRIBUTIONS, *MAGNITUDE, *FIRST_DENSE, "resume", "snip", "grasp", "synflow")))
         raise ValueError(
             f"Unknown sparse_init {sparse_init!r}. Pass a function, or one of {names}, or a dict from names to scores "
             "or masks."

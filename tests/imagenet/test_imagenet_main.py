@@ -377,6 +377,15 @@ def test_a_density_of_the_network_counts_what_stays_dense(density):
     assert parameters - masking.total_zero == round(density * parameters), "all layers sparse"
 
 
+def test_the_uniform_distribution_of_rigl_keeps_the_first_convolution_dense():
+    uniform = ("--sparse-init", "uniform", "--dense-layers", "--density", "0.2")
+    masking, _ = baseline_masking(*uniform)
+    assert "conv1.weight" not in masking.masks
+    assert all(abs(layer.nonzeros - 0.2 * layer.mask.numel()) <= 1 for layer in masking.layers)
+    masking, parameters = baseline_masking(*uniform, "--density-of", "network")
+    assert parameters - masking.total_zero == round(0.2 * parameters)
+
+
 def test_parameters_are_masked_that_sparse_layers_names():
     args = parsed("--recipe", "tuned", "--sparse-layers", "*A_log", "--density-of", "network", "--density", "0.5")
     model = nn.Sequential(nn.Linear(6, 4))

@@ -8,8 +8,10 @@ the threshold, and draws linear layers again before it scores. The scores are `s
 from oracles import snip, static
 from oracles.scores_modes import grasp_of
 
-moves, update, start = static.moves, static.update, snip.start
+moves, start = static.moves, snip.start
 
 
-def scores(model, batches):
-    return grasp_of(model, batches, training=True)
+def masks(model, batches, density):
+    return start(
+        {name: score.flatten().tolist() for name, score in grasp_of(model, batches, True).items()}, density, model
+    )

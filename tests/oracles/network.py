@@ -57,7 +57,7 @@ class Move:
     """
 
     kept: list
-    grown: list | int
+    grown: list | int | None
     score: list | None = None
     forget: bool = False
 

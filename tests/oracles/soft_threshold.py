@@ -9,7 +9,9 @@ and moves h every step (an option: every k). In the library h is the largest mag
 as many weights are seen as the density says; nothing is rescaled, and h moves every 100 steps.
 """
 
-from oracles import gmp
+import torch
+
+from oracles import gmp, top_kast
 from oracles.network import highest_of_network, none_empty
 
 start, moves, density, end = gmp.start, gmp.moves, gmp.density, gmp.end
@@ -29,3 +31,32 @@ def seen(value, active, threshold):
     if not active or abs(value) <= threshold:
         return 0.0
     return value - threshold if value > 0 else value + threshold
+
+
+class Network(top_kast.Network):
+    """Dense weights theta, all of them trained, and the threshold by which they are seen."""
+
+    def choose(self):
+        self.masks, self.threshold = [torch.ones_like(theta, dtype=torch.bool) for theta in self.theta], 0.0
+
+    def train(self, optimizer, decay):
+        for theta in self.theta:
+            theta.grad = theta.grad + decay * theta
+        optimizer.step()
+
+    def move(self, step, course):
+        weights = [theta.flatten().tolist() for theta in self.theta]
+        masks = [mask.flatten().tolist() for mask in self.masks]
+        after, self.threshold = update(weights, masks, density(step, course))
+        self.masks = [torch.tensor(mask).reshape(theta.shape) for mask, theta in zip(after, self.theta, strict=True)]
+
+    def seen(self):
+        return [
+            torch.tensor(
+                [
+                    seen(value, active, self.threshold)
+                    for value, active in zip(theta.flatten().tolist(), mask.flatten().tolist(), strict=True)
+                ]
+            ).reshape(theta.shape)
+            for theta, mask in zip(self.theta, self.masks, strict=True)
+        ]

@@ -7,8 +7,8 @@ with `use_sparse_const_fan_in_for_ablation` (the paper's setting). Matrices are 
 from fractions import Fraction
 
 from oracles import distributions, rigl
-from oracles.network import Move, exactly, rounded_up
-from oracles.reference import round_to
+from oracles.network import Move, exactly, magnitudes, rounded_up
+from oracles.reference import drop_lowest, round_to
 
 moves = rigl.moves
 
@@ -27,7 +27,7 @@ def kept_neurons(weight, gradient, active, number_pruned, gamma, fan_in):
     counts = [sum((i, j) in salient for j in range(inputs)) for i in range(outputs)]
     at_least = max(1, int(gamma * fan_in))
     smallest = outputs * fan_in // inputs  # neurons that would hold all weights
-    at_least = min(at_least, sorted(counts, reverse=True)[smallest])
+    at_least = min(at_least, sorted(counts, reverse=True)[min(smallest, outputs - 1)])
     return [i for i in range(outputs) if counts[i] >= at_least]
 
 
@@ -63,11 +63,13 @@ def start(layers, course):
 
 
 def update(layers, step, course):
-    """Return the masks of linear layers; `course.memory` holds the fan-in of each at the start.
+    """Return what becomes of linear layers; neurons of the last one, the outputs, are not ablated.
 
-    Neurons of the last layer, the outputs, are not ablated. Where a neuron is, growth places the weights that pruning
-    left there, too, so that `grown` gets all that is free.
+    The authors prune again where pruning left weights of an ablated neuron, or more than the new fan-in; the library
+    places these weights by the gradient. Then the oracle says how many weights each neuron has, not which: `grown` is a
+    list of numbers, or None where earlier updates left weights over that found no place.
     """
+    fan_ins = course.memory.setdefault("fan_in", [layer.active // layer.shape[0] for layer in layers])
     found = []
     for i, layer in enumerate(layers):
         outputs, inputs = layer.shape
@@ -75,11 +77,19 @@ def update(layers, step, course):
             [part[j : j + inputs] for j in range(0, layer.size, inputs)]
             for part in (layer.weight, layer.gradient, layer.mask)
         )
-        fan_in = course.memory["fan_in"][i]
+        fan_in = fan_ins[i]
         pruned = rounded_up(rigl.rate(step, course) * layer.active)
         kept = list(range(outputs))
         if i < len(layers) - 1:
             kept = kept_neurons(weight, gradient, mask, pruned, 0.3, fan_in)
-        masks = grown(weight, gradient, mask, pruned, kept, shared_fan_in(outputs, fan_in, kept))
-        found.append(Move([False] * layer.size, [bool(m) for row in masks for m in row], forget=True))
+        shared = shared_fan_in(outputs, fan_in, kept)
+        left = drop_lowest(magnitudes(layer), layer.mask, pruned)
+        rows = [sum(left[j : j + inputs]) for j in range(0, layer.size, inputs)]
+        if layer.active < outputs * fan_in:
+            found.append(Move([], None, forget=True))
+        elif any(row > (shared if j in kept else 0) for j, row in enumerate(rows)):
+            found.append(Move([], [shared if j in kept else 0 for j in range(outputs)], forget=True))
+        else:
+            masks = grown(weight, gradient, mask, pruned, kept, shared)
+            found.append(Move([False] * layer.size, [bool(m) for row in masks for m in row], forget=True))
     return found

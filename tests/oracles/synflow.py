@@ -7,10 +7,12 @@ Their code removes int((1 - density^(t/100)) * size) and all that tie with the l
 For linear layers with ReLU in between, without biases or with: R = 1^T |W_L| ... |W_1| 1, in loops over Python numbers.
 """
 
+import torch
+
 from oracles import static
 from oracles.network import highest_of_network
 
-moves, update = static.moves, static.update
+moves = static.moves
 ROUNDS = 100
 
 
@@ -55,3 +57,14 @@ def flows(weights, biases):
 
 def _rows(flat, width):
     return [flat[i : i + width] for i in range(0, len(flat), width)]
+
+
+def masks(model, batches, density):
+    """Return the masks of a chain of linear layers by name; SynFlow needs no data."""
+    parameters = dict(model.named_parameters())
+    weights = {name: parameter.tolist() for name, parameter in parameters.items() if parameter.dim() == 2}
+    biases = [parameter.tolist() for parameter in parameters.values() if parameter.dim() == 1]
+    chosen = start(list(weights.values()), biases, density)
+    return {
+        name: torch.tensor(mask).reshape(parameters[name].shape) for name, mask in zip(weights, chosen, strict=True)
+    }

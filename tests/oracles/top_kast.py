@@ -9,9 +9,10 @@ The paper names a density for A and one for B; the library takes |B| = 2 |A|. It
 where the paper chooses A and B before every step, chooses them every 100 steps.
 """
 
+import torch
+
 from oracles import rigl
-from oracles.network import highest_of_network
-from oracles.top_kast_start import largest
+from oracles.network import Layer, highest_of_network
 
 start = rigl.start
 
@@ -28,15 +29,38 @@ def sets(theta, active):
     return a, b
 
 
-def update(theta, active):
-    return sets(theta, active)
+class Network:
+    """Dense weights theta, with the sets A (`masks`) and B (`trained`) of each."""
 
+    def __init__(self, theta, active):
+        self.theta, self.active = theta, active
+        self.choose()
 
-def decay_of(in_a, in_b, density, decay):
-    """Return the weight decay of an entry, the factor of theta in the gradient of the exploration term."""
-    if in_a:
-        return decay
-    return decay / density if in_b else 0.0
+    def choose(self):
+        found = [sets(theta.flatten().tolist(), k) for theta, k in zip(self.theta, self.active, strict=True)]
+        self.masks, self.trained = (
+            [torch.tensor(pair[i]).reshape(theta.shape) for pair, theta in zip(found, self.theta, strict=True)]
+            for i in (0, 1)
+        )
 
+    def counts(self):
+        return [int(mask.sum()) for mask in self.masks]
 
-__all__ = ["decay_of", "largest", "moves", "sets", "start", "update"]
+    def layers(self):
+        return [Layer(tuple(theta.shape), [], [], [], []) for theta in self.theta]
+
+    def train(self, optimizer, decay):
+        """Step theta on B, where the gradient is that of the loss and of the exploration term."""
+        before = [theta.clone() for theta in self.theta]
+        for theta, a, b in zip(self.theta, self.masks, self.trained, strict=True):
+            density = int(a.sum()) / a.numel()
+            theta.grad = torch.where(b, theta.grad + theta * torch.where(a, decay, decay / density), 0.0)
+        optimizer.step()
+        for theta, old, b in zip(self.theta, before, self.trained, strict=True):
+            theta.copy_(torch.where(b, theta, old))
+
+    def move(self, step, course):
+        self.choose()
+
+    def seen(self):
+        return [torch.where(a, theta, 0.0) for theta, a in zip(self.theta, self.masks, strict=True)]

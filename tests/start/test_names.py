@@ -95,5 +95,5 @@ def test_patterns_that_do_not_fit_are_refused(density, choice, message):
 
 
 def test_nothing_left_to_mask_is_refused():
-    with pytest.raises(ValueError, match="steps no weight of Sequential that could be masked"):
+    with pytest.raises(ValueError, match="All weights of Sequential that could be masked are named to stay dense"):
         build(0.1, dense="*")
