@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from sparselearning.core import add_sparse_args
 from sparselearning.experiments.data import photographs as images
 from sparselearning.experiments.data.files import DataError
+from sparselearning.experiments.data.verify import verify
 from sparselearning.experiments.run import resuming, session
 from sparselearning.experiments.run.arguments import ArgumentParser, add_run_args, check, processes
 from sparselearning.experiments.run.chance import at_chance, warn_at_chance
@@ -93,6 +94,10 @@ def build_parser():
     place.add_argument("place", metavar="DIR", nargs="?",
         help="folder with train/ and val/, or webdataset:FOLDER with tar shards")
     place.add_argument("--data", dest="data_dir", metavar="DIR", help="the same")
+    add("--verify", action="store_true",
+        help="list all bad images, shards and labels, and end; status 1 if there are any")
+    add("--skip-bad-images", type=whole_number, default=0, metavar="N",
+        help="leave out up to N images that cannot be read (default: 0)")
     add("--recipe", choices=[*RECIPES], default="tuned", help="sets the defaults (default: tuned)")
     add("-a", "--arch", dest="model", type=architecture, default="resnet50", metavar="NAME",
         help=f"{', '.join(RESNETS)}, torchvision:NAME or timm:NAME (default: resnet50)")
@@ -205,6 +210,8 @@ def exclusions(args):
 
 def run(args):
     """Make one run, and return its folder."""
+    if args.verify:
+        raise SystemExit(verify(args.data_dir, args.workers))
     device = session.start(args)
     torch.backends.cudnn.benchmark = True  # all batches have one shape
     found = resuming.find(args)
@@ -304,8 +311,9 @@ def run(args):
 def load_images(args, device):
     """Return the number of classes, the order of the training batches, and loaders for training and evaluation."""
     train_source, valid_source = images.sources(args.data_dir)
-    train_images = images.Photographs(train_source, args.image_size, train=True, seed=args.seed)
-    valid_images = images.Photographs(valid_source, args.image_size, train=False)
+    skips = images.Skips(args.skip_bad_images)
+    train_images = images.Photographs(train_source, args.image_size, train=True, seed=args.seed, skips=skips)
+    valid_images = images.Photographs(valid_source, args.image_size, train=False, skips=skips)
     if args.batch_size > len(train_images):
         raise DataError(
             f"--batch-size {args.batch_size} is more than the {len(train_images)} images of {args.data_dir}."
