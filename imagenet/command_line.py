@@ -50,6 +50,10 @@ def build_parser(description=None):
     place.add_argument("place", metavar="DIR", nargs="?",
         help="folder with train/ and val/, or webdataset:FOLDER with tar shards")
     place.add_argument("--data", dest="data_dir", metavar="DIR", help="the same")
+    add("--verify", action="store_true",
+        help="list all bad images, shards and labels, and end; status 1 if there are any")
+    add("--skip-bad-images", type=whole_number, default=0, metavar="N",
+        help="leave out up to N images that cannot be read (default: 0)")
     add("--recipe", choices=[*RECIPES], default="tuned", help="sets the defaults (default: tuned)")
     add("-a", "--arch", dest="model", type=architecture, default="resnet50", metavar="NAME",
         help=f"{', '.join(RESNETS)}, torchvision:NAME or timm:NAME (default: resnet50)")

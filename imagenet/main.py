@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from sparselearning.experiments.data import photographs as images
 from sparselearning.experiments.data.files import DataError
+from sparselearning.experiments.data.verify import verify
 from sparselearning.experiments.run import resuming, session
 from sparselearning.experiments.run.arguments import check
 from sparselearning.experiments.run.chance import at_chance, warn_at_chance
@@ -62,6 +63,8 @@ def parse_arguments(argv=None):
 
 def run(args):
     """Make one run, and return its folder."""
+    if args.verify:
+        raise SystemExit(verify(args.data_dir, args.workers))
     device = session.start(args)
     torch.backends.cudnn.benchmark = True  # all batches have one shape
     if args.evaluate:
@@ -74,7 +77,8 @@ def evaluate_weights(args, device):
     """Evaluate weights as they are on the validation images, log the result and return it; write nothing."""
     weights = resuming.weights_to_evaluate(args)
     source = images.source_of(args.data_dir, "val")
-    batches = images.on_device(load_in_order(args, source, device), device, memory_format(args) is torch.channels_last)
+    loader = load_in_order(args, source, device, images.Skips(args.skip_bad_images))
+    batches = images.on_device(loader, device, memory_format(args) is torch.channels_last)
     model = build_model(args, len(source.classes))
     load_pretrained(weights, model, hint=f"The images of {args.data_dir} have {len(source.classes)} classes.")
     model = model.to(device, memory_format=format_of_weights(args))
@@ -185,7 +189,8 @@ def train(args, device, lock):
 def load_images(args, device):
     """Return the number of classes, the order of the training batches, and loaders for training and evaluation."""
     train_source, valid_source = images.sources(args.data_dir)
-    train_images = images.Photographs(train_source, args.image_size, train=True, seed=args.seed)
+    skips = images.Skips(args.skip_bad_images)
+    train_images = images.Photographs(train_source, args.image_size, train=True, seed=args.seed, skips=skips)
     if args.batch_size > len(train_images):
         raise DataError(
             f"--batch-size {args.batch_size} is more than the {len(train_images)} images of {args.data_dir}."
@@ -193,12 +198,12 @@ def load_images(args, device):
     share = dict(rank=distributed.rank(), processes=distributed.processes())
     batches = images.TrainingBatches(len(train_images), args.batch_size, args.accumulate, **share, seed=args.seed)
     train_loader = images.load(train_images, batches, args.workers, device)
-    return len(train_source.classes), batches, train_loader, load_in_order(args, valid_source, device)
+    return len(train_source.classes), batches, train_loader, load_in_order(args, valid_source, device, skips)
 
 
-def load_in_order(args, source, device):
+def load_in_order(args, source, device, skips):
     """Return a loader of this process's share of the images to evaluate."""
-    valid_images = images.Photographs(source, args.image_size, train=False)
+    valid_images = images.Photographs(source, args.image_size, train=False, skips=skips)
     share = dict(rank=distributed.rank(), processes=distributed.processes())
     in_order = images.EvaluationBatches(len(valid_images), images_of_a_part(args), **share)
     return images.load(valid_images, in_order, args.workers, device)

@@ -106,6 +106,15 @@ def gather(value: Any) -> list[Any]:
     return values or []
 
 
+def gather_everywhere(value: Any) -> list[Any]:
+    """Return the values of all processes by rank, on each of them. A value may be any object."""
+    if not in_process_group():
+        return [value]
+    values = [None] * processes()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def average_buffers(model: nn.Module) -> None:
     """Replace the model's floating-point buffers, the statistics of BatchNorm, by their mean over all processes."""
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]

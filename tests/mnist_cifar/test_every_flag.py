@@ -226,6 +226,8 @@ OF_IMAGENET = {
     "--bench-iterations": "test_benchmarks_and_the_profile_end_without_training",
     "--bench-warmup": "test_benchmarks_and_the_profile_end_without_training",
     "--gather-checkpoints": "test_a_run_leaves_its_files_and_keeps_its_density",
+    "--skip-bad-images": "test_a_run_skips_bad_images_and_names_each_once",
+    "--verify": "test_verify_lists_all_that_is_bad_with_status_1",
     "--density-of": "test_a_density_of_the_network_counts_what_stays_dense",
 }
 

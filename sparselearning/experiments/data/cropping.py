@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparselearning.experiments.data.decoding import to_rgb
+
 Box = tuple[int, int, int, int]  # left, top, width, height, in pixels
 
 
@@ -40,11 +42,11 @@ def cut(image: Any, box: Box, size: int) -> Tensor:
     left, top, width, height = box
     shrink = min(width, height) // size
     if shrink < 2:  # torchvision resizes uint8 faster than Pillow
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
         return F.resized_crop(pixels, top, left, height, width, [size, size], antialias=True)
     full = image.size
     image.draft("RGB", (full[0] // shrink, full[1] // shrink))
     x, y = image.size[0] / full[0], image.size[1] / full[1]
     corners = (left * x, top * y, (left + width) * x, (top + height) * y)
-    part = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=corners)
+    part = to_rgb(image).resize((size, size), Image.Resampling.BILINEAR, box=corners)
     return torch.from_numpy(np.array(part)).permute(2, 0, 1)

@@ -70,7 +70,7 @@ class FolderSource:
         if others:
             text = "%d files in %s are not read: %s. Expected <class>/<image> with a name that ends in %s."
             logger.warning(text, len(others), printable(folder), shorten(others, 3), ", ".join(EXTENSIONS))
-        self.labels = np.repeat(np.arange(len(paths)), [len(images) for images in paths])
+        self.labels = np.repeat(np.arange(len(paths)), np.array([len(images) for images in paths], int))
         # Every worker process would copy a list of a million strings; it shares one array of bytes.
         self._names = np.array([os.fsencode(os.path.relpath(path, folder)) for images in paths for path in images])
 
