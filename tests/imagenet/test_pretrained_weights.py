@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from script import draw_nothing
-from small import SMALL, parsed, script, small_network
+from script import draw_nothing, small_network
+from small import SMALL, parsed, script
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
