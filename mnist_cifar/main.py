@@ -175,7 +175,7 @@ def train(args, device, lock):
         with StopRequests() as stop:
             checkpoints = resuming.Checkpoints(folder, parts, model, args, stop, steps_per_epoch)
             for epoch in range(first_epoch, args.epochs + 1):
-                progress, begun = begun or Progress(order=torch.randperm(len(data.train))), None
+                progress, begun = begun or Progress(order=draw_order(len(data.train))), None
                 left = dict(order=progress.order, start=progress.steps)
                 batches = datasets.batches(data.train, args.batch_size, augment=data.augment, **left, **look)
                 batches = datasets.share(batches, evenly=True)
@@ -217,6 +217,11 @@ def train(args, device, lock):
     return folder
 
 
+def draw_order(images):
+    """Return an order of the training images, one for all processes, whatever each of them has drawn before."""
+    return distributed.from_first(torch.randperm(images))
+
+
 def build_optimizer(args, model):
     """Return the optimizer that the arguments ask for."""
     settings = dict(lr=args.lr, weight_decay=args.l2, fused=args.device.startswith(("cpu", "cuda")))
@@ -228,12 +233,14 @@ def build_optimizer(args, model):
 def examine(args, model, precision, data, test_batches, folder):
     """Write the trained model, its features and the time of its layers, where the arguments ask for them."""
     if args.save_model:
-        checkpoint.write_atomically(args.save_model, lambda file: torch.save(model.state_dict(), file))
+        with folder.writing(args.save_model):
+            checkpoint.write_atomically(args.save_model, lambda file: torch.save(model.state_dict(), file))
     # A compiled model does not call hooks that come later.
     with torch.compiler.set_stance("force_eager") if args.compile else nullcontext():
         if args.save_features:
             seen = features.collect(model, test_batches(), data.classes)
-            features.save(seen, folder.path / "features.npz")
+            with folder.writing("features.npz"):
+                features.save(seen, folder.path / "features.npz")
         if args.bench:
             plain = to_dense(model)
             with LayerBench(plain) as bench:
