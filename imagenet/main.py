@@ -6,10 +6,11 @@
 
 DIR holds train/<class>/<image> and val/<class>/<image>; `webdataset:DIR` holds tar shards *train*.tar and *val*.tar.
 A run leaves runs/imagenet-<model>-<density>-<seed>-<hash>/ with args.json, log.txt, metrics.jsonl, checkpoint.pt,
-checkpoint-best.pt, curves.png and density.png. `--resume <that folder>` goes on where it was stopped, with the same
-arguments and on any number of processes; a command with `--resume auto` goes on if its run has begun, and begins it if
-not. `--resume <that folder> --evaluate` prints the accuracy of its checkpoint, and writes nothing. On SIGTERM and
-SIGINT (Ctrl-C) the run writes a checkpoint after the running step, and exits with status 143 or 130.
+checkpoint-best.pt, curves.png and density.png; a second run with the same arguments is refused while it lives.
+`--resume <that folder>` goes on where it was stopped, with the same arguments and on any number of processes; a command
+with `--resume auto` goes on if its run has begun, and begins it if not. `--resume <that folder> --evaluate` prints the
+accuracy of its checkpoint, and writes nothing. On SIGTERM and SIGINT (Ctrl-C) the run writes a checkpoint after the
+running step, and exits with status 143 or 130.
 
 The masks move at the end of every epoch but the last (or every --prune-every-k-steps steps): a weight that has just
 grown is still zero, and after the last epoch no step would train it.

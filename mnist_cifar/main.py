@@ -6,9 +6,10 @@
     torchrun --nproc_per_node 2 main.py --data cifar --model wrn-16-8 --density 0.05 --amp bf16
 
 A run leaves runs/<data>-<model>-<density>-<seed>-<hash>/ with args.json, log.txt, metrics.jsonl, checkpoint.pt,
-curves.png and density.png. `--resume <that folder>` goes on where it was stopped, with the same arguments; a command
-with `--resume auto` goes on if its run has begun, and begins it if not. On SIGTERM and SIGINT (Ctrl-C) the run writes a
-checkpoint after the running step, and exits with status 143 or 130.
+curves.png and density.png; a second run with the same arguments is refused while it lives. `--resume <that folder>`
+goes on where it was stopped, with the same arguments and on any number of processes; a command with `--resume auto`
+goes on if its run has begun, and begins it if not. On SIGTERM and SIGINT (Ctrl-C) the run writes a checkpoint after the
+running step, and exits with status 143 or 130.
 
 The masks move at the end of every epoch but the last (or every --prune-every-k-steps steps): a weight that has just
 grown is still zero, and after the last epoch no step would train it.
@@ -41,7 +42,7 @@ from sparselearning.experiments.run.costs import describe, flops_of_run
 from sparselearning.experiments.run.folder import RunFolder, defaults_of_run, place
 from sparselearning.experiments.run.lock import locked
 from sparselearning.experiments.run.precision import choose_precision
-from sparselearning.experiments.run.start import build_masking, load_first_weights, memory_format
+from sparselearning.experiments.run.start import build_masking, check_batch_norm, load_first_weights, memory_format
 from sparselearning.experiments.run.stopping import StopRequests
 from sparselearning.experiments.run.training import Progress, evaluate, progress_bar, train_epoch
 from sparselearning.flags import defaults_from, fraction, non_negative, positive_int, proper_fraction
@@ -152,7 +153,9 @@ def train(args, device, lock):
 
     model = models.build(args.model).to(device, memory_format=memory_format(args))
     load_first_weights(args, model)
-    flops = forward_flops(model, torch.zeros(1, *IMAGE_SHAPES[args.data], device=device))
+    example = torch.zeros(1, *IMAGE_SHAPES[args.data], device=device)
+    flops = forward_flops(model, example)
+    check_batch_norm(model, example, args.batch_size // distributed.processes(), args.batch_size)
     if args.compile:
         model.compile()
     precision, optimizer = choose_precision(args, model, build_optimizer(args, model), device)
