@@ -59,25 +59,28 @@ def test_a_network_that_takes_no_size_gets_none(timm, tmp_path):
         script.build_model(parsed("data", tmp_path, "--arch", "timm:broken"), 7)
 
 
-@pytest.mark.parametrize(("name", "size"), [("vit_b_32", 64), ("ViT_B_32", 96), ("maxvit_t", 64), ("swin_t", 64)])
-def test_the_size_of_images_reaches_transformers_of_torchvision(name, size, tmp_path, monkeypatch):
+def test_the_size_of_images_reaches_transformers_of_torchvision(tmp_path, monkeypatch):
     models = pytest.importorskip("torchvision.models")
-    get_model, seen = models.get_model, []
-
-    def remembered(name, **more):
-        seen.append(more)
-        if name == "maxvit_t":
-            return nn.Sequential(nn.Flatten(), nn.Linear(3 * size * size, 7))  # itself it takes seconds
-        return get_model(name, **more)
-
-    monkeypatch.setattr(models, "get_model", remembered)
-    args = parsed("data", tmp_path, "--arch", f"torchvision:{name}", "--image-size", size)
+    args = parsed("data", tmp_path, "--arch", "torchvision:vit_b_32", "--image-size", 64)
     model = script.build_model(args, 7)
-    assert model(torch.zeros(1, 3, size, size)).shape == (1, 7)
-    if name == "maxvit_t":
-        assert seen[0]["input_size"] == (size, size)
-    if name.lower() == "vit_b_32":
-        assert model.encoder.pos_embedding.shape[1] == (size // 32) ** 2 + 1
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+    assert model.encoder.pos_embedding.shape[1] == 2 * 2 + 1
+    asked = {}
+
+    def get_model(name, **more):  # they take seconds
+        asked[name] = more
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 7))
+
+    monkeypatch.setattr(models, "get_model", get_model)
+    for name in ("ViT_L_16", "maxvit_t", "swin_t", "resnet18"):
+        script.build_model(parsed("data", tmp_path, "--arch", f"torchvision:{name}", "--image-size", 64), 7)
+    of_all = dict(weights=None, num_classes=7)
+    assert asked == {
+        "ViT_L_16": of_all | {"image_size": 64},
+        "maxvit_t": of_all | {"input_size": (64, 64)},
+        "swin_t": of_all,
+        "resnet18": of_all,
+    }
 
 
 def test_a_size_that_a_transformer_cannot_take_is_refused_in_a_line(tmp_path):

@@ -54,17 +54,20 @@ class Attempt:
     def workers(self):
         """The processes that torchrun started."""
         pid = self.process.pid
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        with suppress(FileNotFoundError):
+            return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return []
 
     def send(self, number, draw):
-        """Send a signal to the run, or to one of its processes."""
-        with suppress(ProcessLookupError, FileNotFoundError):
-            workers = self.workers() if self.several else []
-            one = draw.choice(workers) if workers and draw.random() < 0.5 else self.process.pid
-            os.kill(one, number)
-            if number == signal.SIGKILL and one == self.process.pid:
-                for worker in workers:  # those that torchrun started would train on without it
-                    os.kill(worker, number)
+        """Send a signal to the run, or to one of its processes; SIGKILL kills that one or all."""
+        pids = [self.process.pid]
+        if self.several and draw.random() < 0.5:
+            pids = [draw.choice(self.workers() or pids)]
+        elif self.several and number == signal.SIGKILL:  # those that torchrun started would train on without it
+            send(self.process.pid, signal.SIGSTOP)  # so that it starts no more
+            pids += self.workers()
+        for pid in pids:
+            send(pid, number)
 
     def end(self):
         """Wait for its end; return its status and its errors other than a lost process."""
@@ -76,6 +79,11 @@ class Attempt:
             self.errors.seek(0)
             said = re.findall(r"main\.py: error: .*", self.errors.read())
         return status, [line for line in said if "lost another process" not in line]
+
+
+def send(pid, number):
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def finish(place, processes, epochs):
@@ -97,6 +105,7 @@ def finish(place, processes, epochs):
     return records
 
 
+@pytest.mark.slow
 def test_torchrun_ends_a_stopped_run_with_1_and_one_process_goes_on(tmp_path):
     place = tmp_path / "runs"
     attempt = Attempt(place, 2, epochs=8)
@@ -111,7 +120,7 @@ def test_torchrun_ends_a_stopped_run_with_1_and_one_process_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_fifty_kills_on_one_process_and_two_in_turn_leave_no_trace(tmp_path):
-    place, draw, epochs, kills = tmp_path / "runs", random.Random(0), 100, 0
+    place, draw, epochs, kills = tmp_path / "runs", random.Random(0), 200, 0
     attempts = 0
     while kills < 50:
         attempts += 1
