@@ -77,7 +77,7 @@ def run(args):
 def evaluate_weights(args, device):
     """Evaluate weights as they are on the validation images, log the result and return it; write nothing."""
     weights = resuming.weights_to_evaluate(args)
-    source = images.source_of(args.data_dir, "val")
+    source = images.validation_source(args.data_dir)
     batches = images.on_device(load_in_order(args, source, device), device, memory_format(args) is torch.channels_last)
     model = build_model(args, len(source.classes))
     load_pretrained(weights, model, hint=f"The images of {args.data_dir} have {len(source.classes)} classes.")

@@ -1,5 +1,6 @@
 """mnist_cifar/main.py on several processes: one order of the images, one that writes, any number that go on."""
 
+import logging
 import os
 import signal
 
@@ -18,6 +19,7 @@ STEPS = 5  # of an epoch
 
 def train(place, stop_at):
     """Train on this process's share; return the orders of the images, and where it stopped, if it did."""
+    logging.getLogger().setLevel("INFO")  # as the script does where it is typed
     os.environ["WORLD_SIZE"] = str(distributed.processes())
     main, orders = load_main(), []
     torch.manual_seed(distributed.rank())
