@@ -6,21 +6,25 @@
 
 DIR holds train/<class>/<image> and val/<class>/<image>; `webdataset:DIR` holds tar shards train-*.tar and val-*.tar.
 A run leaves runs/imagenet-<model>-<density>-<seed>-<hash>/ with args.json, log.txt, metrics.jsonl, checkpoint.pt,
-checkpoint-best.pt, curves.png and density.png. `--resume <that folder>` goes on where it was stopped, with the same
-arguments and on any number of processes; a command with `--resume auto` goes on if its run has begun, and begins it if
-not. `--resume <that folder> --evaluate` prints the accuracy of its checkpoint, and writes nothing. On SIGTERM and
-SIGINT (Ctrl-C) the run writes a checkpoint after the running step, and exits with status 143 or 130.
+checkpoint-best.pt, curves.png and density.png; a second run with the same arguments is refused while it lives.
+`--resume <that folder>` goes on where it was stopped, with the same arguments and on any number of processes; a command
+with `--resume auto` goes on if its run has begun, and begins it if not. `--resume <that folder> --evaluate` prints the
+accuracy of its checkpoint, and writes nothing. On SIGTERM and SIGINT (Ctrl-C) the run writes a checkpoint after the
+running step, and exits with status 143 or 130.
 
 The masks move at the end of every epoch but the last (or every --prune-every-k-steps steps): a weight that has just
 grown is still zero, and after the last epoch no step would train it.
 """
 
+import errno
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 # Before torch loads: threads that spin for long fight for shared cores, and one that sleeps at once is slow to wake.
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -155,6 +159,8 @@ def train(args, device, lock):
 
         with StopRequests() as stop:
             checkpoints = resuming.Checkpoints(folder, parts, model, args, stop, steps_per_epoch)
+            if metrics and begun is None:
+                checkpoints.copy(found[0], copies_of(args, metrics))
             for epoch in range(first_epoch, args.epochs + 1):
                 progress, begun = begun or Progress(), None
                 batches.epoch, batches.start = epoch, progress.steps * args.accumulate
@@ -174,9 +180,7 @@ def train(args, device, lock):
                 folder.add(**record, seconds=progress.seconds)
                 logger.info(folder.line())
                 warn_at_chance(folder.metrics, args, classes)
-                is_best = valid.accuracy >= max(entry.get("valid_accuracy", 0) for entry in folder.metrics)
-                copies = ["checkpoint-best.pt"] * is_best + [f"checkpoint-{epoch}.pt"] * args.gather_checkpoints
-                checkpoints.after_epoch(epoch, copies)
+                checkpoints.after_epoch(epoch, copies_of(args, folder.metrics))
 
         session.check_agreement(masking)
         session.draw_pictures(folder, masking)
@@ -240,6 +244,13 @@ def learning_rate(args, steps_per_epoch):
     return lambda step: min((step + 1) / (warmup or 1), 1) * 0.1 ** sum(step >= decay for decay in decays)
 
 
+def copies_of(args, metrics):
+    """Return the names that the checkpoint of the last epoch has besides checkpoint.pt."""
+    epochs = [record for record in metrics if "epoch" in record]
+    is_best = epochs[-1]["valid_accuracy"] >= max(record["valid_accuracy"] for record in epochs)
+    return ["checkpoint-best.pt"] * is_best + [f"checkpoint-{epochs[-1]['epoch']}.pt"] * args.gather_checkpoints
+
+
 def endless(loaded, loader) -> Iterator:
     """Yield batches without end."""
     while True:
@@ -265,9 +276,21 @@ def profile(folder, device, work):
     with torch.profiler.profile(activities=activities) as profiler:
         work()
     if distributed.rank() == 0:
-        profiler.export_chrome_trace(str(folder.path / "trace.json"))
+        with folder.writing("trace.json"):
+            write_trace(profiler, folder.path / "trace.json")
         by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         logger.info(profiler.key_averages().table(sort_by=by, row_limit=20))
+
+
+def write_trace(profiler, path):
+    """Write the trace of a profiler, which itself would leave half a file on a full disk and say nothing."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        written = Path(scratch) / path.name
+        profiler.export_chrome_trace(str(written))
+        trace = written.read_bytes() if written.exists() else b""
+        if not trace.rstrip().endswith(b"}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.replace(path)
 
 
 def main(argv=None):

@@ -6,9 +6,10 @@
     torchrun --nproc_per_node 2 main.py --data cifar --model wrn-16-8 --density 0.05 --amp bf16
 
 A run leaves runs/<data>-<model>-<density>-<seed>-<hash>/ with args.json, log.txt, metrics.jsonl, checkpoint.pt,
-curves.png and density.png. `--resume <that folder>` goes on where it was stopped, with the same arguments; a command
-with `--resume auto` goes on if its run has begun, and begins it if not. On SIGTERM and SIGINT (Ctrl-C) the run writes a
-checkpoint after the running step, and exits with status 143 or 130.
+curves.png and density.png; a second run with the same arguments is refused while it lives. `--resume <that folder>`
+goes on where it was stopped, with the same arguments and on any number of processes; a command with `--resume auto`
+goes on if its run has begun, and begins it if not. On SIGTERM and SIGINT (Ctrl-C) the run writes a checkpoint after the
+running step, and exits with status 143 or 130.
 
 The masks move at the end of every epoch but the last (or every --prune-every-k-steps steps): a weight that has just
 grown is still zero, and after the last epoch no step would train it.
@@ -41,7 +42,7 @@ from sparselearning.experiments.run.costs import describe, flops_of_run
 from sparselearning.experiments.run.folder import RunFolder, defaults_of_run, place
 from sparselearning.experiments.run.lock import locked
 from sparselearning.experiments.run.precision import choose_precision
-from sparselearning.experiments.run.start import build_masking, load_first_weights, memory_format
+from sparselearning.experiments.run.start import build_masking, check_batch_norm, load_first_weights, memory_format
 from sparselearning.experiments.run.stopping import StopRequests
 from sparselearning.experiments.run.training import Progress, evaluate, progress_bar, train_epoch
 from sparselearning.flags import defaults_from, fraction, non_negative, positive_int, proper_fraction
@@ -152,7 +153,9 @@ def train(args, device, lock):
 
     model = models.build(args.model).to(device, memory_format=memory_format(args))
     load_first_weights(args, model)
-    flops = forward_flops(model, torch.zeros(1, *IMAGE_SHAPES[args.data], device=device))
+    example = torch.zeros(1, *IMAGE_SHAPES[args.data], device=device)
+    flops = forward_flops(model, example)
+    check_batch_norm(model, example, args.batch_size // distributed.processes(), args.batch_size)
     if args.compile:
         model.compile()
     precision, optimizer = choose_precision(args, model, build_optimizer(args, model), device)
@@ -175,7 +178,7 @@ def train(args, device, lock):
         with StopRequests() as stop:
             checkpoints = resuming.Checkpoints(folder, parts, model, args, stop, steps_per_epoch)
             for epoch in range(first_epoch, args.epochs + 1):
-                progress, begun = begun or Progress(order=torch.randperm(len(data.train))), None
+                progress, begun = begun or Progress(order=draw_order(len(data.train))), None
                 left = dict(order=progress.order, start=progress.steps)
                 batches = datasets.batches(data.train, args.batch_size, augment=data.augment, **left, **look)
                 batches = datasets.share(batches, evenly=True)
@@ -217,6 +220,11 @@ def train(args, device, lock):
     return folder
 
 
+def draw_order(images):
+    """Return an order of the training images, one for all processes, whatever each of them has drawn before."""
+    return distributed.from_first(torch.randperm(images))
+
+
 def build_optimizer(args, model):
     """Return the optimizer that the arguments ask for."""
     settings = dict(lr=args.lr, weight_decay=args.l2, fused=args.device.startswith(("cpu", "cuda")))
@@ -228,12 +236,14 @@ def build_optimizer(args, model):
 def examine(args, model, precision, data, test_batches, folder):
     """Write the trained model, its features and the time of its layers, where the arguments ask for them."""
     if args.save_model:
-        checkpoint.write_atomically(args.save_model, lambda file: torch.save(model.state_dict(), file))
+        with folder.writing(args.save_model):
+            checkpoint.write_atomically(args.save_model, lambda file: torch.save(model.state_dict(), file))
     # A compiled model does not call hooks that come later.
     with torch.compiler.set_stance("force_eager") if args.compile else nullcontext():
         if args.save_features:
             seen = features.collect(model, test_batches(), data.classes)
-            features.save(seen, folder.path / "features.npz")
+            with folder.writing("features.npz"):
+                features.save(seen, folder.path / "features.npz")
         if args.bench:
             plain = to_dense(model)
             with LayerBench(plain) as bench:

@@ -5,7 +5,6 @@ import fcntl
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -20,12 +19,12 @@ import torch
 
 from campaign import kept
 from campaign.runs import RULES, Campaign, Run, queue
-from sparselearning.experiments.run.stopping import handled
+from sparselearning.experiments.run.stopping import SIGNALS, handled
 
 SCRIPT = Path(__file__).parents[2] / "mnist_cifar" / "main.py"
 ATTEMPTS = 5  # of a run that something else than the campaign stops
 POLL_SECONDS = 0.5
-STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
+STOPPED = [128 + number for number in SIGNALS]
 
 
 def work(campaign: Campaign, args: argparse.Namespace) -> int:

@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 from launch import run as run_processes
-from script import draw_nothing, metrics_of
-from small import SMALL, parsed, script, small_network
+from script import draw_nothing, metrics_of, small_network
+from small import SMALL, parsed, script
 
 from sparselearning.checkpoint import CheckpointError
 from sparselearning.experiments.run.folder import place

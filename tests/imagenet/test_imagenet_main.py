@@ -13,8 +13,7 @@ import pytest
 import torch
 from jpegs import write_folder
 from launch import run
-from script import ROOT, draw_nothing, load_main, run_folder, without_times
-from small import small_network
+from script import ROOT, draw_nothing, load_main, run_folder, small_network, without_times
 from torch import nn
 from torch._dynamo.utils import counters
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from script import draw_nothing
-from small import SMALL, parsed, script, small_network
+from script import draw_nothing, small_network
+from small import SMALL, parsed, script
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -111,7 +111,7 @@ def test_another_classifier_is_drawn_anew_where_asked_for(photograph_folder, tmp
     with pytest.raises(CheckpointError) as refused:
         first_weights(given)
     assert str(refused.value) == (
-        f"The weights in {file} have another classifier: fc.weight is (1000, 16) in the file and (4, 16) here; "
+        f"{file} has another classifier: fc.weight is (1000, 16) in the file and (4, 16) here; "
         "fc.bias is (1000,) in the file and (4,) here. Add --new-head to draw it anew."
     )
     begun = first_weights([*given, "--new-head"])

@@ -91,7 +91,7 @@ class FolderLock:
 
 def cannot_be_written(folder: Path, error: OSError) -> OSError:
     """Return the error of a run folder that cannot be made or written."""
-    hint = "Make room, or choose another place with --run-dir."
+    hint = "Choose another place with --run-dir."
     return OSError(f"The run folder {folder} cannot be written: {error}. {hint}")
 
 

@@ -51,15 +51,15 @@ def load_pretrained(path: str | Path, model: nn.Module, new_head: bool = False, 
     if differing := checkpoint.differences(state, own):
         what = checkpoint.describe_differences(differing, state, own)
         if all(map(of_head, differing)):
-            raise CheckpointError(f"The weights in {path} have another classifier: {what}. {hint}".strip())
-        raise CheckpointError(f"The weights in {path} are of another model: {what}.")
+            raise CheckpointError(f"{path} has another classifier: {what}. {hint}".strip())
+        raise CheckpointError(f"{path} is of another model: {what}.")
     before = {name: value.clone() if isinstance(value, Tensor) else value for name, value in own.items()}
     try:
         model.load_state_dict(state)
     except Exception as error:  # a module may raise any type for what it cannot take
         model.load_state_dict(before)
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"The weights in {path} cannot be loaded: {reason}") from error
+        raise CheckpointError(f"{path} cannot be loaded: {reason}") from error
     logger.info("weights from %s%s", path, f"; drawn anew: {', '.join(heads)}" if new_head else "")
     there, here = stride_of_file(content), stride_of(model)
     if there and here and there != here:

@@ -186,12 +186,15 @@ class Checkpoints:
             Stopped: if the run was asked to stop.
         """
         self._save(epoch)
-        if self.folder.writes:
-            for name in copies:
-                with self.folder.checkpoint.open("rb") as whole:
-                    checkpoint.write_atomically(self.folder.path / name, partial(shutil.copyfileobj, whole))
+        self.copy(self.folder.checkpoint, copies)
         if number := self.stop.requested():
             self._stop(number, f"after epoch {epoch}")
+
+    def copy(self, source: Path, copies: Iterable[str]) -> None:
+        """Copy the checkpoint `source` to names in the folder. A run that goes on makes copies that were not made."""
+        for name in copies if self.folder.writes else ():
+            with self.folder.writing(name), source.open("rb") as whole:
+                checkpoint.write_atomically(self.folder.path / name, partial(shutil.copyfileobj, whole))
 
     def _stop(self, number, where):
         raise Stopped(number, f"{where}; --resume {self.folder.path} goes on from there")
@@ -205,14 +208,11 @@ class Checkpoints:
             for part in self.parts.values():
                 part.state_dict()  # sends this process's shards to the first one
             return
-        try:
+        with self.folder.writing("The checkpoint"):
             checkpoint.save(
                 self.folder.checkpoint, keep=self.args.keep, **self.parts, epoch=epoch, progress=progress,
                 gradients=gradients, processes=others, metrics=self.folder.metrics, args=vars(self.args),
             )  # fmt: skip
-        except OSError as error:
-            hint = f"Make room, and go on with --resume {self.folder.path}."
-            raise OSError(f"The checkpoint cannot be written: {error}. {self.folder.kept()} {hint}") from error
 
 
 def take(

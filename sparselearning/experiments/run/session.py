@@ -146,6 +146,8 @@ def draw_pictures(folder: RunFolder, masking: Masking | None) -> None:
     """Write curves.png, and density.png where there are masks; of several processes the first one does."""
     if not folder.writes:
         return
-    plots.plot_curves(folder.metrics, folder.path / "curves.png")
+    with folder.writing("curves.png"):
+        plots.plot_curves(folder.metrics, folder.path / "curves.png")
     if masking is not None:
-        plots.plot_density(folder.metrics, folder.path / "density.png")
+        with folder.writing("density.png"):
+            plots.plot_density(folder.metrics, folder.path / "density.png")

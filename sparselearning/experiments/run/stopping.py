@@ -1,4 +1,4 @@
-"""How a run stops on SIGTERM and SIGINT: at once, or after a step that all its processes have done."""
+"""How a run stops on SIGTERM and its kin: at once, or after a step that all its processes have done."""
 
 import signal
 import sys
@@ -12,6 +12,10 @@ import torch.distributed as dist
 
 from sparselearning.processes import distributed
 
+# A terminal sends SIGINT (Ctrl-C) and SIGHUP; schedulers send SIGTERM, or what a job asks for, such as SIGUSR1.
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # Windows lacks some
+
 
 class Stopped(KeyboardInterrupt):
     """The run stops because of the signal `number`; `hint` says how to go on with it."""
@@ -23,14 +27,15 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Call `handler` on SIGTERM and SIGINT while the context lasts; in other threads than the main one do nothing.
+    """Call `handler` on the SIGNALS while the context lasts; in other threads than the main one do nothing.
 
-    Python lets only the main thread handle signals.
+    Python lets only the main thread handle signals. A SIGHUP that nohup lets the process ignore stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    ignored = [number for number in SIGNALS if number.name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in SIGNALS if number not in ignored}
     try:
         yield
     finally:
@@ -53,7 +58,7 @@ def end_stopped(program: str, stop: KeyboardInterrupt) -> NoReturn:
 
 
 class StopRequests:
-    """Notes SIGTERM and SIGINT, so that a run stops after a step, and all its processes after the same step.
+    """Notes the SIGNALS, so that a run stops after a step, and all its processes after the same step.
 
         with StopRequests() as stop:
             ...

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -83,6 +85,27 @@ def test_missing_files_are_downloaded_once(tmp_path, monkeypatch):
     assert same_split(load("mnist", tmp_path / "new").train, load("mnist", tmp_path / "new").train)
     assert len(calls) == 1
     assert (tmp_path / "new" / "MNIST" / "raw" / MNIST_FILES[0]).is_file()
+
+
+def test_two_that_miss_the_files_at_once_download_them_once(tmp_path, monkeypatch):
+    missing, looked, fetched = files._missing_mnist, threading.Barrier(2), []
+
+    def look(folder):
+        found = missing(folder)
+        looked.wait(60)  # both have seen that the files are missing
+        return found
+
+    def fetch(folder):
+        fetched.append(folder)
+        write_mnist(folder / "MNIST" / "raw")
+
+    monkeypatch.setattr(files, "_missing_mnist", look)
+    monkeypatch.setattr(files, "_fetch_mnist", fetch)
+    with ThreadPoolExecutor(2) as pool:
+        (one, _), (other, _) = pool.map(files.read_mnist, [tmp_path / "data"] * 2)
+    assert (one[0] == other[0]).all()
+    assert len(fetched) == 1
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["MNIST"]
 
 
 def test_interrupted_download_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from jpegs import write_folder
 from launch import context
 from launch import run as run_processes
-from script import draw_nothing, load_main, metrics_of, run_folder
+from script import draw_nothing, load_main, metrics_of, run_folder, small_network
 
 from sparselearning.experiments.run import lock
 from sparselearning.experiments.run.lock import FolderLock, Locked, locked
@@ -55,6 +55,7 @@ def test_a_second_run_is_refused_while_the_first_lives(script, more, tmp_path, m
     monkeypatch.chdir(tmp_path)
     if script == "imagenet":
         write_folder(tmp_path / "photographs")
+        monkeypatch.setattr(SCRIPTS[script], "build_model", small_network)
     main, add, ended = SCRIPTS[script].main, Progress.add, []
 
     def add_and_start_again(progress, loss):
@@ -245,13 +246,13 @@ def test_folders_made_for_the_lock_go_with_it_unless_they_are_used(tmp_path):
 
 def test_a_place_that_cannot_be_written_says_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"run folder .* cannot be written: .* choose another place with --run-dir"):
+    with pytest.raises(OSError, match=r"run folder .* cannot be written: .* Choose another place with --run-dir"):
         FolderLock(tmp_path / "file" / "run")
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(OSError, match=r"run folder .* cannot be written: .*No space left on device\. Make room"):
+    with pytest.raises(OSError, match=r"run folder .* cannot be written: .*No space left on device\. Choose another"):
         FolderLock(tmp_path / "a" / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
