@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparselearning.sparse.trained import Trained
-from sparselearning.weights.start_states import start_of_state
+from sparselearning.weights import start_states
 
 # They read a weight as a matrix, or keep the values of all weights in one row; the active values in a row would be
 # stepped by another algorithm.
@@ -43,8 +43,7 @@ def exchange(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor) -> None
 
 def group_of(optimizer: torch.optim.Optimizer, module: Trained) -> dict[str, Any]:
     """Return the optimizer's settings for a layer; `maximize` among them."""
-    group = next(group for group in optimizer.param_groups if any(p is module.value for p in group["params"]))
-    return {"maximize": False, **group}
+    return {"maximize": False, **start_states.group_of(optimizer, module.value)}
 
 
 def momentum_gain(optimizer: torch.optim.Optimizer, module: Trained) -> float:
@@ -75,11 +74,12 @@ def carry_over(
     """Keep the state of the values at `position`, in dense form, and start that of weights that grow in a new mask.
 
     It starts as `start_of_state` says. If `start` is None, SGD's momentum starts as if the mean of the observed
-    gradients had been the gradient all along, and all else at zero.
+    gradients had been the gradient all along, and all else as with 'zero'.
     """
     state = optimizer.state.get(module.value, {})
     entries = vectors(state, len(position))
-    starts = start_of_state(start or "zero", entries, mask.flatten()[position], copies)
+    group = start_states.group_of(optimizer, module.value)
+    starts = start_states.start_of_state(start or "zero", entries, mask.flatten()[position], group, copies)
     mean, gain = module.observed.mean(), momentum_gain(optimizer, module)
     for key, tensor in entries.items():
         begun = torch.zeros_like(module.dense).reshape(-1) + starts[key]

@@ -9,7 +9,7 @@ from torch import Tensor
 from sparselearning.layers import SparseLayer
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import add_up, is_sharded, local_part, uniform_like
-from sparselearning.weights.start_states import start_of_state, state_per_weight
+from sparselearning.weights.start_states import group_of, start_of_state, state_per_weight
 
 START_VALUES = ("zero", "random")
 
@@ -48,9 +48,9 @@ def start_regrown(
         return
     for layer, old in zip(layers, before, strict=True):
         regrown = layer.mask & ~old
-        if state is not None:
-            entries = state_per_weight(optimizer, layer.master)
-            starts = start_of_state(state, entries, layer.mask & old, copies)
+        if state is not None and (entries := state_per_weight(optimizer, layer.master)):
+            group = group_of(optimizer, layer.master)
+            starts = start_of_state(state, entries, layer.mask & old, group, copies)
             for name, start in starts.items():
                 local_part(entries[name]).masked_fill_(local_part(regrown), start)
         if value == "random":

@@ -1,6 +1,6 @@
 """What the optimizer's state of a weight starts from when the weight becomes active."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,28 +10,31 @@ from sparselearning.processes.sharded import add_up, count_active
 from sparselearning.weights.optimizer import keeps_no_state_per_weight
 
 
-def zeros(values: Sequence[Tensor], mask: Tensor) -> list[float]:
-    """Return a zero for each of the tensors."""
-    return [0.0] * len(values)
+def fresh(entries: Mapping[Any, Tensor], kept: Tensor, group: Mapping[str, Any]) -> dict[Any, Any]:
+    """Return what torch's optimizers begin with: zero, but for Rprop's step sizes and the sums of Adagrad."""
+    begin = {"sum": group.get("initial_accumulator_value", 0.0), "step_size": group["lr"] if "etas" in group else 0.0}
+    return {name: begin.get(name, 0.0) for name in entries}
 
 
-def means(values: Sequence[Tensor], mask: Tensor) -> list[Tensor]:
-    """Return the mean of each of the tensors where the mask is active, over all processes; zero where it is empty.
+def means(entries: Mapping[Any, Tensor], kept: Tensor, group: Mapping[str, Any]) -> dict[Any, Tensor]:
+    """Return the means over the weights that stay active, of all processes; zero if there is none.
 
     So `reset_momentum` of GraNet's authors fills the state of inactive weights (https://github.com/VITA-Group/GraNet,
     CIFAR/sparselearning/core.py), signed momenta included; nothing calls it there.
 
-    >>> means([torch.tensor([1.0, 3.0, 7.0])], torch.tensor([True, True, False]))
-    [tensor(2.)]
+    >>> means({"exp_avg_sq": torch.tensor([1.0, 3.0, 7.0])}, torch.tensor([True, True, False]), {})
+    {'exp_avg_sq': tensor(2.)}
     """
-    sums = [value.masked_fill(~mask, 0).sum(dtype=torch.promote_types(value.dtype, torch.float32)) for value in values]
-    *sums, count = add_up([*sums, count_active(mask)])
-    return [total / count.clamp(min=1) for total in sums]
+    values = [value.masked_fill(~kept, 0) for value in entries.values()]
+    sums = [value.sum(dtype=torch.promote_types(value.dtype, torch.float32)) for value in values]
+    *sums, count = add_up([*sums, count_active(kept)])
+    return {name: total / count.clamp(min=1) for name, total in zip(entries, sums, strict=True)}
 
 
-# name -> (tensors with an entry for each weight, the weights that stay active) -> the start of each tensor
-START_STATES: Mapping[str, Callable[[Sequence[Tensor], Tensor], Sequence[Tensor | float]]] = {
-    "zero": zeros,  # also reset_state=True
+# name -> (tensors with an entry for each weight by name, the weights that stay active, the optimizer's settings of the
+# layer) -> the start of each tensor by name
+START_STATES: Mapping[str, Callable[[Mapping[Any, Tensor], Tensor, Mapping[str, Any]], Mapping[Any, Any]]] = {
+    "zero": fresh,  # also reset_state=True
     "mean": means,
 }
 
@@ -43,18 +46,23 @@ def state_per_weight(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[A
 
 
 def start_of_state(
-    start: str, entries: Mapping[Any, Tensor], kept: Tensor, copies: Collection[str]
-) -> dict[Any, Tensor | float]:
+    start: str, entries: Mapping[Any, Tensor], kept: Tensor, group: Mapping[str, Any], copies: Collection[str]
+) -> dict[Any, Any]:
     """Return by name what each of the `entries`, the optimizer's state of a layer, starts from in a regrown weight.
 
     Args:
         start: a key of START_STATES.
         kept: which weights stay active, a mask of the shape of the entries.
+        group: the optimizer's settings of the layer.
         copies: names of second copies of the weights; they start at zero, as regrown weights do.
     """
-    own = [name for name in entries if name not in copies]
-    starts = START_STATES[start]([entries[name] for name in own], kept)
-    return dict.fromkeys(entries, 0.0) | dict(zip(own, starts, strict=True))
+    own = {name: value for name, value in entries.items() if name not in copies}
+    return {**dict.fromkeys(entries, 0.0), **START_STATES[start](own, kept, group)}
+
+
+def group_of(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, Any]:
+    """Return the optimizer's settings of a weight."""
+    return next(group for group in optimizer.param_groups if any(other is weight for other in group["params"]))
 
 
 def refuse_unfit_optimizer(start: str | None, optimizer: torch.optim.Optimizer) -> None:

@@ -15,6 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from sparselearning import Masking
+from sparselearning.sparse import available
+from sparselearning.sparse.training import SparseTraining
 from sparselearning.weights.dense_copy import DenseCopy
 from sparselearning.weights.start_states import means
 from sparselearning.weights.zeros import Zeros
@@ -142,7 +144,33 @@ def test_a_method_takes_the_mean():
 
 def test_where_no_weight_stays_active_the_mean_is_zero():
     none = torch.zeros(3, dtype=torch.bool)
-    assert means([torch.ones(3), torch.full((3,), torch.inf)], none) == [0, 0]
+    assert means({"a": torch.ones(3), "b": torch.full((3,), torch.inf)}, none, {}) == {"a": 0, "b": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "key", "start"),
+    [
+        ("Rprop", dict(lr=0.03), "step_size", 0.03),
+        ("Adagrad", dict(lr=0.1, initial_accumulator_value=0.5), "sum", 0.5),
+        ("Adagrad", dict(lr=0.1), "sum", 0.0),
+        ("Adadelta", {}, "acc_delta", 0.0),
+    ],
+)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_reset_gives_what_the_optimizer_begins_with(name, settings, key, start, sparse):
+    """A step size of zero would hold a weight where it is: Rprop's is a multiple of the one before."""
+    if sparse and not available():
+        pytest.skip("built without sparse kernels")
+    model = mlp(20, 30, 10)
+    optimizer = getattr(torch.optim, name)(model.parameters(), **settings)
+    masking = masked(model, optimizer, weights=(SparseTraining if sparse else Zeros)(reset_state=True), **RANDOM)
+    train(model, optimizer)
+    before = snapshot(masking)
+    masking.at_end_of_epoch()
+    saved = optimizer.state_dict()["state"]
+    for number, layer in zip((0, 2), masking.layers, strict=True):
+        grown = saved[number][key][layer.mask & ~before[layer.name]]
+        assert torch.equal(grown, torch.full_like(grown, start))
 
 
 def test_averages_of_weights_are_no_state_to_take_a_mean_of():
@@ -217,12 +245,12 @@ def test_the_documented_steps_are_those_of_the_optimizer(start, reset, v):
 def sharded_means():
     """Means over a weight that two processes hold whole, in shards, and as one shard each."""
     values, mask = torch.arange(15.0).reshape(5, 3), torch.arange(15).reshape(5, 3) % 4 == 1
-    found = [means([values, values**2], mask)]
+    found = [means(dict(a=values, b=values**2), mask, {})]
     for shape in ((1, 2), (2, 1)):
         mesh = init_device_mesh("cpu", shape)
         a, b, c = (distribute_tensor(x, mesh, [Replicate(), Shard(0)]) for x in (values, values**2, mask))
-        found.append(means([a, b], c))
-    return [[mean.item() for mean in each] for each in found]
+        found.append(means(dict(a=a, b=b), c, {}))
+    return [[mean.item() for mean in each.values()] for each in found]
 
 
 def fsdp_state(shard):
