@@ -23,7 +23,7 @@ DECAY_STEPS = 25000  # steps between two decays of the learning rate in 100 epoc
 # At the default learning rate some runs of LeNet-5 stay at chance, dense ones too. At a density of 1% all of ten begin
 # to learn at half of it, rescaled (lenet5_starts.py). Weights chosen by a score pass the signal on without that.
 FLAGS = {"lenet300-100": [], "lenet5": ["--lr", "0.05", "--rescale", "--sparse-backend", "cpu"]}
-OF_DRAWN = {"--rescale", "--sparse-backend", "cpu"}  # flags for masks that are drawn at random and weights held as zeros
+OF_DRAWN = {"--rescale", "--sparse-backend", "cpu"}  # for masks that are drawn and weights that are held as zeros
 
 
 def flags(model: str, method: str, epochs: int) -> list[str]:
