@@ -72,7 +72,9 @@ class Updates:
         if self.every:
             coming = (max(step + 1, self.first) + self.every - 1) // self.every * self.every
             left += [coming - step] if self._is_open(coming) else []
-        left += [end - step for end in self._always if step < end]
+        for end in self._always:
+            if step < end:
+                left += [end - step]
         return min(left), self.every > 0 or (self.last is not None and step >= self.last)
 
     def ends_at(self) -> int | None:

@@ -68,6 +68,7 @@ COMMANDS = {
     "--sparse-layers '*.A_log' pos_embed": dict(sparse_layers=["*.A_log", "pos_embed"]),
     "--pattern block:16x16 --pattern 2:4": dict(pattern="2:4"),
     "--density-schedule cubic --start-density 0.5": dict(density_schedule="cubic", start_density=0.5),
+    "--sparse-init uniform": dict(sparse_init="uniform"),
     "--sparse-init mask:a.pt": dict(sparse_init="mask:a.pt"),
     "--sparse-init linear --rescale --reset-state": dict(sparse_init="linear", rescale=True, reset_state=True),
     "--reset-state --no-reset-state": {},

@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers import masked, mlp, same, sgd, train
 
-from sparselearning import network_wide, reads
+from sparselearning import Masking, network_wide, reads
 from sparselearning.flops import dense_gradients
-from sparselearning.functions import FunctionError, gives_back, is_marked, may_read, surely_reads
+from sparselearning.functions import FunctionError, gives_back, in_proportion, is_marked, may_read, surely_reads
 from sparselearning.grow import GROWTH_FUNCTIONS, gradient_growth, momentum_growth
 from sparselearning.methods import FUNCTIONS
 from sparselearning.selection import add_highest, drop_lowest
@@ -143,6 +143,30 @@ def test_an_own_function_that_gives_back_is_as_none():
     none = updated("none")
     assert same(updated(gives_back(copy_of(own_measure))).masks, none.masks)
     assert not same(updated(copy_of(own_measure)).masks, none.masks)
+
+
+def test_an_own_function_says_how_the_excess_is_divided():
+    """A nearly full layer takes few of its weights; the two others take the rest in equal parts, or by importance."""
+
+    def counts(mark):
+        def important(masking, name, weight, mask):
+            return {"fc1.weight": 100, "fc2.weight": 20, "fc3.weight": 5}[name]
+
+        torch.manual_seed(2)
+        model = mlp(20, 20, 10, 4)
+        masking = Masking(sgd(model), None, 0.5, redistribution_mode=mark(important), growth_mode="random")
+        masking.add_module(model, {"fc1": 0.9, "*": 0.6})
+        for layer in masking.layers:  # one budget, with layers of different densities
+            layer.budget = masking.common
+        masking.baseline_nonzero = masking.total_nonzero
+        train(model, masking)
+        masking.at_end_of_epoch()
+        return list(masking.name2nonzeros.values())
+
+    equal, by_importance = counts(lambda function: function), counts(in_proportion)
+    # 36, 60 and 12 weights leave; of the 108 the first layer has room for 75 (99%), or 76, of 86.4.
+    assert equal == [399, 83, 22]
+    assert by_importance == [400, 86, 18]
 
 
 # Marks are true

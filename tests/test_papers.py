@@ -8,7 +8,7 @@ from papers import LAYERS, oracle_of, score, train_both, train_kept
 
 from sparselearning.methods import METHODS
 
-SEEDS = range(20)
+SEEDS = range(24)
 # How a method is compared with its oracle.
 TRAININGS = dict.fromkeys(METHODS, train_both)
 TRAININGS |= dict.fromkeys(["top_kast", "soft_threshold"], train_kept)

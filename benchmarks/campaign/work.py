@@ -18,7 +18,7 @@ import common
 import torch
 
 from campaign import kept
-from campaign.runs import RULES, Campaign, Run, queue
+from campaign.runs import Campaign, Run, queue
 from sparselearning.experiments.run.stopping import SIGNALS, handled
 
 SCRIPT = Path(__file__).parents[2] / "mnist_cifar" / "main.py"
@@ -128,7 +128,7 @@ def start(run: Run, args: argparse.Namespace) -> Job | None:
     The process holds a lock on its folder as long as it lives, even if the campaign is killed; the file has its id. It
     does not get the Ctrl-C of a terminal: the campaign stops it.
     """
-    place = args.run_dir / f"rules-{RULES}" / run.name
+    place = args.run_dir / f"rules-{run.rules}" / run.name
     place.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(SCRIPT), *run.command.split(), "--device", "cpu", "--run-dir", str(place)]
     command += ["--resume", "auto", "--max-threads", str(args.max_threads)]
@@ -160,4 +160,4 @@ def finished(campaign: Campaign, job: Job, args: argparse.Namespace) -> dict[str
     found |= dict(seconds_per_epoch=round(median(record["seconds"] for record in epochs), 2))
     found |= campaign.measure(job.run, newest.parent, args)
     kept.keep(records, args.csv.parent / "runs" / f"{job.run.name}.jsonl")
-    return dict(rules=RULES, command=job.run.command, **run, **found)
+    return dict(rules=job.run.rules, command=job.run.command, **run, **found)

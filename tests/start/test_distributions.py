@@ -6,6 +6,7 @@ import pytest
 from helpers import masked, mlp
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles import distributions as oracle
 
 from sparselearning import models
 from sparselearning.models.resnet import RESNETS
@@ -67,27 +68,13 @@ def test_lenet5_at_five_percent(distribution, expected):
     assert sum(expected) == round(0.05 * 430_500)
 
 
-def published_erk(shapes, density):
-    """Evci et al. 2020: density = factor * sum(shape) / prod(shape); layers beyond 1 become dense, one by one."""
-    sizes = [math.prod(shape) for shape in shapes]
-    dense = set()
-    while True:
-        rest = [i for i in range(len(shapes)) if i not in dense]
-        active = density * sum(sizes) - sum(sizes[i] for i in dense)
-        factor = active / sum(sum(shapes[i]) for i in rest)
-        densest = max(rest, key=lambda i: sum(shapes[i]) / sizes[i])
-        if factor * sum(shapes[densest]) / sizes[densest] <= 1:
-            return [sizes[i] if i in dense else factor * sum(shapes[i]) for i in range(len(shapes))]
-        dense.add(densest)
-
-
 @pytest.mark.parametrize("density", [0.01, 0.05, 0.1, 0.2, 0.5])
 @pytest.mark.parametrize("name", ["lenet300-100", "lenet5", "wrn-22-8", "resnet50"])
 def test_erdos_renyi_kernel_is_the_published_rule_to_two_weights(name, density):
     model = RESNETS[name](1000) if name in RESNETS else models.build(name)
     shapes = [weight.shape for _, weight in maskable_parameters(model)]
     ours = counts_of(shapes, density, erdos_renyi_kernel)
-    assert max(abs(a - b) for a, b in zip(ours, published_erk(shapes, density), strict=True)) <= 2
+    assert max(abs(a - b) for a, b in zip(ours, oracle.erdos_renyi_kernel(shapes, density), strict=True)) <= 2
 
 
 def test_what_a_full_layer_cannot_take_goes_to_the_others():

@@ -45,5 +45,5 @@ def test_a_pattern_and_densities_by_name_hold():
 
 
 def test_an_unknown_distribution_is_refused():
-    with pytest.raises(ValueError, match="Unknown sparse_init 'magnitude:uniform'"):
-        masked(mlp(4, 3), sparse_init="magnitude:uniform")
+    with pytest.raises(ValueError, match="Unknown sparse_init 'magnitude:even'"):
+        masked(mlp(4, 3), sparse_init="magnitude:even")
