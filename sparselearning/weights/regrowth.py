@@ -9,6 +9,7 @@ from torch import Tensor
 from sparselearning.layers import SparseLayer
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import add_up, is_sharded, uniform_like
+from sparselearning.weights.optimizer import state_of
 
 START_VALUES = ("zero", "random")
 
@@ -79,7 +80,7 @@ def gradient_scale(optimizer: torch.optim.Optimizer) -> Tensor | float:
 
 def reset_state(optimizer: torch.optim.Optimizer, weight: Tensor, regrown: Tensor) -> None:
     """Set everything that the optimizer keeps per entry of a weight to zero where `regrown`: momenta, variances."""
-    for value in optimizer.state.get(weight, {}).values():
+    for value in state_of(optimizer, weight).values():
         if isinstance(value, Tensor) and value.shape == weight.shape:
             value.masked_fill_(regrown, 0)
 

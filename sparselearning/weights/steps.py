@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from sparselearning import invariants
+from sparselearning import invariants, reports
 from sparselearning.layers import Layers
 from sparselearning.weights.closures import closure_of, masked_closure, with_closure
 from sparselearning.weights.destroyed import LOOKS, warn_of_written_weights
@@ -93,6 +93,9 @@ class Steps(Layers, ABC):
             return with_closure(args, kwargs, masked_closure(self, closure))
         note_gradients(self)
         return None
+
+    def __repr__(self) -> str:
+        return reports.in_one_line(self)
 
     @abstractmethod
     def _after_step(self):
