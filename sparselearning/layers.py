@@ -134,12 +134,6 @@ def count(layers: Sequence[SparseLayer]) -> None:
         layer.nonzeros = int(number)
 
 
-def count_explored(layers: Sequence[SparseLayer]) -> None:
-    """Count the weights of every layer that have been active at any time."""
-    for layer, number in zip(layers, fetch([count_active(layer.ever_active) for layer in layers]), strict=True):
-        layer.explored = int(number)
-
-
 class ByName(Generic[T]):
     """A view of all layers: layer name -> one of the layer's fields."""
 
@@ -259,9 +253,10 @@ class Layers(Budgets):
         self._count()
 
     def _count(self):
-        count(self.layers)
-        count_explored(self.layers)
-        for layer in self.layers:
+        masks = [mask for layer in self.layers for mask in (layer.mask, layer.ever_active)]
+        counts = [int(number) for number in fetch([count_active(mask) for mask in masks])]
+        for layer, nonzeros, explored in zip(self.layers, counts[::2], counts[1::2], strict=True):
+            layer.nonzeros, layer.explored = nonzeros, explored
             layer.agree()
 
     def _compare_masks(self, place):

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparselearning.processes.group import current
@@ -58,6 +59,8 @@ def refuse_hidden_weights(module: nn.Module) -> None:
         found = "parameters of DeepSpeed's ZeRO-3, which are empty between the steps"
     elif any(hasattr(parameter, "_st_info") for parameter in module.parameters()):
         found = "DistributedDataParallel over tensor parallelism, which shows a part of each weight as a whole"
+    elif any(hasattr(parameter, "_in_backward_optimizers") for parameter in module.parameters()):
+        raise ValueError("An optimizer steps these weights inside the backward pass, where masks cannot follow.")
     else:
         return
     raise ValueError(
@@ -124,17 +127,22 @@ def count_active(mask: Tensor) -> Tensor:
 
 
 def add_up(values: list) -> list:
-    """Return numbers and 0-d tensors; the DTensors among them are added up over processes, in one message."""
-    parts = [value for value in values if is_sharded(value)]
-    if not parts or any(
-        part.placements != parts[0].placements or part.device_mesh != parts[0].device_mesh for part in parts
-    ):
+    """Return numbers and 0-d tensors; the DTensors among them are added up over processes, in a message per mesh."""
+    kinds = {(value.device_mesh, value.placements) for value in values if is_sharded(value)}
+    if any(not (place.is_partial() or place.is_replicate()) for _, places in kinds for place in places):
         return [value.full_tensor() if is_sharded(value) else value for value in values]
-    from torch.distributed.tensor import DTensor
-
-    here = torch.stack([part.to_local().to(torch.float64) for part in parts])  # float64: exact for counts below 2^53
-    sums = iter(DTensor.from_local(here, parts[0].device_mesh, parts[0].placements, run_check=False).full_tensor())
-    return [next(sums) if is_sharded(value) else value for value in values]
+    found = list(values)
+    for mesh, placements in sorted(kinds, key=lambda kind: (kind[0].size(), str(kind[1]))):
+        where = [
+            i for i, x in enumerate(values) if is_sharded(x) and (x.device_mesh, x.placements) == (mesh, placements)
+        ]
+        sums = torch.stack([values[i].to_local().to(torch.float64) for i in where])  # exact for counts below 2^53
+        for dim, placement in enumerate(placements):
+            if placement.is_partial():
+                dist.all_reduce(sums, group=mesh.get_group(dim))
+        for i, total in zip(where, sums, strict=True):
+            found[i] = total
+    return found
 
 
 def fetch(values: list) -> list[float]:

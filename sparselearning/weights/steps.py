@@ -81,6 +81,8 @@ class Steps(Layers, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy (deepcopy, pickle): an optimizer's copy has lost its hooks, and would train unmasked."""
         vars(self).update(state)
+        for layer in self.layers:
+            layer.agree()
         self._watch_steps()
 
     def _before_step(self, args, kwargs):
