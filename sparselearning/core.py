@@ -22,7 +22,7 @@ from sparselearning import budget, functions, invariants, reports, schedules
 from sparselearning.flags import add_sparse_args
 from sparselearning.methods import Method, arguments_of, find_function, hold
 from sparselearning.processes import agreement
-from sparselearning.processes.group import choose_group, together
+from sparselearning.processes.group import together
 from sparselearning.processes.sharded import reshard
 from sparselearning.schedules import CosineDecay, LinearDecay, Schedule, Updates
 from sparselearning.start.fit import check_fit
@@ -168,11 +168,7 @@ class Masking(Steps):
             ValueError: for a density, names, scores, masks or a pattern that do not fit, or nothing to mask.
             RuntimeError: if this Masking has been released, the state is of another model, or processes differ.
         """
-        if rescale and self.held.keeps_inactive:
-            raise ValueError(f"With weights={self.held.kind!r} magnitudes decide what is active; leave out rescale.")
-        self._refuse_released()
-        choose_group(self, module, process_group)
-        reshard([module])
+        self._begin(module, process_group, rescale)
         new, kept_dense = new_layers(self, module, remove_param_names, sparse_embeddings, dense, pattern, sparse)
         layers = list(new.values())
         set_budgets(self, new, density, state)

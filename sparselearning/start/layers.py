@@ -13,7 +13,7 @@ from sparselearning.invariants import stepped_by
 from sparselearning.layers import SparseLayer
 from sparselearning.patterns import pattern_of, patterns_for
 from sparselearning.processes import distributed
-from sparselearning.processes.sharded import is_sharded, refuse_hidden_weights
+from sparselearning.processes.sharded import is_sharded
 from sparselearning.start.maskable import UNKNOWN, judge, maskable_parameters, output_weights, usual_exceptions
 from sparselearning.start.masks import MAGNITUDE, Density, SparseInit, initial_masks, masks_of_nonzeros
 from sparselearning.start.names import by_density, named
@@ -41,7 +41,6 @@ def new_layers(
     Raises:
         ValueError: if no weight can be masked, or a pattern does not fit one.
     """
-    refuse_hidden_weights(module)
     known = {id(layer.weight) for layer in masking.layers}
     stepped = stepped_by(masking.optimizer)
     taken, layers = set(masking.masks), {}

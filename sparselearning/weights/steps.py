@@ -9,6 +9,8 @@ from torch.utils.hooks import RemovableHandle
 
 from sparselearning import invariants, reports
 from sparselearning.layers import Layers
+from sparselearning.processes.group import choose_group
+from sparselearning.processes.sharded import refuse_hidden_weights, reshard
 from sparselearning.weights.closures import closure_of, masked_closure, with_closure
 from sparselearning.weights.destroyed import LOOKS, warn_of_written_weights
 from sparselearning.weights.frozen import note_gradients
@@ -67,6 +69,15 @@ class Steps(Layers, ABC):
             hook.remove()
         self.modules, self._hooks = [], []
         invariants.MASKINGS.discard(self)
+
+    def _begin(self, module, process_group, rescale):
+        """Check that a module can be added, and let those processes share its masks which train it."""
+        if rescale and self.held.keeps_inactive:
+            raise ValueError(f"With weights={self.held.kind!r} magnitudes decide what is active; leave out rescale.")
+        self._refuse_released()
+        choose_group(self, module, process_group)
+        refuse_hidden_weights(module)
+        reshard([module])
 
     def _refuse_released(self):
         if not self._hooks:
