@@ -19,8 +19,9 @@ demo-imagenet: .venv/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# What takes minutes to hours: 100 killed runs, one that is requeued 50 times, 1,000 corrupted checkpoints, 10,000 examples of fuzzing, sanitizers, and
-# models of timm and transformers where these are installed.
+# What takes minutes to hours: 100 killed runs, one that is requeued 50 times, 1,000 corrupted checkpoints, 10,000
+# examples of fuzzing, sanitizers, 200 mask updates on four processes, and models of timm and transformers where these
+# are installed.
 soak: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --durations 0
 

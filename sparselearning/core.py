@@ -21,12 +21,15 @@ from torch import Tensor, nn
 from sparselearning import budget, functions, invariants, reports, schedules
 from sparselearning.flags import add_sparse_args
 from sparselearning.methods import Method, arguments_of, find_function, hold
+from sparselearning.processes import agreement
+from sparselearning.processes.group import together
 from sparselearning.processes.sharded import reshard
 from sparselearning.schedules import CosineDecay, LinearDecay, Schedule, Updates
 from sparselearning.start.fit import check_fit
 from sparselearning.start.layers import Batches, Density, SparseInit, choose, new_layers, set_budgets
 from sparselearning.start.masks import first_dense
 from sparselearning.weights import clipping, copies, destroyed
+from sparselearning.weights.borrowed import all_momenta
 from sparselearning.weights.frozen import training_alone
 from sparselearning.weights.optimizer import master_weights
 from sparselearning.weights.regrowth import keep_norms
@@ -124,6 +127,7 @@ class Masking(Steps):
 
     # Which weights are sparse
 
+    @together
     def add_module(
         self,
         module: nn.Module,
@@ -137,6 +141,7 @@ class Masking(Steps):
         rescale: bool = False,
         sparse: Iterable[str] = (),
         state: dict[str, Any] | None = None,
+        process_group: Any = None,
     ) -> None:
         """Make the weights of `module` that the optimizer steps sparse; round(density * their number) stay active.
 
@@ -157,20 +162,19 @@ class Masking(Steps):
             sparse: patterns of names to mask beside the weights of layers that multiply (start/maskable.py).
             state: what `state_dict` returned: its masks are taken in place of new ones, which would set loaded weights
                 to zero; density is not read, nor sparse_init but 'uniform'. The rest is loaded with its last layer.
+            process_group: who shares the masks, a group or DeviceMesh; None: DDP's group, or all (docs/processes.md).
 
         Raises:
             ValueError: for a density, names, scores, masks or a pattern that do not fit, or nothing to mask.
-            RuntimeError: if this Masking has been released, or the state is of another model.
+            RuntimeError: if this Masking has been released, the state is of another model, or processes differ.
         """
-        if rescale and self.held.keeps_inactive:
-            raise ValueError(f"With weights={self.held.kind!r} magnitudes decide what is active; leave out rescale.")
-        self._refuse_released()
-        reshard([module])
+        self._begin(module, process_group, rescale)
         dense, sparse_init = first_dense(dense, sparse_init)
         new, kept_dense = new_layers(self, module, remove_param_names, sparse_embeddings, dense, pattern, sparse)
         layers = list(new.values())
         set_budgets(self, new, density, state)
         check_fit(self, [*self.layers, *layers])
+        agreement.check_network(self, layers)
         choose(new, module, density, sparse_init, batches, state)
         invariants.replace_others(self, layers)
         self.held.check(module, layers)
@@ -228,6 +232,7 @@ class Masking(Steps):
     # One update of the masks
 
     @torch.no_grad()
+    @together
     def truncate_weights(self) -> None:
         """Move the masks once: prune, redistribute, grow. The number of active weights stays, or is the schedule's.
 
@@ -241,9 +246,8 @@ class Masking(Steps):
         if not self.layers:
             return
         reshard(self.modules)
-        invariants.refuse_update(self)
-        functions.check_momenta(self)
-        with training_alone(self) as layers:
+        with all_momenta(self, invariants.refuse_update(self)), training_alone(self) as layers:
+            functions.check_momenta(self)
             if not layers:
                 return
             with invariants.all_or_nothing(self) as before:
@@ -280,7 +284,6 @@ class Masking(Steps):
 
         A warning says if the density schedule has not arrived.
         """
-        reshard(self.modules)
         invariants.check(self)
         if unfinished := reports.density_to_come(self):
             logger.warning("%s", unfinished)
@@ -322,16 +325,14 @@ class Masking(Steps):
     apply_to, clip_grad_norm_ = copies.apply_to, clipping.clip_grad_norm_
     summary, print_nonzero_counts = reports.summary, reports.log_counts
 
-    def __repr__(self) -> str:
-        return reports.in_one_line(self)
-
     # Saving
 
     def state_dict(self) -> dict[str, Any]:
-        """Return masks, counts and steps; plain numbers, strings and tensors."""
+        """Return masks, counts and steps; plain numbers, strings and copies of tensors."""
         own = {"steps": self.steps, "prune_threshold": self.prune_threshold, "sparse_training": self.held.state_dict()}
         return super().state_dict() | own
 
+    @together
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` returned, and apply the masks; call `add_module` with the same model before.
 

@@ -2,9 +2,8 @@
 
 import gc
 import logging
-import math
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,25 +11,22 @@ import torch
 from torch import Tensor
 
 from sparselearning.budgets import layers_of
-from sparselearning.layers import SparseLayer, count
+from sparselearning.layers import SparseLayer
 from sparselearning.patterns import with_pattern, without_pattern
-from sparselearning.processes import distributed
-from sparselearning.processes.sharded import count_active, fetch, is_sharded
+from sparselearning.processes import agreement
+from sparselearning.processes.group import ProcessError, current
+from sparselearning.processes.sharded import count_active, fetch, is_sharded, local_part, shapes_gathered
 from sparselearning.selection import drop_lowest, drop_lowest_jointly
 from sparselearning.slices import are_empty, largest_of_each
 from sparselearning.start.parametrized import REFUSED, stored_weights
+from sparselearning.weights.borrowed import Described, described
+from sparselearning.weights.finite import InvariantError, NonFiniteError, refuse_bad_gradients, refuse_bad_values
 
 logger = logging.getLogger(__name__)
 
+__all__ = ["InvariantError", "NonFiniteError"]
+
 MASKINGS: weakref.WeakSet[Any] = weakref.WeakSet()  # all there are, so that no two mask one weight
-
-
-class InvariantError(RuntimeError):
-    """Masks, weights and optimizer no longer belong together; the message lists what differs and what to do."""
-
-
-class NonFiniteError(ValueError):
-    """A weight, gradient or momentum is NaN or infinite, so that no choice among weights would mean anything."""
 
 
 def check(masking: Any) -> None:
@@ -38,19 +34,21 @@ def check(masking: Any) -> None:
 
     The number of active weights is what it was at the start; inactive weights are exactly zero; every mask lies
     on the device of its weight; the modules still hold the masked weights, and the optimizer still steps them. Where
-    several processes train together all call it, and their masks are the same.
+    several processes train together, nobody wrote into a mask since all had the same; each process looks at what it
+    holds, so that one may call it alone.
 
     Raises:
         InvariantError: with one line per violation.
         ProcessError: if masks of processes differ.
     """
-    distributed.check_agreement(masking.masks.values())
-    problems = [*_strangers(masking), *(problem for layer in masking.layers for problem in _problems(layer))]
+    _refuse_edited_masks(masking)
+    gathered = shapes_gathered(masking.modules)
+    problems = [*_strangers(masking, gathered), *(problem for layer in masking.layers for problem in _problems(layer))]
     in_place = all(layer.mask.device == layer.weight.device for layer in masking.layers)
     for budget in masking.budgets if in_place else ():
         layers = layers_of(budget, masking.layers)
         expected = budget.nonzeros - sum(layer.left_over for layer in layers)
-        active = sum(int(count_active(layer.mask)) for layer in layers)
+        active = sum(layer.nonzeros if is_sharded(layer.mask) else int(layer.mask.sum()) for layer in layers)
         if active != expected:
             some = f" of {budget.pattern!r}" if len(masking.budgets) > 1 else ""
             problems.append(
@@ -59,6 +57,18 @@ def check(masking: Any) -> None:
             )
     if problems:
         raise InvariantError("\n".join(problems))
+
+
+def _refuse_edited_masks(masking):
+    if masking.disagreement:
+        raise ProcessError(masking.disagreement)
+    together = masking.group is not None and masking.group.size > 1
+    edited = [layer.name for layer in masking.layers if layer.edited and (together or is_sharded(layer.mask))]
+    if edited:
+        raise ProcessError(
+            f"The masks of {', '.join(edited)} were written on this process since all processes had the same. Undo "
+            "it; or do the same on all, and let all call masking.load_state_dict(masking.state_dict())."
+        )
 
 
 def replace_others(masking: Any, new: Sequence[SparseLayer]) -> None:
@@ -85,8 +95,8 @@ def replace_others(masking: Any, new: Sequence[SparseLayer]) -> None:
             other._remove(layers)
 
 
-def refuse_update(masking: Any) -> None:
-    """Check what an update relies on.
+def refuse_update(masking: Any) -> list[list[Described]]:
+    """Check what an update relies on; return the momenta that each process holds, by rank and layer.
 
     Raises:
         InvariantError, NonFiniteError, ProcessError, RuntimeError: if something does not hold.
@@ -95,8 +105,10 @@ def refuse_update(masking: Any) -> None:
         raise InvariantError("\n".join(problems))
     _refuse_unknown_patterns(masking)
     masking.held.refuse_update(masking.layers)
+    states = [described(masking.optimizer, masking.held.stepped_for(layer)) for layer in masking.layers]
+    all_facts = agreement.check_update(masking, "an update of the masks", states=states)
     refuse_bad_values(masking)
-    distributed.check_agreement(masking.masks.values())
+    return [facts["states"] for facts in all_facts]
 
 
 def _refuse_unknown_patterns(masking):
@@ -119,14 +131,17 @@ def all_or_nothing(masking: Any) -> Iterator[list[Tensor]]:
         NonFiniteError: for such a gradient.
     """
     before, kept = [layer.mask.clone() for layer in masking.layers], {b: b.nonzeros for b in masking.budgets}
+    counts = [layer.nonzeros for layer in masking.layers]
     masking._gradients_read = []
     try:
         yield before
         refuse_bad_gradients(masking)
+        current().meet("the end of an update of the masks")
     except BaseException:
-        for layer, mask in zip(masking.layers, before, strict=True):
+        for layer, mask, number in zip(masking.layers, before, counts, strict=True):
             layer.mask.copy_(mask)
-        count(masking.layers)
+            layer.nonzeros = number
+            layer.agree()
         for budget, number in kept.items():
             budget.nonzeros = number
         raise
@@ -208,67 +223,14 @@ def _count(mask):
     return int(fetch([count_active(mask)])[0])
 
 
-def refuse_bad_values(masking: Any) -> None:
-    """Check that weights and momenta are finite and no weight was trained unmasked, in one synchronisation if so.
-
-    Raises:
-        InvariantError: if a weight has more nonzero entries than active ones; naming the layers.
-        NonFiniteError: naming the layers.
-    """
-    tensors = {}
-    for layer in masking.layers:
-        state = masking.optimizer.state.get(masking.held.stepped_for(layer), {})
-        momenta = {key: state[key] for key in ("momentum_buffer", "exp_avg", "exp_avg_sq") if key in state}
-        for kind, tensor in {"weight": layer.master, **momenta}.items():
-            if isinstance(tensor, Tensor):
-                tensors[layer.name, kind] = tensor
-    # The sum of finite numbers may overflow, but it is many times cheaper than looking at each of them.
-    sums = [tensor.sum(dtype=torch.float32) for tensor in tensors.values()]
-    whole = [layer for layer in masking.layers if not is_sharded(layer.master)]
-    excess = [(layer.master.count_nonzero() - layer.nonzeros).to(torch.float32) for layer in whole]
-    fetched = fetch(sums + excess)
-    unmasked = [layer.name for layer, count in zip(whole, fetched[len(sums) :], strict=True) if count > 0]
-    if unmasked:
-        raise InvariantError(
-            f"More weights are not zero than are active in {', '.join(unmasked)}. Another optimizer than the Masking's "
-            "trains them, or something wrote into them: make the Masking with the optimizer that trains, or call "
-            "apply_mask() after writing weights."
-        )
-    if not all(map(math.isfinite, fetched[: len(sums)])):
-        _refuse_what_is_not_finite(tensors)
-
-
-def refuse_bad_gradients(masking: Any) -> None:
-    """Check that the gradients that the functions read are finite, in one synchronisation if so.
-
-    Raises:
-        NonFiniteError: naming the layers.
-    """
-    read = masking._gradients_read
-    sums = [gradient.sum(dtype=torch.float32) for _, gradient in read]
-    if not all(map(math.isfinite, fetch(sums))):
-        names = {id(tensor): layer.name for layer in masking.layers for tensor in (layer.weight, layer.master)}
-        _refuse_what_is_not_finite({(names.get(id(w), "a weight"), "gradient"): g for w, g in read})
-
-
-def _refuse_what_is_not_finite(tensors):
-    counts = fetch([(~tensor.isfinite()).sum() for tensor in tensors.values()])
-    bad = [f"{kind} of {name}" for (name, kind), count in zip(tensors, counts, strict=True) if count]
-    if bad:
-        raise NonFiniteError(
-            f"NaN or infinite: {', '.join(bad)}. The masks stay as they are. Training has diverged: go back to the "
-            "last checkpoint, and lower the learning rate or clip the gradients."
-        )
-
-
 def stepped_by(optimizer: torch.optim.Optimizer) -> set[int]:
     """Return the ids of the parameters that an optimizer steps, also of those it is given other tensors for."""
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return stepped.union(*(other.held.stepped_weights() for other in MASKINGS if other.optimizer is optimizer))
 
 
-def _strangers(masking):
-    """Return what is wrong with who owns and who steps the weights."""
+def _strangers(masking, gathered: Collection[torch.Size] = ()):
+    """Return what is wrong with who owns and who steps the weights; of `gathered` shapes FSDP2 may show others."""
     owned = {id(parameter) for module in masking.modules for parameter in module.parameters()}
     stepped = stepped_by(masking.optimizer)
     replaced = "the module holds another parameter now, which is not masked. Replace parameters before add_module, or "
@@ -280,7 +242,9 @@ def _strangers(masking):
         if each.reason.startswith(REFUSED)
     ]
     problems += [
-        f"{layer.name}: {replaced}make a new Masking." for layer in masking.layers if id(layer.weight) not in owned
+        f"{layer.name}: {replaced}make a new Masking."
+        for layer in masking.layers
+        if id(layer.weight) not in owned and not (is_sharded(layer.weight) and layer.weight.shape in gathered)
     ]
     return problems + [
         f"{layer.name}: the optimizer does not step it. Make the Masking with the optimizer that trains it."
@@ -295,7 +259,7 @@ def _problems(layer):
             f"{layer.name}: the weight is on {layer.weight.device}, its mask on {layer.mask.device}. "
             "Call apply_mask() after moving the model."
         )
-    elif (layer.weight.masked_fill(layer.mask, 0) != 0).any():
+    elif (local_part(layer.weight).masked_fill(local_part(layer.mask), 0) != 0).any():
         yield f"{layer.name}: inactive weights are not zero. Call apply_mask() after writing weights."
     elif layer.norm_dim is not None and are_empty(layer.mask & (layer.weight != 0), layer.norm_dim).any():
         yield f"{layer.name}: a slice has no weight but zeros, and weight_norm divides by its norm."

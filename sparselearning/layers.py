@@ -12,8 +12,9 @@ from sparselearning import loading
 from sparselearning.budgets import Budget, Budgets, layers_of
 from sparselearning.orientation import PLAIN, Orientation
 from sparselearning.patterns import Pattern, pattern_of, with_most, with_pattern, without_pattern
-from sparselearning.processes import distributed
-from sparselearning.processes.sharded import count_active, fetch, placed_like
+from sparselearning.processes import agreement, distributed
+from sparselearning.processes.group import Group, current
+from sparselearning.processes.sharded import count_active, fetch, local_part, placed_like
 from sparselearning.start.maskable import canonical_name
 from sparselearning.start.names import plain_name
 
@@ -35,6 +36,7 @@ class SparseLayer:
     mask: Tensor
     ever_active: Tensor  # bool: active now, or before
     nonzeros: int = 0  # active weights
+    explored: int = 0  # weights that have been active at any time
     removed: int = 0  # weights pruned in the last update
     change: int = 0  # weights that the layer gains by the density in this update; loses, if negative
     importance: float = 0.0  # share of this layer in the importance of the network
@@ -42,6 +44,7 @@ class SparseLayer:
     memory: dict[str, Tensor] = field(default_factory=dict)  # what functions keep from update to update, by name
     orientation: Orientation = PLAIN  # which dimensions of the weight are outputs
     version: int = -1  # torch's count of writes to `master` when it was masked last
+    agreed: tuple[int, int] = (-1, -1)  # torch's counts of writes to the mask when all processes had the same
     trained: bool | None = None  # whether a step since the last update had a gradient; None: there was no step
     norm_dim: int | None = None  # each slice along it keeps a weight, for weight_norm; -1: the whole weight is one
     budget: Budget = field(default_factory=Budget)
@@ -82,23 +85,36 @@ class SparseLayer:
         if self.weight is not self.master:
             self.weight.copy_(self.master)
 
+    def agree(self) -> None:
+        """Note that all processes have the same mask now, and that it is counted."""
+        self.agreed = (self.mask._version, local_part(self.mask)._version)
+
+    @property
+    def edited(self) -> bool:
+        """Whether somebody wrote into the mask since all processes had the same."""
+        return self.agreed != (self.mask._version, local_part(self.mask)._version)
+
     def follow_weight(self) -> None:
         """Move the mask, and all else that belongs to the weight, to the weight's device."""
         device = self.weight.device
         if self.mask.device != device:
+            edited = self.edited
             self.mask = with_pattern(self.mask.to(device), self.pattern)
             self.ever_active = self.ever_active.to(device)
             self.memory = {key: value.to(device) for key, value in self.memory.items()}
+            if not edited:
+                self.agree()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain numbers and tensors."""
+        """Return plain numbers and copies of tensors: torch.distributed.checkpoint loads into what it is given."""
         return {
-            "mask": without_pattern(self.mask),
+            "mask": without_pattern(self.mask).clone(),
             "removed": self.removed,
             "importance": self.importance,
             "prune_rate": self.prune_rate,
-            "ever_active": self.ever_active,
-            "memory": self.memory,
+            "ever_active": self.ever_active.clone(),
+            "memory": {key: value.clone() for key, value in self.memory.items()},
+            "kept": sorted(self.memory),
             "most": self.pattern.most,
             "trained": self.trained,
         }
@@ -159,6 +175,8 @@ class Layers(Budgets):
         self.layers: list[SparseLayer] = []
         self.kept_dense: dict[str, tuple[Tensor, str]] = {}  # name -> parameter without a mask, and why it has none
         self.common = Budget()  # of all layers whose density is a number
+        self.group: Group | None = None  # the processes that share the masks; None: not known yet, or one alone
+        self.disagreement = ""  # what differed when processes compared their masks last
 
     @property
     def density(self) -> float:
@@ -171,8 +189,7 @@ class Layers(Budgets):
 
         R_s of Liu et al. 2021, Do We Actually Need Dense Over-Parameterization?, https://arxiv.org/abs/2102.02887.
         """
-        explored = sum(fetch([count_active(layer.ever_active) for layer in self.layers]))
-        return explored / max(self.total_nonzero + self.total_zero, 1)
+        return sum(layer.explored for layer in self.layers) / max(self.total_nonzero + self.total_zero, 1)
 
     def remove_weight(self, name: str) -> None:
         """Train the weight (or the layer) of this exact name densely from now on; its pruned entries start at zero.
@@ -214,7 +231,7 @@ class Layers(Budgets):
         self.layers += layers
         self._keep_dense(kept_dense)
         self._agree_and_count()
-        distributed.check_agreement(self.masks.values())
+        self._compare_masks("add_module")
         self._keep_counts()
 
     def _keep_dense(self, parameters):
@@ -232,9 +249,24 @@ class Layers(Budgets):
     def _agree_and_count(self):
         """Give all processes the masks of the first, and count."""
         distributed.broadcast_masks(self.masks.values())
-        count(self.layers)
         for layer in self.layers:
             layer.ever_active.logical_or_(layer.mask)
+        self._count()
+
+    def _count(self):
+        masks = [mask for layer in self.layers for mask in (layer.mask, layer.ever_active)]
+        counts = [int(number) for number in fetch([count_active(mask) for mask in masks])]
+        for layer, nonzeros, explored in zip(self.layers, counts[::2], counts[1::2], strict=True):
+            layer.nonzeros, layer.explored = nonzeros, explored
+            layer.agree()
+
+    def _compare_masks(self, place):
+        self.disagreement = ""
+        try:
+            agreement.check_agreement(self.masks.values(), place)
+        except agreement.ProcessError as error:
+            self.disagreement = str(error)
+            raise
 
     def _follow_weights(self):
         for layer in self.layers:
@@ -254,11 +286,12 @@ class Layers(Budgets):
                 nothing is changed then.
         """
         self._check_state(state)
+        current().meet("load_state_dict")  # if it does not fit on one process, nothing changes on any
         for layer in self.layers:
             layer.load_state_dict(state["layers"][layer.name])
-        count(self.layers)
+        self._count()
         self._load_budgets(state)
-        distributed.check_agreement(self.masks.values())
+        self._compare_masks("load_state_dict")
 
     def _check_state(self, state):
         loading.check_entries("'mask'", state, [*loading.OF_ALL, *loading.OF_MASKING], ["sparse_training", "budgets"])

@@ -15,7 +15,7 @@ from sparselearning.patterns import UNSTRUCTURED, with_most
 from sparselearning.processes.sharded import local_part
 
 REQUIRED = ("mask", "removed", "importance", "prune_rate")  # of a layer
-OPTIONAL = ("ever_active", "memory", "most", "trained")
+OPTIONAL = ("ever_active", "memory", "kept", "most", "trained")
 OF_ALL = ("baseline_nonzero", "layers")
 OF_MASKING = ("steps", "prune_threshold")
 MOST_STEPS = 2**53  # steps are divided as floats
@@ -126,6 +126,21 @@ def check_layer(name: str, state: Any, mask: Tensor, group: int) -> None:
     if not isinstance(state.get("trained"), bool | None):
         refuse(f"{entry}['trained']", "True, False or None", describe(state["trained"]))
     check_memory(f"{entry}['memory']", state.get("memory", {}), mask)
+    check_kept(f"{entry}['memory']", state.get("kept"), state.get("memory", {}))
+
+
+def check_kept(entry: str, kept: Any, memory: dict[str, Tensor]) -> None:
+    """Check that all is there that functions had kept, by name; torch.distributed.checkpoint leaves out what is new."""
+    if kept is None:  # of older files
+        return
+    if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
+        refuse(entry, "a list of names", describe(kept))
+    if {*kept} != {*memory}:
+        raise RuntimeError(
+            f"The entry {entry} of the state is to hold {', '.join(kept) or 'nothing'}, and holds "
+            f"{', '.join(memory) or 'nothing'}. torch.distributed.checkpoint loads into tensors that are there: put "
+            "one of the same shape and dtype for each name into masking.memory before."
+        )
 
 
 def check_memory(entry: str, memory: Any, mask: Tensor) -> None:
@@ -178,7 +193,8 @@ def check_budgets(masking: Any, state: dict[str, Any]) -> None:
 
 def check_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
     """Check the saved state of an optimizer, which torch would take as it is and fail with at the next step."""
-    own = optimizer.state_dict()
+    divided = hasattr(optimizer, "consolidate_state_dict")  # ZeroRedundancyOptimizer, whose whole state is far
+    own = torch.optim.Optimizer.state_dict(optimizer) if divided else optimizer.state_dict()
     check_entries("'optimizer'", state, ("state", "param_groups"), tuple(own))
     entries, groups = state["state"], state["param_groups"]
     if not isinstance(entries, dict) or not isinstance(groups, list):
@@ -194,7 +210,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
     for index, entry in entries.items():
         weight = weights.get(repr(index))
         if weight is not None:
-            place, here = f"'state'[{describe(index)}]", own["state"].get(places[id(weight)], {})
+            place, here = f"'state'[{describe(index)}]", own["state"].get(places[id(weight)]) or {}
             check_state_of(place, entry, weight, here)
             if missing := [name for name in here if entry and name not in entry and name != "max_exp_avg_sq"]:
                 refuse(place, ", ".join(map(str, here)), f"no {missing[0]}")

@@ -263,7 +263,7 @@ def hold(
 
 
 OF_MASKING = ("verbose", "fp16")
-OF_MODULE = ("remove_param_names", "sparse_embeddings", "dense", "batches", "sparse", "state")
+OF_MODULE = ("remove_param_names", "sparse_embeddings", "dense", "batches", "sparse", "state", "process_group")
 
 
 def arguments_of(
@@ -275,7 +275,7 @@ def arguments_of(
         method: a key of METHODS, or a `Method`.
         total_steps: optimizer steps of the training.
         parts: parts of the method to replace; `verbose` and `fp16` of Masking; `remove_param_names`,
-            `sparse_embeddings`, `dense`, `batches`, `sparse` and `state` of `add_module`.
+            `sparse_embeddings`, `dense`, `batches`, `sparse`, `state` and `process_group` of `add_module`.
 
     Raises:
         ValueError: for an unknown method, or `total_steps` below 1.

@@ -74,7 +74,7 @@ def threshold_prune(masking) -> dict[str, Tensor]:
     exact = global_magnitude_prune(masking)
     dropped = [local_part(layer.master)[local_part(layer.mask & ~exact[layer.name])].abs() for layer in masking.layers]
     here = max((part.max().item() for part in dropped if part.numel()), default=0.0)
-    masking.prune_threshold = highest(here, masking.layers[0].master)
+    masking.prune_threshold = highest(here, [layer.master for layer in masking.layers])
     return exact
 
 

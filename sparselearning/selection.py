@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparselearning.patterns import UNSTRUCTURED, ablate, pattern_of
-from sparselearning.processes import sharded
+from sparselearning.processes import selecting
 from sparselearning.processes.sharded import is_sharded
 
 SAMPLE = 1 << 14  # entries that bounds are estimated from
@@ -102,7 +102,7 @@ def _mark_lowest(scores, candidates, k, *, negate) -> list[Tensor]:
     if k <= 0:
         return [torch.zeros_like(among) for among in candidates]
     if any(map(is_sharded, candidates)):
-        return sharded.mark_lowest(scores, candidates, k, negate=negate)
+        return selecting.mark_lowest(scores, candidates, k, negate=negate)
     scores = [_as_float(score) for score in scores]
     on_cpu = all(score.device.type == "cpu" for score in scores)
     return (_mark_lowest_on_cpu if on_cpu else _mark_lowest_on_device)(scores, candidates, k, negate)

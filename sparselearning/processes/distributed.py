@@ -4,20 +4,17 @@ import inspect
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparselearning.processes.agreement import check_agreement
+from sparselearning.processes.group import PATIENCE, ProcessError, current
 from sparselearning.processes.sharded import is_sharded
 
-PATIENCE = timedelta(minutes=5)  # time to wait for a process that is alive but silent; a dead one is noticed at once
-
-
-class ProcessError(RuntimeError):
-    """The processes no longer train one model: their masks differ, or a process is gone."""
+__all__ = ["PATIENCE", "ProcessError", "check_agreement"]
 
 
 def start(device: torch.device | str) -> torch.device:
@@ -44,7 +41,7 @@ def noticing_losses() -> Iterator[None]:
         yield
     except RuntimeError as error:
         words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "ProcessGroup")
-        if not in_process_group() or not any(word in str(error) for word in words):
+        if processes() == 1 or not any(word in str(error) for word in words):
             raise
         reason = str(error).splitlines()[0]
         raise ProcessError(f"Process {rank()} lost another process, which has died or hangs: {reason}") from error
@@ -57,37 +54,35 @@ def stop() -> None:
 
 
 def rank() -> int:
-    """Return the rank of this process; 0 without a process group."""
-    return dist.get_rank() if in_process_group() else 0
+    """Return the rank of this process among all; 0 without a process group."""
+    return dist.get_rank() if processes() > 1 else 0
 
 
 def processes() -> int:
-    """Return the number of processes that train together."""
-    return dist.get_world_size() if in_process_group() else 1
+    """Return the number of all processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def in_process_group() -> bool:
-    """Tell whether this process trains together with others."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    """Tell whether this process trains a network together with others."""
+    return current().size > 1
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
     """Replace a tensor by its sum over all processes, in place, and return it. One process alone changes nothing."""
-    if in_process_group():
-        dist.all_reduce(values)
+    current().reduce(values)
     return values
 
 
 def send_to_all(values: Tensor) -> Tensor:
-    """Overwrite a tensor with that of rank 0, in place, and return it. One process alone changes nothing."""
-    if in_process_group():
-        dist.broadcast(values, src=0)
+    """Overwrite a tensor with that of the first process, in place, and return it. One process alone changes nothing."""
+    current().broadcast(values)
     return values
 
 
 def from_first(value: Any) -> Any:
-    """Return the value that the first process passes; it may be any object."""
-    if not in_process_group():
+    """Return the value that the first of all processes passes; it may be any object."""
+    if processes() == 1:
         return value
     values = [value]
     dist.broadcast_object_list(values, src=0)
@@ -99,7 +94,7 @@ def gather(value: Any) -> list[Any]:
 
     A value may be any object.
     """
-    if not in_process_group():
+    if processes() == 1:
         return [value]
     values = [None] * processes() if rank() == 0 else None
     dist.gather_object(value, values)
@@ -144,7 +139,7 @@ def without_sync(model: nn.Module) -> AbstractContextManager:
 
 
 def broadcast_masks(masks: Iterable[Tensor]) -> None:
-    """Overwrite the masks of every process with those of rank 0, in place and in one message.
+    """Overwrite the masks of every process with those of the first, in place and in one message.
 
     Sharded masks are left out: each process already holds its own part. One process alone does nothing.
     """
@@ -152,39 +147,7 @@ def broadcast_masks(masks: Iterable[Tensor]) -> None:
     if not masks or not in_process_group():
         return
     flat = torch.cat([mask.flatten() for mask in masks]).to(torch.uint8)
-    dist.broadcast(flat, src=0)
+    current().broadcast(flat)
     parts = flat.bool().split([mask.numel() for mask in masks])
     for mask, part in zip(masks, parts, strict=True):
         mask.copy_(part.view_as(mask))
-
-
-def check_agreement(masks: Iterable[Tensor]) -> None:
-    """Compare the checksums of the masks of all processes. One process alone does nothing.
-
-    Raises:
-        ProcessError: on every process, if the masks differ.
-    """
-    if not in_process_group():
-        return
-    masks = [mask for mask in masks if not is_sharded(mask)]
-    device = masks[0].device if masks else torch.device("cpu")
-    mine = torch.tensor(0, device=device)
-    for i, mask in enumerate(masks):
-        mine = mine + checksum(mask) * (2 * i + 1)
-    all_of_them = [torch.zeros_like(mine) for _ in range(processes())]
-    dist.all_gather(all_of_them, mine)
-    values = torch.stack(all_of_them).tolist()
-    if differing := [i for i, value in enumerate(values) if value != values[0]]:
-        raise ProcessError(
-            f"The masks of rank {', '.join(map(str, differing))} differ from those of rank 0. Expected the same "
-            "on all processes: make the same calls of add_module, remove_weight and load_state_dict on each."
-        )
-
-
-def checksum(mask: Tensor) -> Tensor:
-    """Return a number (int64, 0-d) that depends on the size of a mask and on the positions of its active entries."""
-    mixed = torch.arange(mask.numel(), device=mask.device)
-    for factor in (-7046029254386353131, -4658895280553007687):  # of splitmix64, so that neighbours differ strongly
-        mixed = (mixed + 1) * factor
-        mixed = mixed ^ (mixed >> 31)
-    return mixed.masked_fill(~mask.flatten(), mask.numel()).sum()

@@ -1,19 +1,17 @@
-"""Selection over weights that are sharded among processes (DTensors, such as those of FSDP2's `fully_shard`).
+"""Weights that are sharded among processes: DTensors, such as those of FSDP2's `fully_shard` and tensor parallelism.
 
-A mask is sharded like its weight. The processes agree on a threshold by adding up histograms: no weight and no score is
-gathered, and the result is exactly that of one process, ties included.
+A mask is sharded like its weight.
 """
 
-import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-DIGIT_BITS = 16  # a float32 takes two histograms of 65,536 counts, 512 KiB each
+from sparselearning.processes.group import current
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -34,21 +32,50 @@ def reshard(modules: Iterable[nn.Module]) -> None:
     then the module shows other parameters than the optimizer's, and the next forward pass would miss writes to the
     shards.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not hasattr(fsdp, "FSDPModule"):
+    for part in _fully_sharded(modules):
+        part.reshard()
+
+
+def shapes_gathered(modules: Iterable[nn.Module]) -> set[torch.Size]:
+    """Return the shapes of all parameters that FSDP2 shows now; it may have gathered those that it shards."""
+    return {parameter.shape for part in _fully_sharded(modules) for parameter in part.parameters()}
+
+
+def _fully_sharded(modules) -> list[Any]:
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())  # slow to import
+    return [part for module in modules for part in module.modules() if isinstance(part, kind)]
+
+
+def refuse_hidden_weights(module: nn.Module) -> None:
+    """Check that the parameters of a module are its weights, whole or as DTensors.
+
+    Raises:
+        ValueError: for what hides them: FSDP1, DeepSpeed's ZeRO-3, DistributedDataParallel over tensor parallelism.
+    """
+    first = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    if any(isinstance(part, first) for part in module.modules()):
+        found = "FullyShardedDataParallel (FSDP1), which hides weights in flat parameters"
+    elif any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        found = "parameters of DeepSpeed's ZeRO-3, which are empty between the steps"
+    elif any(hasattr(parameter, "_st_info") for parameter in module.parameters()):
+        found = "DistributedDataParallel over tensor parallelism, which shows a part of each weight as a whole"
+    elif any(hasattr(parameter, "_in_backward_optimizers") for parameter in module.parameters()):
+        raise ValueError("An optimizer steps these weights inside the backward pass, where masks cannot follow.")
+    else:
         return
-    for module in modules:
-        for part in module.modules():
-            if isinstance(part, fsdp.FSDPModule):
-                fsdp.FSDPModule.reshard(part)
+    raise ValueError(
+        f"Expected weights that are whole or DTensors, got {found}. Use fully_shard of torch.distributed.fsdp (FSDP2), "
+        "also over tensor parallelism and with replicas (a mesh of two dimensions); or DistributedDataParallel."
+    )
 
 
 def shard_of(whole: Tensor, like: Any) -> Any:
     """Return `whole`, which every process holds, sharded like the DTensor `like` of the same shape. Nothing is sent."""
     part = whole
-    for dim, (start, size) in enumerate(_extent(like)):
-        part = part.narrow(dim, start, size)
-    return _joined(part.to(like.device, copy=True).contiguous(), like)
+    for dim, held in enumerate(indices_of(like)):
+        if len(held) < like.shape[dim]:
+            part = part.index_select(dim, held.to(part.device))
+    return joined(part.to(like.device, copy=True).contiguous(), like)
 
 
 def placed_like(mask: Tensor, value: Tensor) -> Tensor:
@@ -96,19 +123,26 @@ class Whole:
 
 def count_active(mask: Tensor) -> Tensor:
     """Return the number of active entries as a 0-d tensor; `add_up` or `fetch` adds up that of a sharded mask."""
-    return mask.sum() if is_sharded(mask) else mask.count_nonzero()  # DTensor has no count_nonzero
+    return added_up(local_part(mask).sum(), mask) if is_sharded(mask) else mask.count_nonzero()
 
 
 def add_up(values: list) -> list:
-    """Return numbers and 0-d tensors; the DTensors among them are added up over processes, in one message."""
-    parts = [value for value in values if is_sharded(value)]
-    if not parts or any(part.placements != parts[0].placements for part in parts):
+    """Return numbers and 0-d tensors; the DTensors among them are added up over processes, in a message per mesh."""
+    kinds = {(value.device_mesh, value.placements) for value in values if is_sharded(value)}
+    if any(not (place.is_partial() or place.is_replicate()) for _, places in kinds for place in places):
         return [value.full_tensor() if is_sharded(value) else value for value in values]
-    from torch.distributed.tensor import DTensor
-
-    here = torch.stack([part.to_local().to(torch.float64) for part in parts])  # float64: exact for counts below 2^53
-    sums = iter(DTensor.from_local(here, parts[0].device_mesh, parts[0].placements, run_check=False).full_tensor())
-    return [next(sums) if is_sharded(value) else value for value in values]
+    found = list(values)
+    for mesh, placements in sorted(kinds, key=lambda kind: (kind[0].size(), str(kind[1]))):
+        where = [
+            i for i, x in enumerate(values) if is_sharded(x) and (x.device_mesh, x.placements) == (mesh, placements)
+        ]
+        sums = torch.stack([values[i].to_local().to(torch.float64) for i in where])  # exact for counts below 2^53
+        for dim, placement in enumerate(placements):
+            if placement.is_partial():
+                dist.all_reduce(sums, group=mesh.get_group(dim))
+        for i, total in zip(where, sums, strict=True):
+            found[i] = total
+    return found
 
 
 def fetch(values: list) -> list[float]:
@@ -125,121 +159,38 @@ def fetch(values: list) -> list[float]:
     return [next(fetched) if isinstance(value, Tensor) else float(value) for value in values]
 
 
-def highest(value: float, weight: Any) -> float:
-    """Return the highest value of all processes that share a sharded weight, or `value` if the weight is whole."""
-    if not is_sharded(weight):
+def highest(value: float, weights: Iterable[Any]) -> float:
+    """Return the highest value of all processes if one of the weights is sharded, or `value` if all are whole."""
+    weights = list(weights)
+    if not any(map(is_sharded, weights)):
         return value
-    values = torch.tensor(value, dtype=torch.float64, device=weight.device)
-    for dim in range(weight.device_mesh.ndim):
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=weight.device_mesh.get_group(dim))
+    values = torch.tensor(value, dtype=torch.float64, device=weights[0].device)
+    current().reduce(values, "MAX")
     return values.item()
 
 
 def uniform_like(mask: Tensor) -> Tensor:
     """Return random numbers in [0, 1), float32, of the shape of the mask.
 
-    For a sharded mask they are the numbers that process 0 would draw for the whole mask; the generators of the other
-    processes do not advance.
+    For a sharded mask they are the numbers that the first process would draw for the whole mask; the generators of the
+    other processes do not advance.
     """
     if not is_sharded(mask):
         return torch.rand(mask.shape, device=mask.device)
     on_gpu = mask.device.type == "cuda"
     state = torch.cuda.get_rng_state(mask.device) if on_gpu else torch.get_rng_state()
     sent = state.to(mask.device)
-    dist.broadcast(sent, src=0)
+    current().broadcast(sent)
     generator = torch.Generator(mask.device)
     generator.set_state(sent.cpu())
     whole = torch.rand(mask.shape, device=mask.device, generator=generator)
-    if dist.get_rank() == 0:
+    if current().rank == 0:
         state = generator.get_state()
         torch.cuda.set_rng_state(state, mask.device) if on_gpu else torch.set_rng_state(state)
     return shard_of(whole, mask)
 
 
-@torch.no_grad()
-def mark_lowest(scores: Sequence[Tensor], candidates: Sequence[Tensor], k: int, *, negate: bool) -> list[Tensor]:
-    """Mark the k candidates with the lowest scores (highest, if `negate`); of equals, earlier entries first.
-
-    This is `selection._mark_lowest` for candidates of which at least one is sharded; a score may be whole.
-    """
-    mesh = next(among.device_mesh for among in candidates if is_sharded(among))  # pyright: ignore[reportAttributeAccessIssue]
-
-    def total(counts: Tensor) -> Tensor:
-        for dim in range(mesh.ndim):
-            dist.all_reduce(counts, group=mesh.get_group(dim))
-        return counts
-
-    keys = [_key(_part_like(score, among), negate) for score, among in zip(scores, candidates, strict=True)]
-    here = [_part_like(among, among) for among in candidates]
-    counted = [_counts_here(among, mesh) for among in candidates]
-    joint = torch.cat([key[mine & counts] for key, mine, counts in zip(keys, here, counted, strict=True)])
-    bits = 64 if any(score.dtype == torch.float64 for score in scores) else 32
-    kth, below, tied = _kth_lowest(joint, k, bits, total)
-    if kth is None:
-        return [among.clone() for among in candidates]
-    if below + tied == k:
-        marks = [mine & (key <= kth) for key, mine in zip(keys, here, strict=True)]
-        return [_joined(mark, among) for mark, among in zip(marks, candidates, strict=True)]
-
-    # Of the candidates with the score of the last one marked, the first in row-major order are marked.
-    marks = [mine & (key < kth) for key, mine in zip(keys, here, strict=True)]
-    ties = [mine & (key == kth) for key, mine in zip(keys, here, strict=True)]
-    starts = [sum(among.numel() for among in candidates[:i]) for i in range(len(candidates))]
-    places = [start + _positions(among, tie) for start, among, tie in zip(starts, candidates, ties, strict=True)]
-    joint = torch.cat([place[counts.expand_as(place)] for place, counts in zip(places, counted, strict=True)])
-    size = sum(among.numel() for among in candidates)
-    last, *_ = _kth_lowest(joint, k - below, size.bit_length() + 1, total)
-    for mark, tie, place in zip(marks, ties, places, strict=True):
-        mark[tie] = place <= last  # pyright: ignore[reportOperatorIssue]: there are more ties than are marked
-    return [_joined(mark, among) for mark, among in zip(marks, candidates, strict=True)]
-
-
-def _kth_lowest(keys: Tensor, k: int, bits: int, total: Callable[[Tensor], Tensor]) -> tuple[int | None, int, int]:
-    """Return the k-th lowest key over all processes, the number of lower keys, and the number of equal ones.
-
-    The key is None if there are at most k keys. `keys` are int64 and fit into `bits` bits, sign included. A radix
-    selection: from the highest `DIGIT_BITS` bits to the lowest, a histogram of these bits decides which keys remain.
-    """
-    lowest = -(1 << (bits - 1))
-    places = range(math.ceil(bits / DIGIT_BITS))
-    keys = keys - lowest if bits < 64 else keys ^ lowest  # from 0 on, as an unsigned number
-    kth, below, equal = 0, 0, 0
-    for place in reversed(places):
-        digits = (keys >> (place * DIGIT_BITS)) & ((1 << min(DIGIT_BITS, bits - place * DIGIT_BITS)) - 1)
-        counts = total(torch.bincount(digits, minlength=1 << DIGIT_BITS))
-        ends = counts.cumsum(0)
-        digit = torch.searchsorted(ends, k - below)
-        at = digit.clamp(max=len(counts) - 1)
-        found, end, equal, size = torch.stack([digit, ends[at], counts[at], ends[-1]]).tolist()
-        if place == places[-1] and size <= k:
-            return None, 0, 0
-        below += end - equal
-        keys = keys[digits == found]
-        kth = kth << DIGIT_BITS | found
-    return kth + lowest, below, equal
-
-
-def _key(score: Tensor, negate: bool) -> Tensor:
-    """Return int64 keys with the order of the scores: equal scores get equal keys, NaN ranks below every number."""
-    score = score if score.dtype in (torch.float32, torch.float64) else score.float()
-    score = (-score if negate else score) + 0.0  # no -0.0, which equals 0.0
-    nan = torch.inf if negate else -torch.inf
-    score = score.nan_to_num(nan=nan, posinf=torch.inf, neginf=-torch.inf).contiguous()
-    bits, highest = (torch.int64, (1 << 63) - 1) if score.dtype == torch.float64 else (torch.int32, (1 << 31) - 1)
-    pattern = score.view(bits)
-    return torch.where(pattern < 0, pattern ^ highest, pattern).to(torch.int64)
-
-
-def _part_like(tensor: Any, like: Any) -> Tensor:
-    """Return this process's part of a tensor, after sharding it like `like`."""
-    if not is_sharded(like):
-        return tensor.full_tensor() if is_sharded(tensor) else tensor
-    if not is_sharded(tensor):
-        tensor = shard_of(tensor, like)
-    return tensor.redistribute(placements=like.placements).to_local()
-
-
-def _joined(part: Tensor, like: Any) -> Any:
+def joined(part: Tensor, like: Any) -> Any:
     """Return the DTensor, sharded like `like`, of which this process holds `part`; `part` itself if `like` is whole."""
     from torch.distributed.tensor import DTensor
 
@@ -250,43 +201,42 @@ def _joined(part: Tensor, like: Any) -> Any:
     )
 
 
-def _counts_here(tensor: Any, mesh: Any) -> Tensor:
-    """Tell whether this process counts its part of a tensor: of the processes that hold the same part, one does."""
-    coordinate = mesh.get_coordinate()
-    placements = tensor.placements if is_sharded(tensor) else [None] * mesh.ndim
-    first = all(at == 0 or (p is not None and p.is_shard()) for at, p in zip(coordinate, placements, strict=True))
-    return torch.tensor(first, device=tensor.device)
+def added_up(part: Tensor, like: Any) -> Any:
+    """Return a 0-d tensor of which each part of the DTensor `like` has a summand; `add_up` and `fetch` add them up."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    placements = [Replicate() if placement.is_replicate() else Partial() for placement in like.placements]
+    return DTensor.from_local(part, like.device_mesh, placements, run_check=False)
 
 
-def _positions(tensor: Any, among: Tensor) -> Tensor:
-    """Return the positions in the whole tensor, in row-major order, of the marked entries of this process's part."""
-    places = among.nonzero()
-    sizes = tensor.shape
-    starts = [start for start, _ in _extent(tensor)] if is_sharded(tensor) else [0] * len(sizes)
-    position = torch.zeros(len(places), dtype=torch.int64, device=among.device)
-    for dim, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-        position = position * size + places[:, dim] + start
-    return position
+def indices_of(tensor: Any) -> list[Tensor]:
+    """Return for each dimension of a DTensor which of its indices this process holds.
 
-
-def _extent(tensor: Any) -> list[tuple[int, int]]:
-    """Return (start, size) of this process's part of a DTensor, for each dimension.
+    `Shard` divides into consecutive parts. `_StridedShard`, of FSDP2 over tensor parallelism on one dimension, divides
+    each of the parts that another dimension of the mesh will hold.
 
     Raises:
-        NotImplementedError: if the DTensor is not sharded into consecutive parts.
+        NotImplementedError: for any other placement, such as a sum that is not added up yet.
     """
-    extent = [(0, size) for size in tensor.shape]
-    coordinate = tensor.device_mesh.get_coordinate()
-    for at, parts, placement in zip(coordinate, tensor.device_mesh.shape, tensor.placements, strict=True):
+    indices = [torch.arange(size) for size in tensor.shape]
+    mesh = tensor.device_mesh
+    for at, parts, placement in zip(mesh.get_coordinate(), mesh.shape, tensor.placements, strict=True):
         if placement.is_replicate():
             continue
-        if type(placement).__name__ != "Shard":
+        if type(placement).__name__ not in ("Shard", "_StridedShard"):
             raise NotImplementedError(
-                f"Masks need weights sharded in consecutive parts (Shard or Replicate), got {placement}. "
-                "Use fully_shard without tensor parallelism on the same dimension."
+                f"Masks need weights that are sharded or replicated, got {placement}. Call redistribute on the weight "
+                "before add_module."
             )
-        start, size = extent[placement.dim]
-        part = -(-size // parts)
-        begin = min(at * part, size)
-        extent[placement.dim] = (start + begin, min(part, size - begin))
-    return extent
+        pieces = indices[placement.dim].chunk(getattr(placement, "split_factor", 1))
+        chunks = [piece.chunk(parts) for piece in pieces]
+        indices[placement.dim] = torch.cat([chunk[at] if at < len(chunk) else chunk[0][:0] for chunk in chunks])
+    return indices
+
+
+def extent_of(tensor: Any) -> list[tuple[int, int, int]]:
+    """Return (first index, last index, number) of this process's part, for each dimension."""
+    if not is_sharded(tensor):
+        return [(0, size - 1, size) for size in tensor.shape]
+    indices = indices_of(tensor)
+    return [(int(held[0]), int(held[-1]), len(held)) if len(held) else (0, -1, 0) for held in indices]

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from sparselearning.layers import SparseLayer
-from sparselearning.processes.sharded import count_active, fetch, is_sharded
+from sparselearning.processes.sharded import count_active, fetch, local_part
 from sparselearning.start.distributions import DISTRIBUTIONS as DRAWN
 from sparselearning.start.masks import SparseInit
+from sparselearning.weights.optimizer import state_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def warn_of_masks(
 def _is_trained(masking, module, layers):
     """Tell whether the optimizer has stepped weights, or a BatchNorm has seen batches."""
     batches = (buffer for name, buffer in module.named_buffers() if name.endswith("num_batches_tracked"))
-    return any(masking.optimizer.state.get(layer.master) for layer in layers) or any(map(_is_positive, batches))
+    return any(state_of(masking.optimizer, layer.master) for layer in layers) or any(map(_is_positive, batches))
 
 
 def _is_positive(number: Tensor) -> bool:
@@ -59,13 +60,11 @@ def remember(layers: Iterable[SparseLayer]) -> None:
 
 def warn_of_written_weights(masking: Any) -> None:
     """Warn if weights were written since they were masked, and the coming step sets many nonzero ones to zero."""
-    written = [
-        layer for layer in masking.layers if layer.version != layer.master._version and not is_sharded(layer.master)
-    ]
+    written = [layer for layer in masking.layers if layer.version != layer.master._version]
     if not written or masking.held.keeps_inactive or masking.looks_left <= 0:
         return
     masking.looks_left -= 1
-    nonzero, lost = _counts(written)
+    nonzero, lost = _counts_here(written)
     if lost > MANY * nonzero:
         logger.warning(
             "Weights were written since the last step, and this one sets %d of %d nonzero weights of %s to zero. If a "
@@ -79,7 +78,17 @@ def warn_of_written_weights(masking: Any) -> None:
 @torch.no_grad()
 def _counts(layers):
     """Return how many weights are nonzero, and how many of them are inactive."""
-    active = [layer.master != 0 for layer in layers]
-    lost = [nonzero & ~layer.mask for nonzero, layer in zip(active, layers, strict=True)]
+    return _added(layers, [(layer.master, layer.mask) for layer in layers])
+
+
+@torch.no_grad()
+def _counts_here(layers):
+    """Return the same of the parts that this process holds; the others may have written nothing."""
+    return _added(layers, [(local_part(layer.master), local_part(layer.mask)) for layer in layers])
+
+
+def _added(layers, pairs):
+    active = [weight != 0 for weight, _ in pairs]
+    lost = [nonzero & ~mask for nonzero, (_, mask) in zip(active, pairs, strict=True)]
     counts = fetch([count_active(mask) for mask in [*active, *lost]])
     return int(sum(counts[: len(layers)])), int(sum(counts[len(layers) :]))

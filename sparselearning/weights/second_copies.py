@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparselearning.weights.optimizer import state_of
+
 # Names of copies in the states of ASGD, schedule-free optimizers, Lookahead and averages; and of what is none.
 COPIES: tuple[str, ...] = ("ax", "z", "slow_buffer", "lookahead_slow_buff", "cached_params", "swa_buffer", "ema")
 OTHERS: tuple[str, ...] = (
@@ -38,7 +40,7 @@ class SecondCopies:
         """Return name and tensor of every copy of a weight; `values` are those to compare with, if not its own."""
         if not self.chain:
             return ()
-        if not self.wrapped and self.chain[0].state.get(weight, {}).keys() <= self.others:
+        if not self.wrapped and state_of(self.chain[0], weight).keys() <= self.others:
             return ()
         return self.found(weight, mask, weight if values is None else values)
 
@@ -54,12 +56,15 @@ class SecondCopies:
 
     def candidates(self, weight: Tensor) -> Iterator[tuple[str, Any]]:
         """Yield name and value of all that is kept for a weight."""
-        states = {id(state): state for state in (getattr(each, "state", None) for each in self.chain)}
+        states = {id(state): state for state in (_state(each, weight) for each in self.chain)}
         for state in states.values():
-            if isinstance(state, dict):
-                yield from state.get(weight, {}).items()
+            yield from state.items()
         for wrapper in self.chain[:-1]:
             yield from listed(wrapper, weight)
+
+
+def _state(optimizer, weight):
+    return state_of(optimizer, weight) if isinstance(getattr(optimizer, "state", None), dict) else {}
 
 
 def is_close(tensor: Tensor, weight: Tensor, mask: Tensor) -> bool | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparselearning.processes.sharded import add_up, count_active
-from sparselearning.weights.optimizer import keeps_no_state_per_weight
+from sparselearning.weights.optimizer import keeps_no_state_per_weight, state_of
 
 
 def fresh(entries: Mapping[Any, Tensor], kept: Tensor, group: Mapping[str, Any]) -> dict[Any, Any]:
@@ -41,7 +41,7 @@ START_STATES: Mapping[str, Callable[[Mapping[Any, Tensor], Tensor, Mapping[str, 
 
 def state_per_weight(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[Any, Tensor]:
     """Return by name what the optimizer keeps for each entry of a weight: momenta, second moments."""
-    state = optimizer.state.get(weight, {})
+    state = state_of(optimizer, weight)
     return {name: value for name, value in state.items() if isinstance(value, Tensor) and value.shape == weight.shape}
 
 
@@ -89,7 +89,7 @@ def refuse_unfit_state(start: str | None, optimizer: torch.optim.Optimizer, weig
                 f"{type(optimizer).__name__} keeps {coded[0]!r} in codes of 8 bits, so that no value can be set there. "
                 "Use reset_state=False (--no-reset-state), or an optimizer with floating-point state."
             )
-        others = optimizer.state.get(weight, {}).values()
+        others = state_of(optimizer, weight).values()
         factored = not entries and any(isinstance(value, Tensor) and value.numel() > 1 for value in others)
         whole = [name for name, value in entries.items() if not value.is_floating_point()]
         if start == "mean" and (factored or whole):

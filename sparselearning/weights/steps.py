@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from sparselearning import invariants
+from sparselearning import invariants, reports
 from sparselearning.layers import Layers
+from sparselearning.processes.group import choose_group
+from sparselearning.processes.sharded import refuse_hidden_weights, reshard
 from sparselearning.weights.closures import closure_of, masked_closure, with_closure
 from sparselearning.weights.destroyed import LOOKS, warn_of_written_weights
 from sparselearning.weights.frozen import note_gradients
@@ -68,6 +70,15 @@ class Steps(Layers, ABC):
         self.modules, self._hooks = [], []
         invariants.MASKINGS.discard(self)
 
+    def _begin(self, module, process_group, rescale):
+        """Check that a module can be added, and let those processes share its masks which train it."""
+        if rescale and self.held.keeps_inactive:
+            raise ValueError(f"With weights={self.held.kind!r} magnitudes decide what is active; leave out rescale.")
+        self._refuse_released()
+        choose_group(self, module, process_group)
+        refuse_hidden_weights(module)
+        reshard([module])
+
     def _refuse_released(self):
         if not self._hooks:
             raise RuntimeError(
@@ -81,6 +92,8 @@ class Steps(Layers, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy (deepcopy, pickle): an optimizer's copy has lost its hooks, and would train unmasked."""
         vars(self).update(state)
+        for layer in self.layers:
+            layer.agree()
         self._watch_steps()
 
     def _before_step(self, args, kwargs):
@@ -93,6 +106,9 @@ class Steps(Layers, ABC):
             return with_closure(args, kwargs, masked_closure(self, closure))
         note_gradients(self)
         return None
+
+    def __repr__(self) -> str:
+        return reports.in_one_line(self)
 
     @abstractmethod
     def _after_step(self):

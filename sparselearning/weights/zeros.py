@@ -58,6 +58,7 @@ class Zeros:
         self.reset_state = True if reset_state == "zero" else reset_state
         self.copies = SecondCopies([])  # of the weights; set by Masking
         self.ready = False  # the optimizer was given what it is to step
+        self.borrowed: dict[Tensor, dict[str, Tensor]] = {}  # momenta that other processes hold, during an update
         self.gradients: dict[Tensor, Tensor] = {}  # dense ones, of an optimizer that is given masked ones
 
     @property
@@ -200,7 +201,7 @@ class Zeros:
 
     def momentum_of(self, weight: Tensor) -> Tensor:
         """Return the momentum of a weight."""
-        return momentum_of(self.optimizer, weight)
+        return momentum_of(self.optimizer, weight, self.borrowed.get(weight))
 
     def gradient_of(self, weight: Tensor) -> Tensor:
         """Return the gradient of a weight."""

@@ -1,0 +1,76 @@
+"""Small messages between processes that wait for each other for a limited time."""
+
+import pickle
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+FRAME = 4096  # bytes that are always sent; what is longer takes a second message
+GRACE = 5.0  # seconds that the others wait longer than the first, so that it can say who is late
+
+
+class Late(RuntimeError):
+    """A process did not come in time, or is gone: `rank`."""
+
+    def __init__(self, rank: int):
+        super().__init__(f"process {rank}")
+        self.rank = rank
+
+
+def exchange(facts: Any, ranks: Sequence[int], group: Any, patience: float) -> list[Any]:
+    """Return the facts of all processes, in the order of `ranks`. The first collects and sends.
+
+    Args:
+        facts: what can be pickled.
+        ranks: the processes.
+        group: their Gloo group.
+        patience: seconds to wait for each.
+
+    Raises:
+        Late: on the first process naming the other; on the others naming the first, which knows.
+    """
+    first, *others = ranks
+    waiting = first
+    try:
+        if dist.get_rank() != first:
+            _send(facts, first, group)
+            return _receive(first, group, patience + GRACE)
+        collected = [facts]
+        for waiting in others:
+            collected.append(_receive(waiting, group, patience))
+        for waiting in others:
+            _send(collected, waiting, group)
+    except RuntimeError as error:
+        raise Late(waiting) from error
+    return collected
+
+
+def _send(value: Any, rank: int, group: Any) -> None:
+    data = pickle.dumps(value)
+    frame = torch.zeros(FRAME, dtype=torch.uint8)
+    whole = torch.frombuffer(bytearray(len(data).to_bytes(8, "big") + data), dtype=torch.uint8)
+    frame[: min(len(whole), FRAME)] = whole[:FRAME]
+    dist.send(frame, rank, group=group)
+    if len(whole) > FRAME:
+        dist.send(whole[FRAME:].contiguous(), rank, group=group)
+
+
+def _receive(rank: int, group: Any, seconds: float) -> Any:
+    frame = torch.empty(FRAME, dtype=torch.uint8)
+    _wait_for(frame, rank, group, seconds)
+    length = int.from_bytes(bytes(frame[:8].tolist()), "big")
+    if (rest := length + 8 - FRAME) > 0:
+        more = torch.empty(rest, dtype=torch.uint8)
+        _wait_for(more, rank, group, seconds)
+        frame = torch.cat([frame, more])
+    return pickle.loads(frame[8 : 8 + length].numpy().tobytes())
+
+
+def _wait_for(frame: Tensor, rank: int, group: Any, seconds: float) -> None:
+    work = dist.irecv(frame, rank, group=group)
+    if work is not None:
+        work.wait(timedelta(seconds=seconds))
