@@ -34,7 +34,7 @@ def folder(tmp_path):
     folder = write_folder(tmp_path / "data")
     (folder / "train" / "class1" / "2.JPEG").write_bytes(b"")
     (folder / "train" / "class2" / "0.JPEG").write_bytes(jpeg(2, 0)[:500])
-    (folder / "val" / "class3" / "1000.JPEG").write_bytes(b"<html>")
+    (folder / "val" / "class2" / "1.JPEG").write_bytes(b"<html>")
     return folder
 
 
@@ -55,13 +55,13 @@ def test_a_run_skips_bad_images_and_names_each_once(folder, tmp_path, workers, c
     assert (
         capfd.readouterr()
         .err.splitlines()[-1]
-        .startswith(f"main.py: error: {folder}/val/class3/1000.JPEG cannot be read: it is no image")
+        .startswith(f"main.py: error: {folder}/val/class2/1.JPEG cannot be read: it is no image")
     )
     shutil.rmtree(tmp_path / "runs")
     assert run(folder, *SMALL, *more, "--skip-bad-images", 3) == 0
     path = run_folder(tmp_path / "runs")
     log = (path / "log.txt").read_text()
-    for name in ("train/class1/2.JPEG", "train/class2/0.JPEG", "val/class3/1000.JPEG"):
+    for name in ("train/class1/2.JPEG", "train/class2/0.JPEG", "val/class2/1.JPEG"):
         assert log.count(f"{folder}/{name} cannot be read and is skipped (") == 1
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [record["steps"] for record in metrics] == [2, 4]
@@ -79,10 +79,10 @@ def test_a_run_that_met_a_bad_image_goes_on_when_it_may_skip_it(folder, tmp_path
     workers = ("--workers", 0)
     assert run(folder, *SMALL, *workers, "--run-dir", tmp_path / "whole", "--skip-bad-images", 3) == 0
     whole = records(tmp_path / "whole")
-    spoilt = folder / "val" / "class3" / "1000.JPEG"
+    spoilt = folder / "val" / "class2" / "1.JPEG"
     other = tmp_path / "other"
     spoilt.rename(other)
-    shutil.copy(folder / "val" / "class3" / ".." / "class0" / "1000.JPEG", spoilt)
+    shutil.copy(folder / "val" / "class0" / "0.JPEG", spoilt)
     assert run(folder, *SMALL, *workers, "--run-dir", tmp_path / "runs", "--skip-bad-images", 2) == 0
     first = run_folder(tmp_path / "runs")
     (first / "checkpoint.1.pt").replace(first / "checkpoint.pt")  # as if it had been stopped after an epoch
@@ -107,11 +107,11 @@ def test_verify_lists_all_that_is_bad_with_status_1(folder, workers, caplog):
         "/train/class0/x.jpg cannot be read: it is a folder",
         "/train/class1/2.JPEG cannot be read: it is empty",
         "/train/class2/0.JPEG cannot be read: ",
-        "/val/class3/1000.JPEG cannot be read: it is no image of a known format",
+        "/val/class2/1.JPEG cannot be read: it is no image of a known format",
     ]
     assert len(faults) == len(expected)
     assert all(fault.startswith(f"{folder}{words}") for fault, words in zip(faults, expected, strict=True)), faults
-    assert last == f"{folder}: 6 faults, 25 images found in train and val"
+    assert last == f"{folder}: 6 faults, 24 images found in train and val"
 
 
 def test_verify_of_sound_data_has_status_0(tmp_path, caplog):
