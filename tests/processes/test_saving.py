@@ -1,5 +1,6 @@
 """Checkpoints of parts that processes hold together: whole files, and torch.distributed.checkpoint."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,9 @@ def train(network, optimizer, masking, steps=3):
 
 
 def state_of(model, masking):
-    return unsharded({"model": model.state_dict(), "mask": masking.state_dict(), "rate": masking.exploration_rate})
+    return copy.deepcopy(
+        unsharded({"model": model.state_dict(), "mask": masking.state_dict(), "rate": masking.exploration_rate})
+    )
 
 
 def save_whole(wrap, path):
@@ -95,11 +98,11 @@ def test_whole_checkpoints_of_parts_are_those_of_one_process(tmp_path):
     first, second = run(save_and_load, 2, tmp_path)
     for found, error in (first, second):
         for name, (saved, loaded) in found.items():
-            torch.testing.assert_close(saved, loaded, rtol=0, atol=0, msg=name)
+            torch.testing.assert_close(saved, loaded, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
         assert "The mask of checkpoint damaged.pt does not fit" in error
     for name, (saved, _) in first[0].items():  # and on one process
         loaded = load_whole(alone, tmp_path / f"{name}.pt")
-        torch.testing.assert_close(loaded[0], saved[0], rtol=0, atol=0, msg=name)
+        torch.testing.assert_close(loaded[0], saved[0], rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def save_parts(folder):
