@@ -126,7 +126,6 @@ def check_layer(name: str, state: Any, mask: Tensor, group: int) -> None:
     if not isinstance(state.get("trained"), bool | None):
         refuse(f"{entry}['trained']", "True, False or None", describe(state["trained"]))
     check_memory(f"{entry}['memory']", state.get("memory", {}), mask)
-    check_kept(f"{entry}['memory']", state.get("kept"), state.get("memory", {}))
 
 
 def check_kept(entry: str, kept: Any, memory: dict[str, Tensor]) -> None:
@@ -167,6 +166,9 @@ def check_masking(masking: Any, state: dict[str, Any]) -> None:
     if not isinstance(held, dict):
         refuse("'sparse_training'", "a dict", describe(held))
     masking.held.check_state(held, masking.layers, state["layers"])
+    for layer in masking.layers:
+        entry = state["layers"][layer.name]
+        check_kept(f"layers[{layer.name!r}]['memory']", entry.get("kept"), entry.get("memory", {}))
 
 
 def check_budgets(masking: Any, state: dict[str, Any]) -> None:
