@@ -114,7 +114,7 @@ class SparseLayer:
             "prune_rate": self.prune_rate,
             "ever_active": self.ever_active.clone(),
             "memory": {key: value.clone() for key, value in self.memory.items()},
-            "kept": sorted(self.memory),
+            "kept": len(self.memory),
             "most": self.pattern.most,
             "trained": self.trained,
         }

@@ -126,20 +126,18 @@ def check_layer(name: str, state: Any, mask: Tensor, group: int) -> None:
     if not isinstance(state.get("trained"), bool | None):
         refuse(f"{entry}['trained']", "True, False or None", describe(state["trained"]))
     check_memory(f"{entry}['memory']", state.get("memory", {}), mask)
-    check_kept(f"{entry}['memory']", state.get("kept"), state.get("memory", {}))
 
 
 def check_kept(entry: str, kept: Any, memory: dict[str, Tensor]) -> None:
-    """Check that all is there that functions had kept, by name; torch.distributed.checkpoint leaves out what is new."""
+    """Check that all tensors are there that functions had kept; torch.distributed.checkpoint leaves out what is new."""
     if kept is None:  # of older files
         return
-    if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
-        refuse(entry, "a list of names", describe(kept))
-    if {*kept} != {*memory}:
+    check_whole(entry, kept, 0, MOST_STEPS, "a number of tensors")
+    if kept != len(memory):
         raise RuntimeError(
-            f"The entry {entry} of the state is to hold {', '.join(kept) or 'nothing'}, and holds "
-            f"{', '.join(memory) or 'nothing'}. torch.distributed.checkpoint loads into tensors that are there: put "
-            "one of the same shape and dtype for each name into masking.memory before."
+            f"The entry {entry} of the state is to hold {kept} tensors, and holds {', '.join(memory) or 'none'}. "
+            "torch.distributed.checkpoint loads into tensors that are there: put one of the same shape and dtype for "
+            "each into masking.memory[name] before."
         )
 
 
@@ -168,6 +166,9 @@ def check_masking(masking: Any, state: dict[str, Any]) -> None:
     if not isinstance(held, dict):
         refuse("'sparse_training'", "a dict", describe(held))
     masking.held.check_state(held, masking.layers, state["layers"])
+    for layer in masking.layers:
+        entry = state["layers"][layer.name]
+        check_kept(f"layers[{layer.name!r}]['memory']", entry.get("kept"), entry.get("memory", {}))
 
 
 def check_budgets(masking: Any, state: dict[str, Any]) -> None:

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparselearning.processes.agreement import check_agreement
+from sparselearning.processes.agreement import check_agreement, checksum
 from sparselearning.processes.group import PATIENCE, ProcessError, current
 from sparselearning.processes.sharded import is_sharded
 
-__all__ = ["PATIENCE", "ProcessError", "check_agreement"]
+__all__ = ["PATIENCE", "ProcessError", "check_agreement", "checksum"]
 
 
 def start(device: torch.device | str) -> torch.device:

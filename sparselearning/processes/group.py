@@ -167,9 +167,9 @@ def failing_together(place: str, they_meet: bool = True) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        told, known = getattr(error, "told", False), error
-        while known is not None and not told:  # of what a connection raised the others know, or cannot be told
-            told, known = isinstance(known, ProcessError), known.__cause__
+        told, known = False, error
+        while known is not None and not told:  # of a ProcessError the others know, or cannot be told
+            told, known = isinstance(known, ProcessError) or getattr(known, "told", False), known.__cause__
         if they_meet and not told:
             error.told = True  # pyright: ignore[reportAttributeAccessIssue]
             with suppress(ProcessError):  # nobody came

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 FRAME = 4096  # bytes that are always sent; what is longer takes a second message
 GRACE = 5.0  # seconds that the others wait longer than the first, so that it can say who is late
@@ -37,40 +36,39 @@ def exchange(facts: Any, ranks: Sequence[int], group: Any, patience: float) -> l
     waiting = first
     try:
         if dist.get_rank() != first:
-            _send(facts, first, group)
+            _send(facts, first, group, patience + GRACE)
             return _receive(first, group, patience + GRACE)
         collected = [facts]
         for waiting in others:
             collected.append(_receive(waiting, group, patience))
         for waiting in others:
-            _send(collected, waiting, group)
+            _send(collected, waiting, group, patience)
     except RuntimeError as error:
         raise Late(waiting) from error
     return collected
 
 
-def _send(value: Any, rank: int, group: Any) -> None:
+def _send(value: Any, rank: int, group: Any, seconds: float) -> None:
     data = pickle.dumps(value)
     frame = torch.zeros(FRAME, dtype=torch.uint8)
     whole = torch.frombuffer(bytearray(len(data).to_bytes(8, "big") + data), dtype=torch.uint8)
     frame[: min(len(whole), FRAME)] = whole[:FRAME]
-    dist.send(frame, rank, group=group)
+    _wait(dist.isend(frame, rank, group=group), seconds)
     if len(whole) > FRAME:
-        dist.send(whole[FRAME:].contiguous(), rank, group=group)
+        _wait(dist.isend(whole[FRAME:].contiguous(), rank, group=group), seconds)
 
 
 def _receive(rank: int, group: Any, seconds: float) -> Any:
     frame = torch.empty(FRAME, dtype=torch.uint8)
-    _wait_for(frame, rank, group, seconds)
+    _wait(dist.irecv(frame, rank, group=group), seconds)
     length = int.from_bytes(bytes(frame[:8].tolist()), "big")
     if (rest := length + 8 - FRAME) > 0:
         more = torch.empty(rest, dtype=torch.uint8)
-        _wait_for(more, rank, group, seconds)
+        _wait(dist.irecv(more, rank, group=group), seconds)
         frame = torch.cat([frame, more])
     return pickle.loads(frame[8 : 8 + length].numpy().tobytes())
 
 
-def _wait_for(frame: Tensor, rank: int, group: Any, seconds: float) -> None:
-    work = dist.irecv(frame, rank, group=group)
+def _wait(work: Any, seconds: float) -> None:
     if work is not None:
         work.wait(timedelta(seconds=seconds))

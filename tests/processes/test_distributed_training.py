@@ -58,7 +58,7 @@ def train_shards(updates, wrap=None):
 
 
 # Four processes on fewer cores wait for each other most of the time.
-SIZES = [(2, 200), (4, 40), pytest.param(4, 200, marks=pytest.mark.slow)]
+SIZES = [(2, 40), (4, 40), *(pytest.param(processes, 200, marks=pytest.mark.slow) for processes in (2, 4))]
 
 
 @pytest.mark.parametrize(("processes", "updates"), SIZES)

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel.ddp import _pre_dp_module_transform
 
 from sparselearning import Masking
 from sparselearning.invariants import InvariantError
@@ -176,7 +177,7 @@ def refuse_and_notice():
     hidden = FullyShardedDataParallel(mlp(6, 4), device_id=torch.device("cpu"), use_orig_params=True)
     said["FSDP1"] = failure(masked, hidden, sgd(hidden))
     split = parallelize_module(mlp(6, 4), init_device_mesh("cpu", (2,)), {"fc1": ColwiseParallel()})
-    split = nn.parallel.DistributedDataParallel(split)
+    _pre_dp_module_transform(split)  # what torch wants before DistributedDataParallel
     said["DDP over TP"] = failure(masked, split, sgd(split))
 
     model = fully_shard(mlp(6, 1, 4))  # the second process holds nothing of the first layer
