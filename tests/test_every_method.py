@@ -138,8 +138,9 @@ def replicas():
     rank = torch.distributed.get_rank()
     states = {}
     for method, pattern in KEPT:
-        torch.manual_seed(rank)
+        torch.manual_seed(0)
         model, optimizer, masking = begin(method, pattern, batches=[batch(rank)])
+        torch.manual_seed(rank)
         network = torch.nn.parallel.DistributedDataParallel(model)
         for step in range(4):
             backward(network, torch.randn(8, 20))

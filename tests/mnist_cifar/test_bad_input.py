@@ -99,7 +99,7 @@ def test_a_mistake_ends_before_anything_is_written(refusal, tmp_path, argv, word
 def test_a_batch_too_small_for_normalisation(refusal, tmp_path):
     write_cifar_records(tmp_path / "data")
     line = refusal("--data cifar --model alexnet-s --data-dir data --batch-size 1")
-    assert "Expected more than 1 value per channel when training" in line
+    assert "that is one value per channel, which cannot be normalised" in line
 
 
 def test_momentum_in_the_name_of_an_own_file_needs_none(call, tmp_path):

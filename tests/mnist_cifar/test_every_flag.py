@@ -71,8 +71,8 @@ EFFECTS = {
     "--stop-fraction": ([*OFTEN, "--stop-fraction", "0.3"], OFTEN, lambda a, b: explored(a) < explored(b)),
     "--density-schedule": (
         [*OFTEN, "--density-schedule", "cubic", "--start-density", "0.5", "--stop-fraction", "0.3"],
-        [*OFTEN, "--density-schedule", "cubic", "--start-density", "0.5", "--stop-fraction", "1.0"],
-        lambda a, b: active(a) == 13_310 < active(b),
+        OFTEN,
+        lambda a, b: active(a) == active(b) == 13_310 and explored(a) >= 0.5 > explored(b),
     ),
     "--start-density": (
         ["--density-schedule", "cubic", "--start-density", "0.5"],

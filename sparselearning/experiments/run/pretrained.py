@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparselearning import checkpoint
 from sparselearning.checkpoint import CheckpointError
+from sparselearning.differences import describe_differences, differences
 from sparselearning.models.resnet import RESNETS
 
 WITH_WEIGHTS = ("model", "state_dict", "model_state_dict", "net", "network", "weights", "params")
@@ -48,8 +49,8 @@ def load_pretrained(path: str | Path, model: nn.Module, new_head: bool = False, 
     if new_head:
         state = {name: value for name, value in state.items() if not of_head(name)}
         state |= {name: value for name, value in own.items() if of_head(name)}
-    if differing := checkpoint.differences(state, own):
-        what = checkpoint.describe_differences(differing, state, own)
+    if differing := differences(state, own):
+        what = describe_differences(differing, state, own)
         if all(map(of_head, differing)):
             raise CheckpointError(f"{path} has another classifier: {what}. {hint}".strip())
         raise CheckpointError(f"{path} is of another model: {what}.")
