@@ -34,16 +34,19 @@ class SecondCopies:
 
     def __init__(self, chain: Sequence[Any]):
         self.chain, self.wrapped = chain, len(chain) > 1
-        self.plain = bool(chain) and not any(hasattr(chain[0], part) for part in ("members", "optim"))  # see `state_of`
+        self.plain = not any(
+            hasattr(each, part) for each in chain[:1] for part in ("members", "optim")
+        )  # see `state_of`
         self.copies, self.others = set(COPIES), set(OTHERS)  # names
 
     def of(self, weight: Tensor, mask: Tensor, values: Tensor | None = None) -> Iterable[tuple[str, Tensor]]:
         """Return name and tensor of every copy of a weight; `values` are those to compare with, if not its own."""
         if not self.chain:
             return ()
-        state = self.chain[0].state.get(weight, {}) if self.plain else state_of(self.chain[0], weight)
-        if not self.wrapped and state.keys() <= self.others:
-            return ()
+        if not self.wrapped:
+            state = self.chain[0].state.get(weight, {}) if self.plain else state_of(self.chain[0], weight)
+            if state.keys() <= self.others:
+                return ()
         return self.found(weight, mask, weight if values is None else values)
 
     def found(self, weight: Tensor, mask: Tensor, values: Tensor) -> Iterator[tuple[str, Tensor]]:

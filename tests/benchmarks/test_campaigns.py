@@ -230,7 +230,9 @@ def epochs_in(path):
     return [json.loads(line).get("epoch") for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-@pytest.mark.parametrize("whom", ["campaign", "run", "campaign alone"])
+@pytest.mark.parametrize(
+    "whom", ["campaign", *(pytest.param(one, marks=pytest.mark.slow) for one in ("run", "campaign alone"))]
+)
 def test_a_run_that_is_stopped_goes_on(whom, tmp_path):
     """SIGTERM to the campaign, which begins again; SIGKILL to the run, with which the campaign goes on itself.
 
