@@ -104,14 +104,14 @@ def _mesh_of_all(tensors: Sequence[Any]) -> Any:
     """Return the mesh that holds all of these tensors; smaller ones are slices of it, as of FSDP2 beside FSDP2 + TP.
 
     Raises:
-        NotImplementedError: if there is none.
+        ValueError: if there is none.
     """
     meshes = [tensor.device_mesh for tensor in tensors if is_sharded(tensor)]
     largest = max(meshes, key=lambda mesh: mesh.size())
     ranks = set(_ranks(largest))
     for mesh in meshes:
         if not ranks.issuperset(_ranks(mesh)):
-            raise NotImplementedError(
+            raise ValueError(
                 f"Weights on the processes {_ranks(mesh)} and {_ranks(largest)} are compared with each other, and "
                 "neither holds all. Use one DeviceMesh, or a Masking for each part of the network."
             )

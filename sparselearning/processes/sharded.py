@@ -216,7 +216,7 @@ def indices_of(tensor: Any) -> list[Tensor]:
     each of the parts that another dimension of the mesh will hold.
 
     Raises:
-        NotImplementedError: for any other placement, such as a sum that is not added up yet.
+        ValueError: for any other placement, such as a sum that is not added up yet.
     """
     indices = [torch.arange(size) for size in tensor.shape]
     mesh = tensor.device_mesh
@@ -224,7 +224,7 @@ def indices_of(tensor: Any) -> list[Tensor]:
         if placement.is_replicate():
             continue
         if type(placement).__name__ not in ("Shard", "_StridedShard"):
-            raise NotImplementedError(
+            raise ValueError(
                 f"Masks need weights that are sharded or replicated, got {placement}. Call redistribute on the weight "
                 "before add_module."
             )

@@ -8,10 +8,10 @@ import torch.distributed as dist
 from launch import run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from sparselearning import Masking
-from sparselearning.processes.sharded import fetch, placed_like, shard_of, uniform_like, unsharded
+from sparselearning.processes.sharded import fetch, indices_of, placed_like, shard_of, uniform_like, unsharded
 from sparselearning.selection import add_highest_jointly, drop_lowest_jointly
 
 SHAPES = [(5, 3), (1, 7), (64, 9, 3, 3), (2, 2)]  # fewer rows than processes, rows that do not divide evenly
@@ -84,6 +84,18 @@ def place():
     copies = [placed_like(mask, value) for value in (whole, mask)]
     mask.to_local().fill_(False)
     return [copy.full_tensor() for copy in copies if copy.placements == mask.placements]
+
+
+def a_sum_that_is_not_added_up():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = DTensor.from_local(torch.ones(2, 3), mesh, [Partial()])
+    with pytest.raises(ValueError, match=r"sharded or replicated, got .*redistribute on the weight"):
+        indices_of(weight)
+    return "refused"
+
+
+def test_weights_that_are_neither_sharded_nor_replicated_are_refused():
+    assert run(a_sum_that_is_not_added_up, 2) == ["refused"] * 2
 
 
 def test_a_mask_is_copied_to_where_another_lies():
