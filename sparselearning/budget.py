@@ -64,11 +64,11 @@ def change_to(density: float, layers: Layers) -> list[int]:
         ValueError: if the density is more than the layers' pattern can hold.
     """
     unit = unit_of(layers)
-    units = round(density * sum(layer.mask.numel() for layer in layers) / unit)
+    units = round(density * sum(layer.size for layer in layers) / unit)
     active = [layer.nonzeros // unit for layer in layers]
     room = [layer.room // unit for layer in layers]
-    sizes = [layer.mask.numel() // unit if layer.nonzeros else 0 for layer in layers]
-    units = at_least_one_each(units, sizes, [number_of_slices(layer.mask.shape, layer.norm_dim) for layer in layers])
+    sizes = [layer.size // unit if layer.nonzeros else 0 for layer in layers]
+    units = at_least_one_each(units, sizes, [number_of_slices(layer.shape, layer.norm_dim) for layer in layers])
     rise = units - sum(active)
     if rise > sum(room):
         raise ValueError(f"The density schedule asks for a density of {density}, more than the pattern can hold.")

@@ -182,7 +182,7 @@ class Masking(Steps):
         if rescale and state is None:
             keep_norms(layers)
         destroyed.warn_of_masks(self, module, layers, sparse_init, state)
-        self.held.add(module, layers, self.updates.ahead(self.steps))
+        self.layers[-len(layers) :] = self.held.add(module, layers, self.updates.ahead(self.steps))
         self.apply_mask()
         if state is not None and state["layers"].keys() == self.masks.keys():
             self.load_state_dict(state)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparselearning.compact import is_compact
+
 
 def differences(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """Return the names of the entries that only one of two states of a model has, or that have other shapes."""
@@ -24,6 +26,8 @@ def describe_differences(names: list[str], saved: dict[str, Any], here: dict[str
 
 def _kind_of(value):
     """Return what an entry of a model and its saved state have in common."""
+    if is_compact(value):
+        return tuple(value["shape"])
     if not isinstance(value, Tensor):  # what `get_extra_state` returns
         return "no tensor"
     if value.is_meta or value.layout != torch.strided:

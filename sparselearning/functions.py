@@ -14,13 +14,15 @@ Marks say what a function does. The checks before training, the FLOPs and the sp
     @network_wide               it treats all layers at once
     @reads("momentum")          it reads the momentum; also "gradient", "second_moment", "inactive" and "nothing"
     @single_weights             it moves single weights, and does not obey the pattern of a layer
+    @entrywise                  it reads active entries alone, whatever their number of dimensions
     @after_pruning              (redistribute) it measures what pruning left
     @in_proportion              (redistribute) what full layers cannot take goes to the others by importance, too
     @gives_back                 (redistribute) no weights move between layers: each layer grows what it lost
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, SupportsFloat
 
@@ -77,6 +79,15 @@ def gives_back(function: Callable) -> Callable:
 def single_weights(function: Callable) -> Callable:
     """Mark a prune or grow function that chooses single weights, whatever the pattern of a layer (patterns.py)."""
     return _mark(function, "single_weights", True)
+
+
+def entrywise(function: Callable) -> Callable:
+    """Mark a prune or redistribute function that looks at active entries alone, and not at where they are.
+
+    A layer that holds only its active weights (weights='sparse') gives it these in a row: mask, weight, momentum and
+    gradient are (nonzeros,), in row-major order. Other functions are given dense tensors, computed layer by layer.
+    """
+    return _mark(function, "entrywise", True)
 
 
 def reads(*what: str) -> Callable[[Callable], Callable]:
@@ -193,7 +204,8 @@ def measure(masking: Any) -> None:
     Raises:
         FunctionError: if it does not return a number.
     """
-    importance = fetch([_measure(masking, layer) for layer in masking.layers])
+    with looking(masking, masking.measure):
+        importance = fetch([_measure(masking, layer) for layer in masking.layers])
     for layer, share in zip(masking.layers, shares(importance, masking.layers), strict=True):
         layer.importance = share
 
@@ -213,11 +225,12 @@ def prune(masking: Any) -> None:
         FunctionError: if it does not return masks, or masks that break the pattern of a layer; also `grow`.
     """
     before = masking.name2nonzeros
-    if is_marked(masking.prune, "network_wide"):
-        _take_all(masking, masking.prune(masking))
-    else:
-        for layer in masking.layers:
-            _take(layer, masking.prune(masking, layer.mask, layer.master, layer.name))
+    with looking(masking, masking.prune):
+        if is_marked(masking.prune, "network_wide"):
+            _take_all(masking, masking.prune(masking))
+        else:
+            for layer in masking.layers:
+                _take(layer, masking.prune(masking, layer.mask, layer.master, layer.name))
     _check_patterns_hold(masking, "prune_mode", lambda layer: layer.pattern.whole(layer.mask))
     count(masking.layers)
     if masking.updates.density is not None:
@@ -229,10 +242,24 @@ def prune(masking: Any) -> None:
 def _drop_excess(masking):
     """Drop the smallest weights that are active beyond the schedule's density: a function may prune too few."""
     if (excess := masking.total_nonzero - masking.baseline_nonzero) > 0:
-        scores, masks = [layer.master.abs() for layer in masking.layers], [layer.mask for layer in masking.layers]
-        for layer, mask in zip(masking.layers, drop_lowest_jointly(scores, masks, excess), strict=True):
-            layer.mask.copy_(mask)
+        with looking(masking, _drop_excess):
+            scores, masks = [layer.master.abs() for layer in masking.layers], [layer.mask for layer in masking.layers]
+            for layer, mask in zip(masking.layers, drop_lowest_jointly(scores, masks, excess), strict=True):
+                layer.take(mask)
         count(masking.layers)
+
+
+entrywise(_drop_excess)
+
+
+@contextmanager
+def looking(masking: Any, function: Callable) -> Iterator[None]:
+    """Let layers that hold active weights alone show these in a row, while a function looks that is `entrywise`."""
+    with ExitStack() as stack:
+        for layer in masking.layers if is_marked(function, "entrywise") else ():
+            if layer.compact and layer.pattern == UNSTRUCTURED:
+                stack.enter_context(layer.in_rows())
+        yield
 
 
 def grow(masking: Any, counts: list[int]) -> None:
@@ -241,12 +268,13 @@ def grow(masking: Any, counts: list[int]) -> None:
         _take_all(masking, masking.grow(masking, sum(counts)))
     else:
         for layer, number in zip(masking.layers, counts, strict=True):
-            _take(layer, masking.grow(masking, layer.name, layer.mask, number, layer.master))
+            if not masking.held.grow(masking.grow, layer, number):
+                _take(layer, masking.grow(masking, layer.name, layer.mask, number, layer.master))
     _check_patterns_hold(masking, "growth_mode", lambda layer: layer.pattern.holds(layer.mask))
 
 
 def _take_all(masking, masks):
-    if not isinstance(masks, Mapping) or not masks.keys() >= masking.masks.keys():
+    if not isinstance(masks, Mapping) or not masks.keys() >= {layer.name for layer in masking.layers}:
         raise FunctionError(
             f"Expected a dict from the name of every layer to its mask, got {masks!r}. "
             "A network_wide function returns {layer.name: mask for layer in masking.layers}."
@@ -256,13 +284,13 @@ def _take_all(masking, masks):
 
 
 def _take(layer, mask):
-    if not isinstance(mask, Tensor) or mask.shape != layer.mask.shape:
+    if not isinstance(mask, Tensor) or mask.shape != layer.weight.shape:
         came = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise FunctionError(
-            f"Expected a mask of shape {tuple(layer.mask.shape)} for {layer.name}, got {came}. "
+            f"Expected a mask of shape {tuple(layer.weight.shape)} for {layer.name}, got {came}. "
             "Prune and grow functions return the mask they were given, or a new one of its shape."
         )
-    layer.mask.copy_(mask)
+    layer.take(mask)
 
 
 def _check_patterns_hold(masking, argument, holds):

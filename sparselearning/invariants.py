@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sparselearning.budgets import layers_of
 from sparselearning.layers import SparseLayer
@@ -44,11 +43,11 @@ def check(masking: Any) -> None:
     _refuse_edited_masks(masking)
     gathered = shapes_gathered(masking.modules)
     problems = [*_strangers(masking, gathered), *(problem for layer in masking.layers for problem in _problems(layer))]
-    in_place = all(layer.mask.device == layer.weight.device for layer in masking.layers)
+    in_place = all(layer.compact or layer.mask.device == layer.weight.device for layer in masking.layers)
     for budget in masking.budgets if in_place else ():
         layers = layers_of(budget, masking.layers)
         expected = budget.nonzeros - sum(layer.left_over for layer in layers)
-        active = sum(layer.nonzeros if is_sharded(layer.mask) else int(layer.mask.sum()) for layer in layers)
+        active = sum(layer.nonzeros if is_sharded(layer.weight) else int(layer.count_active()) for layer in layers)
         if active != expected:
             some = f" of {budget.pattern!r}" if len(masking.budgets) > 1 else ""
             problems.append(
@@ -63,7 +62,7 @@ def _refuse_edited_masks(masking):
     if masking.disagreement:
         raise ProcessError(masking.disagreement)
     together = masking.group is not None and masking.group.size > 1
-    edited = [layer.name for layer in masking.layers if layer.edited and (together or is_sharded(layer.mask))]
+    edited = [layer.name for layer in masking.layers if layer.edited and (together or is_sharded(layer.weight))]
     if edited:
         raise ProcessError(
             f"The masks of {', '.join(edited)} were written on this process since all processes had the same. Undo "
@@ -124,13 +123,13 @@ def _refuse_unknown_patterns(masking):
 
 
 @contextmanager
-def all_or_nothing(masking: Any) -> Iterator[list[Tensor]]:
-    """Yield copies of the masks, and restore them if the update fails or reads a gradient that is not finite.
+def all_or_nothing(masking: Any) -> Iterator[list[Any]]:
+    """Yield copies of the masks (`SparseLayer.copy_of_mask`), and restore them if the update fails or reads a gradient that is not finite.
 
     Raises:
         NonFiniteError: for such a gradient.
     """
-    before, kept = [layer.mask.clone() for layer in masking.layers], {b: b.nonzeros for b in masking.budgets}
+    before, kept = [layer.copy_of_mask() for layer in masking.layers], {b: b.nonzeros for b in masking.budgets}
     counts = [layer.nonzeros for layer in masking.layers]
     masking._gradients_read = []
     try:
@@ -139,7 +138,7 @@ def all_or_nothing(masking: Any) -> Iterator[list[Tensor]]:
         current().meet("the end of an update of the masks")
     except BaseException:
         for layer, mask, number in zip(masking.layers, before, counts, strict=True):
-            layer.mask.copy_(mask)
+            layer.put_back(mask)
             layer.nonzeros = number
             layer.agree()
         for budget, number in kept.items():
@@ -150,7 +149,7 @@ def all_or_nothing(masking: Any) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def keep_last_weights(masking: Any, before: Sequence[Tensor]) -> None:
+def keep_last_weights(masking: Any, before: Sequence[Any]) -> None:
     """Let all processes agree on the new masks, count, and give a weight back to every layer that the update emptied.
 
     `before` is what the masks were. A layer without active weights passes nothing on, and no importance would let it
@@ -170,13 +169,14 @@ def _refill(masking, before):
     layers = masking.layers
     if all(layer.nonzeros and layer.norm_dim is None for layer in layers):
         return
-    alike = len({layer.pattern.step(layer.mask.shape) for layer in layers}) == 1
+    before = [layer.mask_of(copy) for layer, copy in zip(layers, before, strict=True)]
+    alike = len({layer.pattern.step(layer.shape) for layer in layers}) == 1
     for group in [layers] if alike else [[layer] for layer in layers if layer.norm_dim is not None]:
         added = 0
         for layer in group:
             last = _given_back(layer, before[layers.index(layer)])
             added += _count(last & ~layer.mask)
-            layer.mask.logical_or_(without_pattern(last))
+            layer.take(layer.mask | without_pattern(last))
         _drop_smallest(group, added - min(added, max(masking.baseline_nonzero - masking.total_nonzero, 0)))
     masking._agree_and_count()
 
@@ -205,7 +205,7 @@ def _drop_smallest(layers, number):
     ]
     kept = drop_lowest_jointly([_magnitude(layer) for layer in layers], others, number)
     for layer, last, rest in zip(layers, lasting, kept, strict=True):
-        layer.mask.copy_(last | rest)
+        layer.take(last | rest)
 
 
 def _largest_unit(layer, mask):
@@ -254,7 +254,10 @@ def _strangers(masking, gathered: Collection[torch.Size] = ()):
 
 
 def _problems(layer):
-    if layer.mask.device != layer.weight.device:
+    if layer.compact:
+        if layer.entries.beyond is not None:
+            yield f"{layer.name}: inactive weights are not zero. Call apply_mask() after writing weights."
+    elif layer.mask.device != layer.weight.device:
         yield (
             f"{layer.name}: the weight is on {layer.weight.device}, its mask on {layer.mask.device}. "
             "Call apply_mask() after moving the model."

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparselearning import loading
 from sparselearning.budgets import Budget, Budgets, layers_of
+from sparselearning.compact import expanded
 from sparselearning.orientation import PLAIN, Orientation
 from sparselearning.patterns import Pattern, pattern_of, with_most, with_pattern, without_pattern
 from sparselearning.processes import agreement, distributed
@@ -49,6 +50,8 @@ class SparseLayer:
     norm_dim: int | None = None  # each slice along it keeps a weight, for weight_norm; -1: the whole weight is one
     budget: Budget = field(default_factory=Budget)
 
+    compact = False  # whether no mask is kept, but the places of active weights (sparse/layer.py)
+
     @property
     def pattern(self) -> Pattern:
         """Which of the weights may be active together; the mask carries it, so that functions see it too."""
@@ -57,6 +60,16 @@ class SparseLayer:
     @pattern.setter
     def pattern(self, pattern: Pattern) -> None:
         with_pattern(self.mask, pattern)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the weight and its mask."""
+        return self.mask.shape
+
+    @property
+    def size(self) -> int:
+        """Weights, active or not."""
+        return self.mask.numel()
 
     @property
     def room(self) -> int:
@@ -77,6 +90,47 @@ class SparseLayer:
     def density(self) -> float:
         """Fraction of weights that are active."""
         return self.nonzeros / self.mask.numel()
+
+    def take(self, mask: Tensor) -> None:
+        """Take another mask."""
+        self.mask.copy_(mask)
+
+    def count_active(self) -> Tensor:
+        """Return how many weights are active."""
+        return count_active(self.mask)
+
+    def count_explored(self) -> Tensor:
+        """Return how many weights have been active at any time."""
+        return count_active(self.ever_active)
+
+    def remember(self) -> None:
+        """Note which weights have been active."""
+        self.ever_active.logical_or_(self.mask)
+
+    def copy_of_mask(self) -> Any:
+        """Return what `put_back` takes."""
+        return self.mask.clone()
+
+    def mask_of(self, before: Any) -> Tensor:
+        """Return the mask that a copy is of."""
+        return before
+
+    def put_back(self, before: Any) -> None:
+        """Take the mask back that there was before an update that failed."""
+        self.mask.copy_(before)
+
+    @property
+    def written(self) -> bool:
+        """Whether somebody wrote into the weight since it was masked."""
+        return self.version != self.master._version
+
+    def note_written(self) -> None:
+        """Note that the weight is masked as it is."""
+        self.version = self.master._version
+
+    def in_memory(self) -> tuple[Tensor, Tensor]:
+        """Return the weights that there are, and which of them are active."""
+        return self.master, self.mask
 
     @torch.no_grad()
     def set_weight(self, values: Tensor) -> None:
@@ -107,12 +161,14 @@ class SparseLayer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers and copies of tensors: torch.distributed.checkpoint loads into what it is given."""
+        return {"mask": without_pattern(self.mask).clone(), **self.numbers(), "ever_active": self.ever_active.clone()}
+
+    def numbers(self) -> dict[str, Any]:
+        """Return what is saved beside the mask."""
         return {
-            "mask": without_pattern(self.mask).clone(),
             "removed": self.removed,
             "importance": self.importance,
             "prune_rate": self.prune_rate,
-            "ever_active": self.ever_active.clone(),
             "memory": {key: value.clone() for key, value in self.memory.items()},
             "kept": len(self.memory),
             "most": self.pattern.most,
@@ -122,16 +178,21 @@ class SparseLayer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` returned."""
         self.pattern = with_most(self.pattern, state.get("most"))
-        self.mask.copy_(placed_like(self.mask, state["mask"]))
-        self.ever_active.copy_(placed_like(self.mask, state.get("ever_active", state["mask"])))
+        mask = expanded(state["mask"])
+        self.mask.copy_(placed_like(self.mask, mask))
+        self.ever_active.copy_(placed_like(self.mask, state.get("ever_active", mask)))
+        self.take_numbers(state)
+
+    def take_numbers(self, state: dict[str, Any]) -> None:
+        """Take what `numbers` returned."""
         self.removed, self.importance = state["removed"], state["importance"]
         self.prune_rate, self.trained = state["prune_rate"], state.get("trained")
-        self.memory = {key: placed_like(self.mask, value) for key, value in state.get("memory", {}).items()}
+        self.memory = {key: placed_like(self.weight, value) for key, value in state.get("memory", {}).items()}
 
 
 def count(layers: Sequence[SparseLayer]) -> None:
     """Count the active weights of every layer."""
-    for layer, number in zip(layers, fetch([count_active(layer.mask) for layer in layers]), strict=True):
+    for layer, number in zip(layers, fetch([layer.count_active() for layer in layers]), strict=True):
         layer.nonzeros = int(number)
 
 
@@ -220,10 +281,10 @@ class Layers(Budgets):
         for budget in {layer.budget for layer in removed}:
             kept = budget.nonzeros - sum(layer.nonzeros + layer.left_over for layer in layers_of(budget, removed))
             # The masks may hold more or fewer than are to be kept, by what a user's function grew or pruned.
-            budget.nonzeros = min(max(kept, 0), sum(layer.mask.numel() for layer in layers_of(budget, self.layers)))
+            budget.nonzeros = min(max(kept, 0), sum(layer.size for layer in layers_of(budget, self.layers)))
         for layer in removed:
             self.kept_dense[layer.name] = (layer.weight, "its mask was removed")
-            logger.info("%s stays dense: %d weights.", layer.name, layer.mask.numel())
+            logger.info("%s stays dense: %d weights.", layer.name, layer.size)
 
     def _take(self, module, layers, kept_dense):
         """Hold the masks of layers of a module; `kept_dense` are its other parameters, with the reason."""
@@ -248,22 +309,22 @@ class Layers(Budgets):
 
     def _agree_and_count(self):
         """Give all processes the masks of the first, and count."""
-        distributed.broadcast_masks(self.masks.values())
+        distributed.broadcast_masks(layer.mask for layer in self.layers if not layer.compact)
         for layer in self.layers:
-            layer.ever_active.logical_or_(layer.mask)
+            layer.remember()
         self._count()
 
     def _count(self):
-        masks = [mask for layer in self.layers for mask in (layer.mask, layer.ever_active)]
-        counts = [int(number) for number in fetch([count_active(mask) for mask in masks])]
-        for layer, nonzeros, explored in zip(self.layers, counts[::2], counts[1::2], strict=True):
+        numbers = [layer.count_active() for layer in self.layers] + [layer.count_explored() for layer in self.layers]
+        counts, own = [int(number) for number in fetch(numbers)], len(self.layers)
+        for layer, nonzeros, explored in zip(self.layers, counts[:own], counts[own:], strict=True):
             layer.nonzeros, layer.explored = nonzeros, explored
             layer.agree()
 
     def _compare_masks(self, place):
         self.disagreement = ""
         try:
-            agreement.check_agreement(self.masks.values(), place)
+            agreement.check_agreement(self.layers, place)
         except agreement.ProcessError as error:
             self.disagreement = str(error)
             raise

@@ -11,11 +11,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from sparselearning.compact import PLACES, expanded, is_compact, position_of
 from sparselearning.patterns import UNSTRUCTURED, with_most
 from sparselearning.processes.sharded import local_part
 
 REQUIRED = ("mask", "removed", "importance", "prune_rate")  # of a layer
-OPTIONAL = ("ever_active", "memory", "kept", "most", "trained")
+OPTIONAL = ("ever_active", "explored", "memory", "kept", "most", "trained")
 OF_ALL = ("baseline_nonzero", "layers")
 OF_MASKING = ("steps", "prune_threshold")
 MOST_STEPS = 2**53  # steps are divided as floats
@@ -78,6 +79,43 @@ def check_tensor(entry: str, value: Any, shape: Sequence[int] | None = None, dty
             refuse(entry, "bytes 0 and 1 in a bool tensor", "others")
 
 
+def check_compact(entry: str, item: Any, shape: Any = None) -> None:
+    """Check a compact form: its parts, the order of its places, and its shape if that is given.
+
+    Raises:
+        RuntimeError: if it is none.
+    """
+    if not is_compact(item):
+        refuse(entry, f"a tensor, or {', '.join(sorted(PLACES))}", describe(item))
+    found = item["shape"]
+    sizes = isinstance(found, list | tuple) and found and all(type(size) is int and 0 <= size < 2**31 for size in found)
+    if not sizes or math.prod(found) >= 2**62 or (shape is not None and tuple(found) != tuple(shape)):
+        refuse(f"{entry}['shape']", "sizes" if shape is None else f"{tuple(shape)}", describe(found))
+    check_tensor(f"{entry}['start']", item["start"], (found[0] + 1,), torch.int32)
+    check_tensor(f"{entry}['column']", item["column"], None, torch.int32)
+    start, column, width = item["start"].long(), item["column"], math.prod(found[1:])
+    if column.dim() != 1 or start[0] != 0 or start[-1] != len(column) or (start.diff() < 0).any():
+        refuse(f"{entry}['start']", f"ascending numbers from 0 to {len(column)}", "others")
+    if len(column) and not 0 <= int(column.min()) <= int(column.max()) < width:
+        refuse(f"{entry}['column']", f"numbers from 0 to {width - 1}", "others")
+    if (position_of(item).diff() <= 0).any():
+        refuse(f"{entry}['column']", "ascending numbers in each row", "others")
+    if "value" in item:
+        check_tensor(f"{entry}['value']", item["value"], column.shape, "floating")
+
+
+def check_all_compact(entry: str, state: Any) -> None:
+    """Check every compact form in nested dicts and lists."""
+    if is_compact(state):
+        check_compact(entry, state)
+    elif isinstance(state, dict):
+        for key, value in state.items():
+            check_all_compact(f"{entry}[{describe(key)}]", value)
+    elif isinstance(state, list | tuple):
+        for i, value in enumerate(state):
+            check_all_compact(f"{entry}[{i}]", value)
+
+
 def check_layers(layers: Sequence[Any], saved: Any) -> None:
     """Check that a saved state is of these layers: names, shapes, patterns, and all else that `state_dict` returns.
 
@@ -86,7 +124,7 @@ def check_layers(layers: Sequence[Any], saved: Any) -> None:
     """
     if not isinstance(saved, dict) or not all(isinstance(name, str) for name in saved):
         refuse("'layers'", "a dict of layers by name", describe(saved))
-    here = {layer.name: tuple(layer.mask.shape) for layer in layers}
+    here = {layer.name: tuple(layer.shape) for layer in layers}
     there = {name: _shape_of(name, entry) for name, entry in saved.items()}
     if differing := [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]:
         lines = (
@@ -97,8 +135,10 @@ def check_layers(layers: Sequence[Any], saved: Any) -> None:
         )
     for layer in layers:
         entry = saved[layer.name]
-        check_layer(layer.name, entry, layer.mask, layer.mask[0].numel() if layer.mask.dim() else 1)
-        if layer.pattern != UNSTRUCTURED and not with_most(layer.pattern, entry.get("most")).holds(entry["mask"]):
+        check_layer(layer.name, entry, layer.shape)
+        if layer.pattern != UNSTRUCTURED and not with_most(layer.pattern, entry.get("most")).holds(
+            expanded(entry["mask"])
+        ):
             raise RuntimeError(
                 f"The mask of {layer.name} in the state is not of the pattern {layer.pattern.name!r}. Call "
                 "add_module with the pattern and the density that were saved."
@@ -108,24 +148,34 @@ def check_layers(layers: Sequence[Any], saved: Any) -> None:
 def _shape_of(name: str, saved: Any) -> tuple[int, ...]:
     """Return the shape of a layer's mask in a saved state."""
     saved = check_entries(f"layers[{name!r}]", saved, REQUIRED, OPTIONAL)
+    if is_compact(saved["mask"]):
+        check_compact(f"layers[{name!r}]['mask']", saved["mask"])
+        return tuple(saved["mask"]["shape"])
     check_tensor(f"layers[{name!r}]['mask']", saved["mask"])
     return tuple(saved["mask"].shape)
 
 
-def check_layer(name: str, state: Any, mask: Tensor, group: int) -> None:
-    """Check the state of one layer, whose mask here is `mask`; `group` is the largest fan-in it can have."""
-    entry, shape, size = f"layers[{name!r}]", mask.shape, mask.numel()
+def check_layer(name: str, state: Any, shape: torch.Size) -> None:
+    """Check the state of one layer, whose mask has this shape."""
+    entry, size = f"layers[{name!r}]", shape.numel()
     check_entries(entry, state, REQUIRED, OPTIONAL)
-    check_tensor(f"{entry}['mask']", state["mask"], shape, torch.bool)
-    check_tensor(f"{entry}['ever_active']", state.get("ever_active", state["mask"]), shape, torch.bool)
+    for key in ("mask", "ever_active"):
+        if key in state and is_compact(state[key]):
+            check_compact(f"{entry}[{key!r}]", state[key], shape)
+        elif key in state:
+            check_tensor(f"{entry}[{key!r}]", state[key], shape, torch.bool)
+    if "explored" in state:
+        check_tensor(f"{entry}['explored']", state["explored"], None, torch.int64)
+        if state["explored"].dim() != 1 or (state["explored"].diff() <= 0).any():
+            refuse(f"{entry}['explored']", "ascending numbers", "others")
     check_whole(f"{entry}['removed']", state["removed"], -size, size)
     check_number(f"{entry}['importance']", state["importance"], -math.inf, math.inf)
     check_number(f"{entry}['prune_rate']", state["prune_rate"], 0, 1)
     if (most := state.get("most")) is not None:
-        check_whole(f"{entry}['most']", most, 1, group)
+        check_whole(f"{entry}['most']", most, 1, shape[1:].numel())
     if not isinstance(state.get("trained"), bool | None):
         refuse(f"{entry}['trained']", "True, False or None", describe(state["trained"]))
-    check_memory(f"{entry}['memory']", state.get("memory", {}), mask)
+    check_memory(f"{entry}['memory']", state.get("memory", {}), shape)
 
 
 def check_kept(entry: str, kept: Any, memory: dict[str, Tensor]) -> None:
@@ -141,23 +191,23 @@ def check_kept(entry: str, kept: Any, memory: dict[str, Tensor]) -> None:
         )
 
 
-def check_memory(entry: str, memory: Any, mask: Tensor) -> None:
+def check_memory(entry: str, memory: Any, shape: torch.Size) -> None:
     """Check what functions have kept of one layer: tensors that take no more memory than they took in the file."""
     if not isinstance(memory, dict) or not all(isinstance(name, str) for name in memory):
         refuse(entry, "a dict of tensors by name", describe(memory))
     for name, value in memory.items():
         check_tensor(f"{entry}[{name!r}]", value)
         here = local_part(value)
-        held = max(here.untyped_storage().nbytes() // here.element_size(), mask.numel(), 2**16)
+        held = max(here.untyped_storage().nbytes() // here.element_size(), shape.numel(), 2**16)
         if here.numel() > held:
             refuse(f"{entry}[{name!r}]", f"at most {held} numbers", describe(value))
     if "sign" in memory:  # of Deep Rewiring
-        check_tensor(f"{entry}['sign']", memory["sign"], mask.shape, torch.int8)
+        check_tensor(f"{entry}['sign']", memory["sign"], shape, torch.int8)
 
 
 def check_masking(masking: Any, state: dict[str, Any]) -> None:
     """Check the numbers of a Masking, and what its way to hold weights has saved; `check_layer` is for the rest."""
-    size = sum(layer.mask.numel() for layer in masking.layers)
+    size = sum(layer.size for layer in masking.layers)
     check_whole("'baseline_nonzero'", state["baseline_nonzero"], 0, size)
     check_whole("'steps'", state["steps"], 0, MOST_STEPS)
     check_number("'prune_threshold'", state["prune_threshold"], 0, math.inf)
@@ -176,7 +226,7 @@ def check_budgets(masking: Any, state: dict[str, Any]) -> None:
     saved, budgets = state.get("budgets", []), masking.budgets
     if not isinstance(saved, list):
         refuse("'budgets'", "a list", describe(saved))
-    size = sum(layer.mask.numel() for layer in masking.layers)
+    size = sum(layer.size for layer in masking.layers)
     for i, entry in enumerate(saved):
         place = f"'budgets'[{i}]"
         check_entries(place, entry, ("pattern", "nonzeros", "prune_threshold"))
@@ -190,89 +240,6 @@ def check_budgets(masking: Any, state: dict[str, Any]) -> None:
         )
     if saved and sum(entry["nonzeros"] for entry in saved) != state["baseline_nonzero"]:
         refuse("'budgets'", f"{state['baseline_nonzero']} weights in all", "others")
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Check the saved state of an optimizer, which torch would take as it is and fail with at the next step."""
-    divided = hasattr(optimizer, "consolidate_state_dict")  # ZeroRedundancyOptimizer, whose whole state is far
-    own = torch.optim.Optimizer.state_dict(optimizer) if divided else optimizer.state_dict()
-    check_entries("'optimizer'", state, ("state", "param_groups"), tuple(own))
-    entries, groups = state["state"], state["param_groups"]
-    if not isinstance(entries, dict) or not isinstance(groups, list):
-        refuse("'optimizer'", "a dict of states and a list of groups", f"{describe(entries)} and {describe(groups)}")
-    weights, places = {}, {}
-    for group, here in zip(own["param_groups"], optimizer.param_groups, strict=True):
-        places |= {id(weight): index for weight, index in zip(here["params"], group["params"], strict=True)}
-    for saved, here in zip(groups, optimizer.param_groups, strict=False):  # torch compares their numbers
-        if not isinstance(saved, dict) or not isinstance(saved.get("params"), list):
-            refuse("'param_groups'", "dicts with a list of params", describe(saved))
-        check_hyperparameters(saved, here)
-        weights |= dict(zip([repr(index) for index in saved["params"]], here["params"], strict=False))
-    for index, entry in entries.items():
-        weight = weights.get(repr(index))
-        if weight is not None:
-            place, here = f"'state'[{describe(index)}]", own["state"].get(places[id(weight)]) or {}
-            check_state_of(place, entry, weight, here)
-            if missing := [name for name in here if entry and name not in entry and name != "max_exp_avg_sq"]:
-                refuse(place, ", ".join(map(str, here)), f"no {missing[0]}")
-
-
-def check_hyperparameters(saved: dict[str, Any], here: dict[str, Any]) -> None:
-    """Check that a saved group has the hyperparameters of the one here, and that its numbers are numbers."""
-    for name, value in here.items():
-        if name not in saved and isinstance(value, int | float | tuple) and type(value) is not bool:
-            refuse(f"'param_groups'[{name!r}]", describe(value), "none")  # torch fills in flags alone
-        if name not in saved or name == "params":
-            continue
-        entry, found = f"'param_groups'[{name!r}]", saved[name]
-        if isinstance(value, int | float) and type(value) is not bool:
-            check_number(entry, number_of(found) if name == "lr" else found, -math.inf, math.inf)
-        elif isinstance(value, bool) and type(found) is not bool:
-            refuse(entry, "True or False", describe(found))
-        elif name == "capturable" and found and not value and here["params"][0].device.type == "cpu":
-            refuse(entry, "False on a CPU", describe(found))  # torch refuses it at the next step
-        elif isinstance(value, tuple) and (not isinstance(found, tuple | list) or len(found) != len(value)):
-            refuse(entry, f"{len(value)} numbers", describe(found))
-    if "lr" in saved:
-        check_number("'param_groups'['lr']", number_of(saved["lr"]), 0, math.inf)
-
-
-def number_of(value: Any) -> Any:
-    """Return the number in a tensor of one; all else as it is."""
-    one = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and value.numel() == 1
-    return value.item() if one else value
-
-
-LIKE_WEIGHT = (
-    *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "acc_delta"),
-    *("sum", "prev", "step_size"),
-)
-
-
-def check_state_of(entry: str, state: Any, weight: Tensor, here: dict[str, Any]) -> None:
-    """Check the saved optimizer state of one weight, whose state here, if it has one, is `here`."""
-    if not isinstance(state, dict):
-        refuse(entry, "a dict", describe(state))
-    for name, value in state.items():
-        part = f"{entry}[{describe(name)}]"
-        if isinstance(value, Tensor):
-            check_tensor(part, value)
-        if name == "step":
-            check_number(part, number_of(value), 0, math.inf)
-        elif name in LIKE_WEIGHT and (value is not None or isinstance(here.get(name), Tensor)):
-            check_like(part, value, here.get(name), weight)
-
-
-def check_like(entry: str, value: Any, known: Any, weight: Tensor) -> None:
-    """Check a tensor with a number for each weight; `known` is the one here, if there is one."""
-    like = known if isinstance(known, Tensor) else weight
-    # Values on sparse kernels are a vector here, and dense in the file.
-    dense = like is weight and weight.dim() == 1 and getattr(value, "ndim", 0) > 1
-    check_tensor(entry, value, None if dense else like.shape)
-    if value.is_complex() and not weight.is_complex():
-        refuse(entry, "real numbers", describe(value))
-    if any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True)):
-        refuse(entry, "a number for each weight", "one for several")  # torch cannot write to it
 
 
 def check_schedule(name: str, part: Any, state: Any) -> None:

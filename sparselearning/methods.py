@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from sparselearning.functions import check_readable, may_read, resolve
-from sparselearning.grow import GROWTH_FUNCTIONS
+from sparselearning.functions import check_readable, is_marked, may_read, resolve
+from sparselearning.grow import GROWTH_FUNCTIONS, momentum_growth
 from sparselearning.patterns import check_names
 from sparselearning.prune import PRUNE_FUNCTIONS
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
@@ -259,6 +259,7 @@ def hold(
     held.window = int(any(may_read(function, "gradient") for function in functions))
     if any(may_read(function, "momentum") for function in functions):
         held.window = WINDOW
+    held.sparingly = grow is momentum_growth and all(is_marked(function, "entrywise") for function in (prune, measure))
     return held
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparselearning.functions import network_wide, reads, single_weights
+from sparselearning.functions import entrywise, network_wide, reads, single_weights
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import count_active, fetch, highest, is_sharded, local_part, uniform_like
 from sparselearning.selection import (
@@ -17,6 +17,7 @@ from sparselearning.selection import (
 from sparselearning.weights.dense_copy import dense_weight
 
 
+@entrywise
 @reads("nothing")
 def magnitude_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
     """Drop the ceil(prune rate * active weights) weights of smallest magnitude |W|.
@@ -28,6 +29,7 @@ def magnitude_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
 
 
 @single_weights
+@entrywise
 @reads("nothing")
 def magnitude_and_negativity_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
     """Drop the smallest positive and the largest negative weights, the same fraction of each.
@@ -44,6 +46,7 @@ def magnitude_and_negativity_prune(masking, mask: Tensor, weight: Tensor, name: 
 
 
 @network_wide
+@entrywise
 @reads("nothing")
 def global_magnitude_prune(masking) -> dict[str, Tensor]:
     """Drop the weights of smallest magnitude |W| in the whole network, as many as layer by layer.
@@ -59,6 +62,7 @@ def global_magnitude_prune(masking) -> dict[str, Tensor]:
 
 @network_wide
 @single_weights
+@entrywise
 @reads("nothing")
 def threshold_prune(masking) -> dict[str, Tensor]:
     """Drop the weights whose magnitude is at most `masking.prune_threshold`, one for the network.
@@ -78,6 +82,7 @@ def threshold_prune(masking) -> dict[str, Tensor]:
     return exact
 
 
+@entrywise
 @reads("gradient")
 def magnitude_gradient_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
     """Drop the weights whose |weight| + 0.01 |gradient| is lowest.
@@ -139,6 +144,7 @@ def global_dense_magnitude_prune(masking) -> dict[str, Tensor]:
 
 @network_wide
 @single_weights
+@entrywise
 @reads("nothing")
 def gradual_magnitude_prune(masking) -> dict[str, Tensor]:
     """Drop what the density falls by where weights are smallest in the network, then the prune rate in each layer.
@@ -162,6 +168,7 @@ def gradual_magnitude_prune(masking) -> dict[str, Tensor]:
 
 @network_wide
 @single_weights
+@entrywise
 @reads("nothing")
 def adaptive_threshold_prune(masking) -> dict[str, Tensor]:
     """Drop the weights whose magnitude is below `masking.prune_threshold`, then double or halve the threshold.

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparselearning.functions import after_pruning, gives_back, in_proportion, reads
+from sparselearning.functions import after_pruning, entrywise, gives_back, in_proportion, reads
 from sparselearning.native.zero import zero_inactive
 
 
+@entrywise
 @reads("momentum")
 def momentum_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> Tensor | float:
     """Return the mean |momentum| over active weights.
@@ -20,12 +21,14 @@ def momentum_redistribution(masking, name: str, weight: Tensor, mask: Tensor) ->
     return _mean_over_active(masking.get_momentum_for_weight(weight).abs(), mask, masking.name2nonzeros[name])
 
 
+@entrywise
 @reads("nothing")
 def magnitude_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> Tensor | float:
     """Return the mean magnitude over active weights."""
     return _mean_over_active(weight.abs(), mask, masking.name2nonzeros[name])
 
 
+@entrywise
 @reads("nothing")
 def nonzero_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> int:
     """Return the number of active weights: layers keep their proportions."""
@@ -34,6 +37,7 @@ def nonzero_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> 
 
 @after_pruning
 @in_proportion
+@entrywise
 @reads("nothing")
 def remaining_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> int:
     """Return the number of weights R_i that pruning left: layer i grows R_i / sum_j R_j of what was pruned.
@@ -45,6 +49,7 @@ def remaining_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -
 
 
 @gives_back
+@entrywise
 @reads("nothing")
 def no_redistribution(masking, name: str, weight: Tensor, mask: Tensor) -> float:
     """Return 1 for every layer; the mark makes each layer grow what it lost."""

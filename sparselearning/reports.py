@@ -44,7 +44,7 @@ def summary(masking: Any) -> str:
     width = max(map(len, names))
     rows = [COLUMNS.format("layer", "shape", "active", "of", "density", "importance", "note", width=width)]
     for layer in masking.layers:
-        counts = (_shape(layer.mask), layer.nonzeros, layer.mask.numel(), f"{layer.density:.4f}")
+        counts = (_shape(layer.mask), layer.nonzeros, layer.size, f"{layer.density:.4f}")
         notes = [] if layer.pattern.name == "unstructured" else [layer.pattern.name]
         notes += [note for note in [masking.held.describe(layer), *_found(layer)] if note]
         rows.append(
@@ -52,7 +52,7 @@ def summary(masking: Any) -> str:
         )
     sums = {name: layers_of(budget, masking.layers) for name, budget in budgets.items()}
     for name, layers in (sums | {"masked weights": masking.layers}).items():
-        active, size = sum(layer.nonzeros for layer in layers), sum(layer.mask.numel() for layer in layers)
+        active, size = sum(layer.nonzeros for layer in layers), sum(layer.size for layer in layers)
         total = ("", active, size, f"{active / max(size, 1):.4f}", "", "")
         rows.append(COLUMNS.format(name, *total, width=width).rstrip())
     for name, (parameter, reason) in masking.kept_dense.items():
@@ -136,11 +136,11 @@ def _found(layer):
     """Yield what is suspicious of a layer that has its mask."""
     if is_frozen(layer):
         yield "frozen"
-    yield from _small(layer.orientation, layer.mask.shape)
+    yield from _small(layer.orientation, layer.shape)
     if is_sharded(layer.mask):
         return
     way = layer.orientation
-    outputs, inputs, *_ = way.layer(layer.mask.shape)
+    outputs, inputs, *_ = way.layer(layer.shape)
     links = way.matrix(layer.mask).reshape(way.copies, outputs, inputs, -1).any(3)
     empty, unread = (int((~links.any(dim)).sum()) for dim in (2, 1))
     if empty:
@@ -170,7 +170,7 @@ def density_to_come(masking: Any) -> str:
         return ""
     density, size = masking.updates.density_at(end), masking.total_nonzero + masking.total_zero
     if isinstance(density, Mapping):  # of each budget
-        ends = [density.get(layer.budget.pattern, layer.density) * layer.mask.numel() for layer in masking.layers]
+        ends = [density.get(layer.budget.pattern, layer.density) * layer.size for layer in masking.layers]
         density = sum(ends) / size
     if masking.total_nonzero <= 1.01 * density * size + len(masking.layers):
         return ""
@@ -184,7 +184,7 @@ def density_to_come(masking: Any) -> str:
 def log_counts(masking: Any) -> None:
     """Log the active weights of every layer and of the network."""
     for layer in masking.layers:
-        size = layer.mask.numel()
+        size = layer.size
         logger.info("%s: %d of %d active, density %.4f", layer.name, layer.nonzeros, size, layer.density)
     logger.info("Prune rate: %.4f. Active weights: %d.", masking.prune_rate, masking.total_nonzero)
 

@@ -23,7 +23,7 @@ def check_network(masking: Any, layers: Sequence[Any]) -> None:
     group = current()
     if group.size == 1:
         return
-    named = [f"{layer.name} {tuple(layer.mask.shape)}" for layer in layers]
+    named = [f"{layer.name} {tuple(layer.shape)}" for layer in layers]
     facts = {"layers": named, "steps": masking.steps, **_weights(layers, group)}
     _compare(group, group.meet("add_module", **facts))
 
@@ -39,11 +39,11 @@ def check_update(masking: Any, place: str, **more: Any) -> list[dict[str, Any]]:
     group, layers = current(), masking.layers
     if group.size == 1:
         return []
-    text = "".join(f"{layer.name} {tuple(layer.mask.shape)}" for layer in layers)
+    text = "".join(f"{layer.name} {tuple(layer.shape)}" for layer in layers)
     facts = {
         "layers": hashlib.sha256(text.encode()).hexdigest(),
         "steps": masking.steps,
-        "masks": _checksum_of_all(layer.mask for layer in layers),
+        "masks": _checksum_of_all(layers),
         **_weights(layers, group),
         **more,
     }
@@ -52,21 +52,22 @@ def check_update(masking: Any, place: str, **more: Any) -> list[dict[str, Any]]:
     return all_facts
 
 
-def check_agreement(masks: Iterable[Tensor], place: str = "a comparison of masks") -> None:
-    """Compare the checksums of the masks of all processes. One process alone does nothing.
+def check_agreement(masks: Iterable[Any], place: str = "a comparison of masks") -> None:
+    """Compare the checksums of the masks of all processes, tensors or layers. One process alone does nothing.
 
     Raises:
         ProcessError: on every process, if the masks differ.
     """
-    group, masks = current(), list(masks)
+    group = current()
     if group.size > 1:
+        masks = list(masks)
         facts = {"parts": _parts(masks), "masks": _checksum_of_all(masks)}
         _compare(group, group.meet(place, **facts))
 
 
 def _weights(layers, group):
     """Return the parts of the weights that this process holds, with sum and norm of each if they are to be equal."""
-    facts: dict[str, Any] = {"parts": _parts(layer.mask for layer in layers)}
+    facts: dict[str, Any] = {"parts": _parts(layers)}
     if group.assumed and layers:
         here = [local_part(layer.master).detach() for layer in layers]
         exact = torch.float32 if here[0].device.type == "mps" else torch.float64  # whatever the order of the sum
@@ -77,24 +78,37 @@ def _weights(layers, group):
 
 def _parts(masks):
     """Return which entries of each mask this process holds; processes of equal parts have equal masks."""
-    return [extent_of(mask) for mask in masks]
+    return [repr(tuple(mask.shape)) if _is_compact(mask) else extent_of(_tensor(mask)) for mask in masks]
+
+
+def _is_compact(mask):
+    return getattr(mask, "compact", False)
+
+
+def _tensor(mask):
+    return mask if isinstance(mask, Tensor) else mask.mask
 
 
 def _checksum_of_all(masks):
-    parts = [local_part(mask) for mask in masks]
-    total = torch.tensor(0, device=parts[0].device if parts else None)
-    for i, part in enumerate(parts):
-        total = total + checksum(part).to(total.device) * (2 * i + 1)
+    sums = [mask.checksum() if _is_compact(mask) else checksum(local_part(_tensor(mask))) for mask in masks]
+    total = torch.tensor(0, device=sums[0].device if sums else None)
+    for i, part in enumerate(sums):
+        total = total + part.to(total.device) * (2 * i + 1)
     return total.item()
 
 
 def checksum(mask: Tensor) -> Tensor:
     """Return a number (int64, 0-d) that depends on the size of a mask and on the positions of its active entries."""
-    mixed = torch.arange(mask.numel(), device=mask.device)
+    return checksum_of(mask.flatten().nonzero().flatten(), mask.numel())
+
+
+def checksum_of(position: Tensor, size: int) -> Tensor:
+    """Return the checksum of a mask of this size whose active entries are at these positions, int64."""
+    mixed = position.clone()
     for factor in (-7046029254386353131, -4658895280553007687):  # of splitmix64, so that neighbours differ strongly
         mixed = (mixed + 1) * factor
         mixed = mixed ^ (mixed >> 31)
-    return mixed.masked_fill(~mask.flatten(), mask.numel()).sum()
+    return mixed.sum() + size * (size - len(position))
 
 
 def _compare(group, all_facts):

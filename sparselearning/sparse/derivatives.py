@@ -10,19 +10,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from sparselearning.compact import positions
+
 levels = torch._C._functorch.get_dynamic_layer_stack_depth  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def transformed() -> bool:
     """Return whether torch.func transforms the running call (grad, vmap, jacrev, jvp), or forward derivatives do."""
     return forward_ad._current_level >= 0 or levels() > 0
-
-
-def positions(start: Tensor, column: Tensor, width: int) -> Tensor:
-    """Return where the nonzeros of a weight lie when it is flattened; a row of it has `width` entries."""
-    rows = start.diff().long()
-    row = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), rows)
-    return row * width + column
 
 
 def dense_weight(value: Tensor, start: Tensor, column: Tensor, shape: torch.Size) -> Tensor:

@@ -1,49 +1,84 @@
-"""The dense weight of a layer whose active values are trained in its place."""
+"""The weight of a layer whose active values are trained in its place: a parameter of its shape that holds no numbers."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._utils import _rebuild_parameter
+from torch.utils._pytree import tree_map_only
+
+from sparselearning.sparse.entries import Entries
+from sparselearning.sparse.on_demand import on_demand
 
 TENSOR: Any = torch._C.TensorBase  # pyright: ignore[reportPrivateImportUsage]
+ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 class HeldWeight(nn.Parameter):
     """A parameter that stands for its active values: whoever reads it sees the weight, zeros included.
 
-    `active` (nonzeros,) is what the optimizer steps. Gradients are those of the values, so that clipping, scaling and
-    clearing the gradients of `model.parameters()` reach what is stepped. A gradient that arrives for the weight itself
-    (a penalty on weights, a tied decoder, a layer that computes densely) goes to the values too.
+    It has shape and dtype of the weight, and no memory. Every operation on it computes the dense weight, which takes
+    as much memory and time as that has entries. What is written into it, or into a view of it, goes to the values.
 
-    A copy (deepcopy, pickle) is a plain parameter.
+    Gradients are those of the values, (nonzeros,), so that clipping, scaling and clearing the gradients of
+    `model.parameters()` reach what is stepped. A gradient that arrives for the weight itself (a penalty on weights, a
+    tied decoder, a layer that computes densely) goes to the values too.
+
+    A copy (deepcopy, pickle) is a plain parameter, and dense.
     """
 
-    active: nn.Parameter
-    seen: int  # the version of the weight that agrees with the values
-    opened: bool  # whether somebody took `.data`, whose changes no version shows
+    entries: Entries
+
+    @staticmethod
+    def __new__(cls, entries: Entries, requires_grad: bool = True):
+        value = entries.value
+        settings = dict(dtype=value.dtype, device=value.device, requires_grad=requires_grad)
+        self = Tensor._make_wrapper_subclass(cls, entries.shape, **settings)  # pyright: ignore[reportAttributeAccessIssue]
+        self.entries = entries
+        return self
+
+    def __init__(self, entries: Entries, requires_grad: bool = True):
+        pass
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is Tensor.__setitem__ and isinstance(args[0], cls):
+            weight = args[0].entries.dense()
+            weight[args[1]] = args[2]
+            return args[0].entries.write(weight)
+        return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in ALIASES:
+            return cls(args[0].entries, False)
+        kwargs, dense = kwargs or {}, {}
+
+        def plain(held):
+            entries = held.entries
+            return dense.setdefault(id(entries), (entries, entries.dense()))[1]
+
+        result = func(*tree_map_only(cls, plain, args), **tree_map_only(cls, plain, kwargs))
+        written = [held for held in _written(func, args, kwargs) if isinstance(held, cls)]
+        for held in written:
+            held.entries.write(dense[id(held.entries)][1])
+        if written:
+            return written[0] if isinstance(result, Tensor) else result
+        if func.is_view and isinstance(result, Tensor) and isinstance(args[0], cls):
+            entries = args[0].entries
+            return on_demand(result, entries.write, dense[id(entries)][1])
+        return result
 
     @property
     def grad(self) -> Tensor | None:
         """The gradient of the values, (nonzeros,)."""
-        return self.active.grad
+        return self.entries.value.grad
 
     @grad.setter
     def grad(self, gradient: Tensor | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.active.grad = gradient
-
-    @property
-    def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The weight without its history, as of any parameter."""
-        self.opened = True
-        return TENSOR.data.__get__(self)
-
-    @data.setter
-    def data(self, tensor: Tensor) -> None:
-        self.opened = True
-        TENSOR.data.__set__(self, tensor)
+        self.entries.value.grad = gradient
 
     @property
     def requires_grad(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -57,17 +92,8 @@ class HeldWeight(nn.Parameter):
     def requires_grad_(self, mode: bool = True) -> HeldWeight:
         """Train the values, or freeze them."""
         TENSOR.requires_grad.__set__(self, mode)
-        self.active.requires_grad_(mode)
+        self.entries.value.requires_grad_(mode)
         return self
-
-    @property
-    def was_written(self) -> bool:
-        """Whether somebody else may have written into the weight since it agreed with the values."""
-        return self.opened or self._version != self.seen
-
-    def agrees(self) -> None:
-        """Note that weight and values are the same now."""
-        self.seen, self.opened = self._version, False
 
     def register_hook(self, hook: Any) -> Any:
         """Refuse a hook that would not be called.
@@ -90,26 +116,20 @@ class HeldWeight(nn.Parameter):
         return gradient
 
     def __deepcopy__(self, memo: dict[int, object]) -> nn.Parameter:
-        copied = nn.Parameter(self.detach().clone(memory_format=torch.preserve_format), self.requires_grad)
+        copied = nn.Parameter(self.entries.dense(), self.requires_grad)
         memo[id(self)] = copied
         return copied
 
-    def __reduce_ex__(self, protocol: int):
-        return _rebuild_parameter, (self.detach(), self.requires_grad, {})
+    def __reduce_ex__(self, protocol: Any):
+        return _rebuild_parameter, (self.entries.dense(), self.requires_grad, {})
+
+    def __repr__(self) -> str:
+        return f"HeldWeight(shape={tuple(self.shape)}, active={len(self.entries.value)}, dtype={self.dtype})"
 
 
-def hold(weight: Tensor, values: nn.Parameter) -> HeldWeight:
-    """Make `weight` stand for `values`; it stays the same object."""
-    cast(Any, weight).__class__ = HeldWeight
-    held = cast(HeldWeight, weight)
-    held.active = values
-    held.agrees()
-    return held
-
-
-def let_go(weight: Tensor) -> None:
-    """Make a held weight a plain parameter again."""
-    if isinstance(weight, HeldWeight):
-        for name in ("active", "seen", "opened"):
-            delattr(weight, name)
-        cast(Any, weight).__class__ = nn.Parameter
+def _written(func, args, kwargs):
+    """Yield the arguments that an operator writes."""
+    for number, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[number] if number < len(args) else kwargs.get(argument.name)
+            yield from given if isinstance(given, list | tuple) else [given]

@@ -2,124 +2,215 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparselearning.layers import SparseLayer
-from sparselearning.loading import MOST_STEPS, check_entries, check_tensor, check_whole, describe, refuse
+from sparselearning.compact import found, positions, rows_of
+
+if TYPE_CHECKING:
+    from sparselearning.sparse.trained import Trained
 
 
-class ObservedGradient:
-    """The sum of a weight's dense gradients over the last `window` observed steps.
+@dataclass
+class Pass:
+    """A part of a weight's gradient: a layer's inputs and the gradients of its outputs, or a dense gradient.
 
-    A backward pass hands over what it computed (`collect`), and says that the values' gradient has been accumulated
-    (`commit`); a step takes the sum of its passes, changed as the gradient of the values was changed in between: scaled
-    back, clipped (`take`). A pass whose gradients were cleared instead, or went elsewhere, does not count.
+    The gradient follows from the inputs and the outputs' gradients, so that all of it need never exist.
     """
 
-    def __init__(self, values: nn.Parameter, window: int, observing: bool):
-        self.values, self.window, self.observing = values, window, observing
-        self.sum: Tensor | None = None
-        self.steps = 0  # that `sum` is of
-        self.pending: Tensor | None = None  # of the passes since the values' gradient was cleared
-        self.passing: Tensor | None = None  # of the pass that runs
-        self.task = -1  # the pass that `passing` is of
+    x: Tensor | None = None
+    dy: Tensor | None = None
+    dense: Tensor | None = None
 
-    def collect(self, gradient: Tensor) -> None:
-        """Add a part of the gradient of the backward pass that runs."""
+    def rows(self, module: Trained, first: int, last: int) -> Tensor:
+        """Return the gradient of some rows of the weight's matrix, (last - first, width)."""
+        if self.x is None or self.dy is None:
+            assert self.dense is not None
+            return self.dense.flatten(1)[first:last]
+        return module.gradient_of_rows(self.x, self.dy, first, last)
+
+    def at(self, module: Trained, start: Tensor, column: Tensor) -> Tensor:
+        """Return the gradient of some entries, (entries,); rows and columns as `Entries` has them."""
+        if self.x is not None and self.dy is not None:
+            return module.gradient_at(self.x, self.dy, start, column)
+        assert self.dense is not None
+        row = torch.repeat_interleave(torch.arange(len(start) - 1), start.diff().long())
+        return self.dense.flatten(1)[row, column.long()]
+
+
+@dataclass
+class Change:
+    """What became of a gradient between its backward pass and the step: each entry times a factor, or clipped."""
+
+    factor: float = 1.0
+    bound: float | None = None
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        """Return a gradient as the step used it, in place."""
+        if self.bound is not None:
+            gradient = gradient.clamp_(-self.bound, self.bound)
+        return gradient if self.factor == 1 else gradient.mul_(self.factor)
+
+
+class Seen:
+    """The gradient of a layer's weight that one step used: of all the backward passes of that step."""
+
+    def __init__(self, module: Trained, passes: Sequence[Pass], change: Change):
+        self.module, self.passes, self.change = module, list(passes), change
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Return the gradient of some rows of the weight's matrix, (last - first, width)."""
+        parts = (each.rows(self.module, first, last) for each in self.passes)
+        total = next(parts)
+        total = total.clone() if self.passes[0].dense is not None else total
+        for part in parts:
+            total = total.add_(part)
+        return self.change(total)
+
+    def at(self, start: Tensor, column: Tensor) -> Tensor:
+        """Return the gradient of some entries, (entries,)."""
+        parts = [each.at(self.module, start, column) for each in self.passes]
+        return self.change(torch.stack(parts).sum(0) if len(parts) > 1 else parts[0].clone())
+
+    def dense(self) -> Tensor:
+        """Return the gradient of the weight."""
+        shape = self.module.entries.shape
+        return self.rows(0, shape[0]).reshape(shape)
+
+
+class Observed:
+    """What is kept of a weight's dense gradients for growth: nothing, that of the last step, or a mean over steps.
+
+    A backward pass hands over what the gradient follows from (`collect`), and says that the values' gradient has been
+    accumulated (`commit`); a step takes the sum of its passes, changed as the gradient of the values was changed in
+    between: scaled back, clipped (`take`). A pass whose gradients were cleared instead, or went elsewhere, does not
+    count.
+
+    Args:
+        window: observed steps that a mean is taken of; 1 keeps the last step's gradient, as what it follows from.
+        among: where a mean over steps is kept: None for all entries, as a dense tensor, or the number of inactive
+            entries, those whose gradient is largest in the first observed step (growing.CandidateSet).
+        observing: whether the next step is observed.
+    """
+
+    def __init__(self, window: int, observing: bool, among: int | None = None):
+        self.window, self.among, self.observing = window, among, observing
+        self.last: Seen | None = None  # of the last step, if the window is 1
+        self.sum: Tensor | None = None  # dense, of all entries
+        self.candidates: Any = None  # CandidateSet
+        self.steps = 0  # that are observed
+        self.pending: list[Pass] = []  # since the values' gradient was cleared
+        self.passing: list[Pass] = []  # of the backward pass that runs
+        self.before: Tensor | None = None  # the values' gradient after the last of these passes
+        self.task = -1  # the backward pass that `passing` is of
+
+    def collect(self, part: Pass, accumulated: Tensor | None) -> None:
+        """Add a part of the gradient of the backward pass that runs; `accumulated` is the values' gradient so far."""
         task = torch._C._current_graph_task_id()  # pyright: ignore[reportPrivateImportUsage]
         if task != self.task:
-            self.task, self.passing = task, None
-            if self.values.grad is None or not self.values.grad.any():
-                self.pending = None
-        self.passing = plus(self.passing, gradient)
+            self.task, self.passing = task, []
+            if accumulated is None or not accumulated.any():
+                self.pending = []
+        self.passing.append(part)
 
-    def commit(self) -> None:
+    def commit(self, gradient: Tensor | None) -> None:
         """Count what was collected in this pass: the values have received their gradient."""
-        if self.passing is not None:
-            self.pending, self.passing = plus(self.pending, self.passing), None
+        if self.passing:
+            self.pending, self.passing = self.pending + self.passing, []
+            self.before = None if gradient is None else gradient.detach().clone()
 
-    def take(self, position: Tensor, scale: float = 1.0) -> None:
+    def take(self, module: Trained, scale: float = 1.0) -> None:
         """Count a step, which takes the pending gradients; `scale` is what the optimizer multiplies gradients with."""
-        pending, self.pending = self.pending, None
-        if pending is None or self.values.grad is None:
+        pending, self.pending = self.pending, []
+        if not pending or self.before is None or module.value.grad is None:
             return
-        used = as_stepped(pending, pending.flatten()[position], self.values.grad)
-        if used is None:
+        change = change_between(self.before, module.value.grad)
+        self.before = None
+        if change is None:
             return
-        used = used if scale == 1 else used.mul_(scale)
-        if self.window == 1:  # of the last step alone
-            self.sum, self.steps = used, 1
+        seen = Seen(module, pending, Change(change.factor * scale, change.bound))
+        if self.window == 1:
+            self.last, self.steps = seen, 1
             return
-        self.sum, self.steps = plus(self.sum, used), self.steps + 1
+        self.add(seen)
+        self.steps += 1
         if self.steps > self.window:  # the earlier ones fade, as they do from a momentum
-            self.sum.mul_(self.window / self.steps)
+            self.fade(self.window / self.steps)
             self.steps = self.window
 
+    def add(self, seen: Seen) -> None:
+        """Add a step's gradient to the sum."""
+        if self.among is None:
+            gradient = seen.dense()
+            self.sum = gradient if self.sum is None else self.sum.add_(gradient)
+            return
+        if self.candidates is None:
+            entries = seen.module.entries
+            from sparselearning.sparse.candidates import CandidateSet
+
+            self.candidates = CandidateSet.choose(seen.rows, entries.start, entries.column, entries.width, self.among)
+        self.candidates.add(seen.at(self.candidates.start, self.candidates.column))
+
+    def fade(self, factor: float) -> None:
+        """Let the sum count less."""
+        for total in (self.sum, None if self.candidates is None else self.candidates.sum):
+            if total is not None:
+                total.mul_(factor)
+
+    @property
+    def known(self) -> bool:
+        """Whether a step was observed since the last update."""
+        return self.steps > 0
+
     def mean(self) -> Tensor | None:
-        """Return the mean gradient of the observed steps, or None if there were none."""
+        """Return the mean gradient of the observed steps, dense, or None if there were none."""
+        if self.last is not None:
+            return self.last.dense()
         return None if self.sum is None else self.sum / self.steps
+
+    def mean_at(self, module: Trained, position: Tensor) -> Tensor | None:
+        """Return the mean gradient of some entries, at places in ascending order; zero where none was kept."""
+        if self.last is not None:
+            return self.last.at(*rows_of(position, module.entries.shape))
+        if self.sum is not None:
+            return self.sum.flatten()[position] / self.steps
+        if self.candidates is None:
+            return None
+        width = module.entries.width
+        places, mean = positions(self.candidates.start, self.candidates.column, width), self.candidates.mean()
+        there = found(position, places)
+        return torch.where(there >= 0, mean[there.clamp(min=0)], 0) if len(places) else mean.new_zeros(len(position))
 
     def forget(self) -> None:
         """Start anew after an update of the masks."""
-        self.sum, self.steps = None, 0
+        self.last = self.sum = self.candidates = None
+        self.steps = 0
         self.drop()
 
     def drop(self) -> None:
         """Forget the passes since the last step."""
-        self.pending = self.passing = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what is to be saved between two steps."""
-        return {"gradient": self.sum, "observed": self.steps, "observing": self.observing}
-
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Take what `state_dict` returned; an empty state stands for no observed gradients."""
-        self.forget()
-        gradient = state.get("gradient")
-        self.sum = None if gradient is None else gradient.to(device, copy=True)
-        self.steps, self.observing = state.get("observed", 0), state.get("observing", self.observing)
+        self.pending, self.passing, self.before = [], [], None
 
 
-def check_observed(layer: SparseLayer, state: Any) -> None:
-    """Check a saved state of the observed gradient of a layer's weight.
-
-    Raises:
-        RuntimeError: if it is none.
-    """
-    entry = f"'sparse_training'['layers'][{layer.name!r}]"
-    check_entries(entry, state, (), ("gradient", "observed", "observing"))
-    seen = state.get("gradient") is not None
-    if seen:
-        check_tensor(f"{entry}['gradient']", state["gradient"], layer.mask.shape, "floating")
-    check_whole(f"{entry}['observed']", state.get("observed", 0), int(seen), MOST_STEPS if seen else 0)
-    if not isinstance(state.get("observing", True), bool):
-        refuse(f"{entry}['observing']", "True or False", describe(state["observing"]))
-
-
-def plus(total: Tensor | None, part: Tensor) -> Tensor:
-    """Return the sum, in place of `total` if there is one."""
-    return part if total is None else total.add_(part)
-
-
-def as_stepped(dense: Tensor, before: Tensor, after: Tensor) -> Tensor | None:
-    """Return a dense gradient, in place, changed as its active part was: from `before` to `after`, both (nonzeros,).
+def change_between(before: Tensor, after: Tensor) -> Change | None:
+    """Return how the gradient of the values was changed: from `before` to `after`, both (nonzeros,).
 
     The change may be a factor (a loss scale, the clipping of a norm) or the clipping of each entry. Of any other the
-    factor that comes closest is taken. None: the two are not finite, or have nothing in common. Equal means up to
-    rounding, for torch computes the dense gradient and the kernels that of the values.
+    factor that comes closest is taken. None: the two are not finite, or have nothing in common.
     """
     factor = (before.double() @ after.double()) / before.double().square().sum()
     if not factor.isfinite():
-        return None if before.any() else dense
+        return None if before.any() else Change()
     bound = after.abs().max()
     if not is_close(before * factor, after) and is_close(before.clamp(-bound, bound), after):
-        return dense.clamp_(-bound, bound)
+        return Change(bound=bound.item())
     if abs(factor - 1) < 1e-5:
-        return dense
-    return dense.mul_(factor.item()) if factor != 0 else None
+        return Change()
+    return Change(factor.item()) if factor != 0 else None
 
 
 def is_close(found: Tensor, expected: Tensor) -> bool:

@@ -1,17 +1,19 @@
 """What an optimizer keeps for the active values of layers that train on sparse kernels.
 
 It is as long as the values. A state_dict holds it in dense form, zero where weights are inactive, so that it is the
-same as that of masked or dense training.
+same as that of masked or dense training; in a checkpoint it is compact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparselearning.compact import COMPACT, found, is_compact, places_of, position_of
+from sparselearning.compact import in_dense_form as dense_state
 from sparselearning.sparse.trained import Trained
 from sparselearning.weights import start_states
 
@@ -66,55 +68,92 @@ def vectors(state: Mapping[Any, Any], size: int) -> dict[Any, Tensor]:
 def carry_over(
     optimizer: torch.optim.Optimizer,
     module: Trained,
-    position: Tensor,
-    mask: Tensor,
+    origin: Tensor,
+    mean: Tensor | None,
     start: str | None,
     copies: Collection[str],
 ) -> None:
-    """Keep the state of the values at `position`, in dense form, and start that of weights that grow in a new mask.
+    """Let the state of the values follow entries that moved, and start that of weights that have grown.
 
     It starts as `start_of_state` says. If `start` is None, SGD's momentum starts as if the mean of the observed
     gradients had been the gradient all along, and all else as with 'zero'.
+
+    Args:
+        origin: where each entry was among the earlier ones, -1 for new ones; int64, (nonzeros,).
+        mean: mean gradients of new entries in their order, if any were observed.
     """
-    state = optimizer.state.get(module.value, {})
-    entries = vectors(state, len(position))
+    state, new = optimizer.state.get(module.value, {}), origin < 0
+    entries = {
+        key: item for key, item in state.items() if isinstance(item, Tensor) and item.dim() == 1 and key != "step"
+    }
     group = start_states.group_of(optimizer, module.value)
-    starts = start_states.start_of_state(start or "zero", entries, mask.flatten()[position], group, copies)
-    mean, gain = module.observed.mean(), momentum_gain(optimizer, module)
-    for key, tensor in entries.items():
-        begun = torch.zeros_like(module.dense).reshape(-1) + starts[key]
-        if start is None and key == "momentum_buffer" and mean is not None:
-            begun = mean.reshape(-1) * gain
-        state[key] = begun.scatter(0, position, tensor).reshape(mask.shape)
+    stays = torch.zeros(max((len(item) for item in entries.values()), default=0), dtype=torch.bool)
+    stays[origin[~new]] = True
+    starts = start_states.start_of_state(start or "zero", entries, stays, group, copies)
+    gain = momentum_gain(optimizer, module)
+    for key, item in entries.items():
+        moved = item[origin.clamp(min=0)] if len(item) else item.new_zeros(len(origin))
+        begun = mean * gain if start is None and key == "momentum_buffer" and mean is not None else starts[key]
+        moved[new] = begun.to(moved) if isinstance(begun, Tensor) else begun
+        state[key] = moved
 
 
 def in_dense_form(state: Mapping[Any, Any], module: Trained) -> dict[Any, Any]:
-    """Return the state of a layer's values, with tensors of its weight's shape and layout."""
-    return {**state} | {
-        key: spread(tensor, module.position, module.dense) for key, tensor in vectors(state, len(module.value)).items()
-    }
+    """Return the state of a layer's values, with tensors of its weight's shape."""
+    return {**state} | {key: module.entries.spread(tensor) for key, tensor in vectors(state, len(module.value)).items()}
 
 
 def save(optimizer: torch.optim.Optimizer, saved: dict[str, Any], trained: Mapping[str, Trained]) -> dict[str, Any]:
-    """Return the optimizer's state_dict `saved` with the state of `trained` layers in dense form."""
+    """Return the optimizer's state_dict `saved` with the state of `trained` layers in dense form.
+
+    For a checkpoint it stays as it is, beside the places of its entries; see compact.py.
+    """
     modules = {id(module.value): module for module in trained.values()}
     state = dict(saved["state"])
-    for numbers, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-        for number, parameter in zip(numbers["params"], group["params"], strict=True):
-            if id(parameter) in modules and number in state:
-                state[number] = in_dense_form(state[number], modules[id(parameter)])
+    for number, parameter in numbered(optimizer, saved):
+        module = modules.get(id(parameter))
+        if module is not None and number in state:
+            compact(optimizer, module)
+            own = optimizer.state[parameter]
+            places = {"active": places_of(module.entries)}
+            state[number] = {**own, **places} if COMPACT.get() else in_dense_form(own, module)
     return {**saved, "state": state}
 
 
+def numbered(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> Iterator[tuple[Any, Tensor]]:
+    """Yield the number of each parameter in a state_dict of the optimizer, and the parameter."""
+    for numbers, group in zip(saved["param_groups"], optimizer.param_groups, strict=False):
+        yield from zip(numbers["params"], group["params"], strict=False)
+
+
+def arriving(
+    optimizer: torch.optim.Optimizer, saved: dict[str, Any], trained: Mapping[str, Trained]
+) -> tuple[dict[str, Any], list[tuple[Trained, Tensor]]]:
+    """Return a state_dict without the places of entries, and for each layer where the entries of its state are."""
+    modules = {id(module.value): module for module in trained.values()}
+    state, places = dict(saved["state"]), []
+    for number, parameter in numbered(optimizer, saved):
+        entry = state.get(number)
+        if isinstance(entry, dict) and is_compact(entry.get("active")):
+            module = modules.get(id(parameter))
+            if module is None:
+                state[number] = dense_state(entry, entry["active"])
+                continue
+            places.append((module, position_of(entry["active"])))
+            state[number] = {key: item for key, item in entry.items() if key != "active"}
+    return {**saved, "state": state}, places
+
+
 def compact(optimizer: torch.optim.Optimizer, module: Trained) -> None:
-    """Keep the active entries of state that was loaded in dense form."""
-    state = optimizer.state.get(module.value, {})
+    """Keep the entries of loaded state that are active here: it may be dense, or of other entries."""
+    state, position = optimizer.state.get(module.value, {}), None
+    loaded, module.loaded = module.loaded, None
     for key, tensor in state.items():
-        if isinstance(tensor, Tensor) and tensor.shape == module.dense.shape:
-            state[key] = tensor.flatten()[module.position]
-
-
-def spread(values: Tensor, position: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor like `like` with `values` at `position` of its flattened form, zero elsewhere."""
-    dense = values.new_zeros(like.numel()).scatter(0, position, values).reshape(like.shape)
-    return torch.empty_like(like, dtype=values.dtype, requires_grad=False).copy_(dense)
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.dim() > 0 and tensor.shape == module.entries.shape:
+            position = module.entries.position if position is None else position
+            state[key] = tensor.flatten()[position]
+        elif loaded is not None and tensor.shape == loaded.shape:
+            there = found(module.entries.position, loaded)
+            state[key] = torch.where(there >= 0, tensor[there.clamp(min=0)], 0) if len(loaded) else tensor

@@ -1,4 +1,4 @@
-"""Linear and convolution layers that train on their active weights alone."""
+"""Linear and convolution layers that train on their active weights, and hold no others."""
 
 from __future__ import annotations
 
@@ -7,143 +7,129 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparselearning.compact import COMPACT, is_compact, position_of, weight_of
 from sparselearning.layers import SparseLayer
+from sparselearning.loading import check_compact
 from sparselearning.sparse import ops
 from sparselearning.sparse.derivatives import transformed
 from sparselearning.sparse.dispatch import is_plain
-from sparselearning.sparse.held_weight import HeldWeight, hold, let_go
+from sparselearning.sparse.entries import Entries
+from sparselearning.sparse.held_weight import HeldWeight
 from sparselearning.sparse.interface import DTYPES, conv_shape, row_shape
 from sparselearning.sparse.memory_order import is_batch_last, to_batch_first
 from sparselearning.sparse.modules import numeric_padding
-from sparselearning.sparse.observed import ObservedGradient
+from sparselearning.sparse.observed import Observed, Pass
 from sparselearning.sparse.pooling import PooledConv2d
 
 
 class Trained(nn.Module, ABC):
     """What a linear or convolution layer needs to train on its active weights.
 
-    The optimizer steps `value` (nonzeros,). `weight` stays the module's parameter, with zeros, and agrees with `value`
-    but for the moment of a step; see held_weight.py. Whatever the kernels cannot do (another dtype or device, function
-    transforms, a weight put in its place for one call) is computed with `weight`, whose gradient then goes to `value`.
+    The optimizer steps `value` (nonzeros,). `weight` stays the module's parameter, of the same shape, but holds no
+    numbers of its own; see held_weight.py. Whatever the kernels cannot do (another dtype or device, function
+    transforms, a weight put in its place for one call) is computed with the dense weight, whose gradient then goes to
+    the values.
 
     A copy of the model without its Masking is not `held`: it is a dense layer with zeros.
     """
 
     weight: Tensor
-    value: nn.Parameter  # no parameter of the module: `weight` stands for it
     dense: HeldWeight  # the weight, whatever stands in its place for the moment
-    observed: ObservedGradient
-    position: Tensor  # of each value in the flattened weight
-    place: Tensor  # of each value in the weight's memory, which may be channels_last
-    strides: tuple[int, ...]  # of the weight that `place` is for
-    indices: tuple[Tensor, ...]  # start, column, t_start, t_column, t_order
+    entries: Entries
+    observed: Observed
+    loaded: Tensor | None = None  # where the entries of a loaded optimizer state are, int64
+    channels_last = False  # whether the weight was so in memory, and will be at the end
     held = False
     hooks: tuple[Any, ...]
 
-    def begin(self, window: int, observing: bool) -> None:
-        """Become a layer that trains sparsely, from a dense one; `window` and `observing` as ObservedGradient's."""
-        value = nn.Parameter(self.weight.new_empty(0), self.weight.requires_grad)
-        vars(self).update(value=value, dense=self.weight)
-        self.observed = ObservedGradient(value, window, observing)
+    @property
+    def value(self) -> nn.Parameter:
+        """The active values, row by row; no parameter of the module, for `weight` stands for it."""
+        return self.entries.value
+
+    def begin(self, position: Tensor, observed: Observed, value: Tensor | None = None) -> None:
+        """Become a layer that trains sparsely, from a dense one, with the entries at `position`.
+
+        `value` are their values if the weight has none (on the meta device).
+        """
+        if value is None:
+            value = self.weight.detach().flatten()[position]
+        value = value.requires_grad_(self.weight.requires_grad)
+        vars(self)["channels_last"] = is_channels_last(self.weight)
+        vars(self)["entries"] = Entries(self.weight.shape, value, position, self.turned)
+        vars(self)["observed"] = observed
         self.attach()
 
     def attach(self) -> None:
-        """Let the weight stand for the values; also in a copy."""
-        self.held = True
+        """Let the values stand in place of the weight's numbers; also in a copy."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        held = HeldWeight(self.entries, self.value.requires_grad)
+        weight.grad = None
+        torch.utils.swap_tensors(weight, held)
+        vars(self).update(held=True, dense=weight)
+        self.connect()
+
+    def connect(self) -> None:
+        """Let gradients of weight and values be noticed."""
+        for hook in vars(self).get("hooks", ()):
+            hook.remove()
+        self.dense._post_accumulate_grad_hooks = None  # of what the weight was before `swap_tensors`
+        notice = super(HeldWeight, self.dense).register_post_accumulate_grad_hook
         self.hooks = (
-            self.dense.register_post_accumulate_grad_hook(self.receive),
-            self.value.register_post_accumulate_grad_hook(lambda _: self.observed.commit()),
+            notice(self.receive),
+            self.value.register_post_accumulate_grad_hook(lambda value: self.observed.commit(value.grad)),
         )
-        hold(self.dense, self.value)
 
     def end(self) -> None:
         """Become the dense layer again, zeros included."""
         if self.held:
-            let_go(self.dense)
             for hook in self.hooks:
                 hook.remove()
-        for name in ("value", "dense", "observed", "position", "place", "strides", "indices", "held", "hooks"):
+            weight = nn.Parameter(self.entries.dense().contiguous(memory_format=self.memory_format()), self.dense.requires_grad)
+            torch.utils.swap_tensors(self.dense, weight)
+        for name in ("dense", "entries", "observed", "held", "hooks", "loaded", "channels_last"):
             vars(self).pop(name, None)
         self.__class__ = next(kind for kind, trained in KINDS.items() if trained is type(self))
 
+    def memory_format(self) -> torch.memory_format:
+        """Return that of the dense weight."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: entry for name, entry in self.__dict__.items() if name not in ("held", "hooks")}
+        return {name: entry for name, entry in self.__dict__.items() if name not in ("held", "dense", "hooks")}
 
-    @torch.no_grad()
-    def follow(self, mask: Tensor) -> None:
-        """Take the weights that `mask` marks as the new values; set the others to zero."""
-        rows = mask.flatten(1)
-        self.position = rows.flatten().nonzero().flatten()
-        start = F.pad(rows.sum(1).cumsum(0), (1, 0)).int()
-        column = (self.position % rows.shape[1]).int()
-        self.indices = (start, column, *ops.transposed(start, column, self.as_convolution()))
-        self.read()
-        self.find_places()
-        self.dense.zero_()
-        self.write()
-
-    @torch.no_grad()
-    def read(self) -> None:
-        """Set the values to those of the dense weight."""
-        values = self.dense.flatten()[self.position]
-        if values.shape == self.value.shape and values.dtype == self.value.dtype:
-            if not torch.equal(values, self.value):
-                self.value.copy_(values)
-            return
-        # Where the caller still holds the loss of the last step, its graph would expect gradients of the size that
-        # there was. Only another dtype makes torch forget that.
-        self.value.data = values.new_empty(0, dtype=torch.float16)
-        self.value.data = values
-
-    def find_places(self) -> None:
-        """Find where the values lie in the memory of the dense weight."""
-        self.strides = self.dense.stride()
-        self.place = self.position
-        if not self.dense.is_contiguous():
-            index, self.place = self.position, torch.zeros_like(self.position)
-            for size, stride in zip(reversed(self.dense.shape), reversed(self.strides), strict=True):
-                self.place = self.place + index % size * stride
-                index = index // size
-
-    @torch.no_grad()
-    def write(self) -> None:
-        """Set the active places of the dense weight to the values."""
-        if self.dense.stride() != self.strides:  # the model was moved to another memory format
-            self.find_places()
-        span = 1 + sum((size - 1) * stride for size, stride in zip(self.dense.shape, self.strides, strict=True))
-        self.dense.as_strided((span,), (1,)).scatter_(0, self.place, self.value.detach())
-        self.dense.agrees()
-
-    @torch.no_grad()
-    def agree(self) -> None:
-        """Take over what somebody else wrote into the weight, and set its inactive entries to zero again."""
-        if not self.dense.was_written:
-            return
-        self.read()
-        if self.dense.count_nonzero() != self.value.count_nonzero():
-            self.dense.zero_()
-        self.write()
+    def turned(self, start: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the nonzeros in the order of the input gradient."""
+        return ops.transposed(start, column, self.as_convolution())
 
     @torch.no_grad()
     def receive(self, weight: HeldWeight) -> None:
         """Give the values the gradient that arrived for the dense weight."""
         gradient = weight.arrived()
         if self.observed.observing:
-            self.observed.collect(gradient)
-        active = gradient.flatten()[self.position]
+            self.observed.collect(Pass(dense=gradient), self.value.grad)
+        active = gradient.flatten()[self.entries.position]
         self.value.grad = active if self.value.grad is None else self.value.grad.add_(active)
-        self.observed.commit()
+        self.observed.commit(self.value.grad)
 
     @abstractmethod
     def as_convolution(self) -> Any:
         """Return the layer as a convolution of one image, as the kernels take it."""
 
     @abstractmethod
-    def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
-        """Return the gradient of the dense weight."""
+    def output_shape(self, x: Tensor) -> tuple[int, ...]:
+        """Return the shape of the output for rows, or images, of this shape."""
+
+    @abstractmethod
+    def gradient_of_rows(self, x: Tensor, dy: Tensor, first: int, last: int) -> Tensor:
+        """Return the gradient of some rows of the weight's matrix, (last - first, width)."""
+
+    @abstractmethod
+    def gradient_at(self, x: Tensor, dy: Tensor, start: Tensor, column: Tensor) -> Tensor:
+        """Return the gradient of some entries of the weight, (entries,); rows and columns as `Entries` has them."""
 
     @abstractmethod
     def product(self, x: Tensor) -> Tensor:
@@ -152,18 +138,9 @@ class Trained(nn.Module, ABC):
     def forward(self, input: Tensor) -> Tensor:
         if not self.has_kernel(input):
             return super().forward(input)
-        self.look()
         if not self.in_autocast():
             return self.product(input)
         return self.product(input.float()).to(torch.get_autocast_dtype("cpu"))
-
-    def look(self) -> None:
-        """Take over what somebody wrote into the weight.
-
-        Its inactive entries stay until a step: masks may be loaded after weights.
-        """
-        if not torch.compiler.is_compiling() and self.dense.was_written:
-            self.read()
 
     def in_autocast(self) -> bool:
         """Return whether torch's own layer would compute in a narrower dtype; the kernels do in float32."""
@@ -186,33 +163,55 @@ class Trained(nn.Module, ABC):
         """Return whether the layer takes an input of this shape; torch's own layer says what is wrong with others."""
 
     def watch(self, x: Tensor, y: Tensor) -> Tensor:
-        """Let the backward pass of y hand over the dense gradient, if this step is observed."""
+        """Let the backward pass of y hand over what the dense gradient follows from, if this step is observed."""
         if self.observed.observing and y.requires_grad:
-            x = x.detach()
-            y.register_hook(lambda dy: self.collect(x, dy))
+            # What a layer has computed nobody writes any more; an input may be a buffer for the next batch, too.
+            x = x.detach() if x.requires_grad else x.clone()
+            y.register_hook(lambda dy: self.observed.collect(Pass(x, dy.detach()), self.value.grad))
         return y
 
-    @torch.no_grad()
-    def collect(self, x: Tensor, dy: Tensor) -> None:
-        self.observed.collect(self.weight_gradient(x, dy))
-
     def arguments(self):
-        start, column, *turned = self.indices
-        return self.value, self.bias, start, column, *turned
+        entries = self.entries
+        return entries.value, self.bias, entries.start, entries.column, *entries.turned
 
     def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        if self.held:
-            self.position = self.position.to(self.dense.device)
-            self.find_places()
-            self.read()
+        if not self.held:
+            return super()._apply(fn, recurse)
+        weight, entries = self._parameters.pop("weight"), self.entries
+        try:
+            super()._apply(fn, recurse)
+            with torch.no_grad():
+                entries.apply(fn)
+                if weight.dim() == 4:
+                    small = self.value.new_zeros(2, 2, 2, 2).contiguous(memory_format=self.memory_format())
+                    self.channels_last = is_channels_last(fn(small))
+        finally:
+            self._parameters = {"weight": weight, **self._parameters}
+        if (weight.dtype, weight.device) != (self.value.dtype, self.value.device):
+            self.attach()
         return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        key = f"{prefix}weight"
+        if isinstance(destination[key], HeldWeight) and not keep_vars:
+            destination[key] = weight_of(self.entries) if COMPACT.get() else self.entries.dense()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs):
         # The weight stays the tensor that masks and optimizer know.
         if self.held:
             local_metadata = {**local_metadata, "assign_to_params_buffers": False}
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        key = f"{prefix}weight"
+        if not self.held or not is_compact(state_dict.get(key)):
+            return super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        check_compact(repr(key), state_dict[key], self.entries.shape)
+        own = {name: entry for name, entry in state_dict.items() if name != key}
+        weight = self._parameters.pop("weight")
+        try:
+            super()._load_from_state_dict(own, prefix, local_metadata, *args, **kwargs)
+            self.entries.load(position_of(state_dict[key]), state_dict[key]["value"])
+        finally:
+            self._parameters = {"weight": weight, **self._parameters}
 
 
 class TrainedLinear(Trained, nn.Linear):
@@ -229,8 +228,14 @@ class TrainedLinear(Trained, nn.Linear):
         y = self.watch(rows, ops.run("linear", rows, *self.arguments(), False))
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
-    def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
-        return dy.t() @ x
+    def output_shape(self, x: Tensor) -> tuple[int, ...]:
+        return len(x), self.out_features
+
+    def gradient_of_rows(self, x: Tensor, dy: Tensor, first: int, last: int) -> Tensor:
+        return dy[:, first:last].t() @ x
+
+    def gradient_at(self, x: Tensor, dy: Tensor, start: Tensor, column: Tensor) -> Tensor:
+        return ops.linear_weight_gradient(dy, x, start, column, False)[0]
 
 
 class TrainedConv2d(Trained, nn.Conv2d):
@@ -259,21 +264,46 @@ class TrainedConv2d(Trained, nn.Conv2d):
         plain = x.dim() == 4 and is_batch_last(x.shape[0]) and is_plain(x) and x.dtype == self.value.dtype
         if size is None or self.observed.observing or not plain or not self.has_kernel(x) or self.in_autocast():
             return None
-        geometry = self.geometry()
-        pixels = ops.checked(tuple(x.shape), self.out_channels, self.indices[2].numel() - 1, geometry)[1][2:]
+        geometry, pixels = self.geometry(), self.output_shape(x)[2:]
         if not x.numel() or pixels[0] < size[0] or pixels[1] < size[1]:
             return None
-        self.look()
         return PooledConv2d.apply(x, *self.arguments(), geometry, size)  # pyright: ignore[reportReturnType]
 
-    def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
-        _, stride, padding, dilation, groups = self.geometry()
+    def output_shape(self, x: Tensor) -> tuple[int, ...]:
+        planes = self.entries.turned[0].numel() - 1
+        return tuple(ops.checked(tuple(x.shape), self.out_channels, planes, self.geometry())[1])
+
+    def gradient_of_rows(self, x: Tensor, dy: Tensor, first: int, last: int) -> Tensor:
         x, dy = to_batch_first(x), to_batch_first(dy)
+        parts, each, per_group = [], self.in_channels // self.groups, self.out_channels // self.groups
+        while first < last:  # the rest of a group, or whole groups
+            group = first // per_group
+            end = last if self.groups == 1 else min(last, (group + 1) * per_group)
+            if first % per_group == 0 and last - first >= per_group:
+                end = last - last % per_group
+            groups = max((end - first) // per_group, 1)
+            inputs = x.narrow(1, group * each, groups * each)
+            parts.append(self._gradient(inputs, dy[:, first:end], groups))
+            first = end
+        return torch.cat(parts).flatten(1)
+
+    def _gradient(self, x, dy, groups):
+        kernel, stride, padding, dilation, _ = self.geometry()
         settings = (None, stride, padding, dilation, False, (0, 0), groups, (False, True, False))
-        return torch.ops.aten.convolution_backward(dy, x, self.dense, *settings)[1]
+        like = x.new_empty(1).expand(dy.shape[1], x.shape[1] // groups, *kernel)  # its shape alone is read
+        return torch.ops.aten.convolution_backward(dy, x, like, *settings)[1]
+
+    def gradient_at(self, x: Tensor, dy: Tensor, start: Tensor, column: Tensor) -> Tensor:
+        return ops.conv2d_weight_gradient(dy, x, start, column, *self.geometry(), False)[0]
 
 
 KINDS = {nn.Linear: TrainedLinear, nn.Conv2d: TrainedConv2d}
+
+
+def is_channels_last(weight: Tensor) -> bool:
+    """Return whether a weight has the memory format of that name."""
+    turned = weight.dim() == 4 and not weight.is_contiguous()
+    return turned and weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def owners_of(module: nn.Module) -> dict[int, list[nn.Module]]:

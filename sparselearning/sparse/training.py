@@ -1,41 +1,50 @@
-"""Train on sparse kernels: forward and both gradients touch active weights only.
+"""Train on active weights alone: forward and both gradients on sparse kernels, and no tensor as large as the weight.
 
-This differs from exact sparse momentum (Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/1907.04840), whose momentum
-is dense: here the optimizer keeps state for active weights alone. Growth by momentum scores an inactive weight by the
-mean of its gradient over the last `WINDOW` steps before an update. Growth by the gradient takes that of the last step,
-as RigL does (Evci et al. 2020, https://arxiv.org/abs/1911.11134). Other growth observes no dense gradient. When a
+A layer holds its values, and where they are; see `Entries`. This differs from exact sparse momentum (Dettmers &
+Zettlemoyer 2019, https://arxiv.org/abs/1907.04840), whose momentum is dense: here the optimizer keeps state for active
+weights alone. Growth by momentum scores an inactive weight by the mean of its gradient over the last `WINDOW` steps
+before an update; in large layers, those inactive weights alone whose gradient is largest in the first of these steps
+(`candidates`). Growth by the gradient takes that of the last step, as RigL does (Evci et al. 2020,
+https://arxiv.org/abs/1911.11134), computed block by block (growing.py). Other growth observes no gradient. When a
 weight grows, SGD's momentum starts as if that mean had been its gradient all along, and other optimizers' state at
 zero, unless `reset_state` says otherwise. Pruning and redistribution, which read active weights, are the paper's.
 Gradients are those that a step used: scaled back, clipped, and none of a batch that the loop skipped.
 
-An optimizer's state_dict holds dense tensors, so that it is the same as that of masked or dense training.
+Functions of a user's own are given dense tensors, computed layer by layer. An optimizer's state_dict holds dense
+tensors, so that it is the same as that of masked or dense training; in a checkpoint it is as small as it is here.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sparselearning.grow import momentum_growth
 from sparselearning.layers import SparseLayer
 from sparselearning.loading import MOST_STEPS, check_entries, check_whole
+from sparselearning.patterns import UNSTRUCTURED
 from sparselearning.processes import distributed
 from sparselearning.sparse import optimizer_state
 from sparselearning.sparse.batch_last import forget_order, keep_order
+from sparselearning.sparse.growth import growing_forms
 from sparselearning.sparse.interface import kernels
-from sparselearning.sparse.observed import check_observed
+from sparselearning.sparse.layer import CompactLayer
+from sparselearning.sparse.observed import Observed
+from sparselearning.sparse.observed_state import check_observed, load_observed, state_of_observed
 from sparselearning.sparse.trained import KINDS, Trained, owners_of, why_not
 from sparselearning.weights.optimizer import momentum_of
-from sparselearning.weights.regrowth import gradient_scale
+from sparselearning.weights.regrowth import draw_new, gradient_scale
 from sparselearning.weights.zeros import Ahead, Layers, Zeros
 
 logger = logging.getLogger(__name__)
 
 WINDOW = 20  # steps before an update whose dense gradients are averaged: as many as a momentum of 0.9 averages
+MOST_EVERYWHERE = 2**16  # inactive weights of a layer whose gradients are averaged, if there are fewer active ones
 EVERY = 10  # before the first update has shown how far apart updates are, every tenth step is observed
 
 
@@ -59,20 +68,35 @@ class SparseTraining(Zeros):
         kernels()  # says so if there are none
         self.roots: list[nn.Module] = []
         self.trained: dict[str, Trained] = {}  # by the layer's name
+        self.layers: dict[str, CompactLayer] = {}  # of these, by name
         self.reasons: dict[str, str] = {}  # why other layers stay masked, by name
-        self.versions: dict[str, int] = {}  # of the mask that a layer's values follow
+        self.arriving: list[tuple[Trained, Tensor]] = []  # of an optimizer's state that is being loaded
         self.since_update, self.carry = 0, True
         self.ahead: Ahead = (0.0, False)
         self.interval: int | None = None  # steps between the last two updates
 
     def attach(self) -> list[RemovableHandle]:
         """Save the optimizer's state in dense form; hold the weights again where this is a copy."""
-        for module in self.trained.values():
-            module.attach()
-        save = optimizer_state.save
+        for layer in self.layers.values():
+            layer.module.attach()
+            layer.stay()
+        save, optimizer = optimizer_state.save, self.optimizer
         return [
-            self.optimizer.register_state_dict_post_hook(lambda _, saved: save(self.optimizer, saved, self.trained))
+            optimizer.register_state_dict_post_hook(lambda _, saved: save(optimizer, saved, self.trained)),
+            optimizer.register_load_state_dict_pre_hook(lambda _, saved: self.arrive(saved)),
+            optimizer.register_load_state_dict_post_hook(lambda _: self.arrived()),
         ]
+
+    def arrive(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Return the state_dict that an optimizer loads, without the places of the entries that it is of."""
+        saved, self.arriving = optimizer_state.arriving(self.optimizer, saved, self.trained)
+        return saved
+
+    def arrived(self) -> None:
+        """Note where the entries of a loaded state are, until it follows those here (`optimizer_state.compact`)."""
+        for module, position in self.arriving:
+            module.loaded = position
+        self.arriving = []
 
     def check(self, module: nn.Module, layers: Layers) -> None:
         """Check that some of the layers can train on sparse kernels.
@@ -91,26 +115,42 @@ class SparseTraining(Zeros):
                 f"has none that could: {'; '.join(sorted(reasons))}. Use weights='zero'."
             )
 
-    def add(self, module: nn.Module, layers: Layers, ahead: Ahead) -> None:
+    def add(self, module: nn.Module, layers: Layers, ahead: Ahead) -> list[SparseLayer]:
         """Train `layers`, masked weights inside `module`, on the kernels wherever there are some.
 
         The log says how many do, and why the others stay masked.
         """
-        owners = owners_of(module)
+        owners, result = owners_of(module), []
         for layer in layers:
             if reason := why_not(layer, owners[id(layer.weight)]):
                 self.reasons[layer.name] = reason
+                result.append(layer)
                 continue
             (owner,) = owners[id(layer.weight)]
-            owner.__class__ = KINDS[type(owner)]
-            assert isinstance(owner, Trained)
-            owner.begin(self.window, observing=self.observes(*ahead))
-            self.trained[layer.name] = owner
-            optimizer_state.exchange(self.optimizer, layer.weight, owner.value)
+            result.append(self.hold(layer, owner, ahead))
         self.roots.append(module)
         self.ahead = ahead
         keep_order(module)
         self.tell(layers)
+        return result
+
+    def hold(self, layer: SparseLayer, owner: nn.Module, ahead: Ahead) -> CompactLayer:
+        """Let `owner` hold the active weights of a layer alone."""
+        owner.__class__ = KINDS[type(owner)]
+        assert isinstance(owner, Trained)
+        position = layer.mask.flatten().nonzero().flatten()
+        owner.begin(position, Observed(self.window, self.observes(*ahead)))
+        compact = CompactLayer.of(layer, owner)
+        self.trained[layer.name], self.layers[layer.name] = owner, compact
+        optimizer_state.exchange(self.optimizer, owner.dense, owner.value)
+        self.choose_observed(compact)
+        return compact
+
+    def choose_observed(self, layer: CompactLayer) -> None:
+        """Say where the mean of observed gradients is kept: for functions that want it everywhere, everywhere."""
+        number = max(layer.nonzeros, MOST_EVERYWHERE)
+        sparingly = self.sparingly and layer.pattern == UNSTRUCTURED and number < layer.zeros
+        layer.module.observed.among = number if sparingly else None
 
     def tell(self, layers: Layers) -> None:
         """Log how many of these layers train on sparse kernels; warn if some do not, and why."""
@@ -124,9 +164,10 @@ class SparseTraining(Zeros):
         for layer in layers:
             if (module := self.trained.pop(layer.name, None)) is None:
                 continue
-            self.versions.pop(layer.name)
-            optimizer_state.exchange(self.optimizer, module.value, layer.weight)
-            if state := self.optimizer.state.get(layer.weight):
+            self.layers.pop(layer.name)
+            weight = module.dense
+            optimizer_state.exchange(self.optimizer, module.value, weight)
+            if state := self.optimizer.state.get(weight):
                 state.update(optimizer_state.in_dense_form(state, module))
             module.end()
         if not self.trained:
@@ -151,7 +192,7 @@ class SparseTraining(Zeros):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the gradients observed since the last update of the masks, and when the next update is expected."""
-        layers = {name: module.observed.state_dict() for name, module in self.trained.items()}
+        layers = {name: state_of_observed(module.observed) for name, module in self.trained.items()}
         return {"since_update": self.since_update, "interval": self.interval, "layers": layers}
 
     def check_state(self, state: dict[str, Any], layers: Layers, saved: dict[str, Any]) -> None:
@@ -177,12 +218,12 @@ class SparseTraining(Zeros):
         self.carry = False
         self.since_update, self.interval = state.get("since_update", 0), state.get("interval", self.interval)
         for name, module in self.trained.items():
-            module.observed.load_state_dict(state.get("layers", {}).get(name, {}), module.dense.device)
+            load_observed(module, state.get("layers", {}).get(name, {}))
 
     def before_step(self, layers: Layers, closure: Callable | None) -> None:
         """Give the optimizer the values."""
         for module in self.trained.values():
-            module.agree()
+            module.entries.beyond = None
             optimizer_state.compact(self.optimizer, module)
         super().before_step(layers, closure)
 
@@ -196,25 +237,18 @@ class SparseTraining(Zeros):
             if overflowed is not None and overflowed.item():
                 module.observed.drop()
             else:
-                module.observed.take(module.position, scale)
+                module.observed.take(module, scale)
         super().give(layers)
 
-    def after_step(self, layers: Layers) -> None:
-        """Write the values into the weights."""
-        super().after_step(layers)
-        for module in self.trained.values():
-            module.write()
-
     def apply(self, layers: Layers) -> None:
-        """Let values follow masks that moved, and weights that somebody wrote; set inactive weights to zero."""
-        for layer in layers:
-            if (module := self.trained.get(layer.name)) is None:
-                continue
-            if self.versions.get(layer.name) != layer.mask._version:
-                self.move(layer, module)
-            module.agree()
+        """Let values follow masks that moved; forget what was written where weights are inactive."""
+        for layer in self.layers.values():
+            if layer.moves:
+                self.move(layer)
+            layer.stay()
+            layer.entries.beyond = None
         self.carry = True
-        super().apply([layer for layer in layers if layer.name not in self.trained])
+        super().apply([layer for layer in layers if not layer.compact])
 
     def refuse_update(self, layers: Layers) -> None:
         """Check that regrown weights can start as they are to."""
@@ -222,19 +256,33 @@ class SparseTraining(Zeros):
             optimizer_state.compact(self.optimizer, module)  # it may have been loaded
         super().refuse_update(layers)
 
-    def move(self, layer: SparseLayer, module: Trained) -> None:
-        """Let values and optimizer state follow a mask."""
-        self.versions[layer.name] = layer.mask._version
-        position = getattr(module, "position", None)
-        if position is not None and torch.equal(position, layer.mask.flatten().nonzero().flatten()):
-            return
-        module.follow(layer.mask)
-        if self.carry and position is not None:
-            optimizer_state.carry_over(
-                self.optimizer, module, position, layer.mask, self.start_state, self.copies.copies
-            )
-        optimizer_state.compact(self.optimizer, module)
+    @torch.no_grad()
+    def move(self, layer: CompactLayer) -> None:
+        """Let values and optimizer state follow a mask that moved."""
+        module = layer.module
+        if self.carry:
+            optimizer_state.compact(self.optimizer, module)
+        origin = layer.settle()
+        if self.carry:
+            grown = module.entries.position[origin < 0]
+            if self.regrown == "random":
+                draw_new(layer, origin < 0)
+            mean = module.observed.mean_at(module, grown)
+            settings = self.start_state, self.copies.copies
+            optimizer_state.carry_over(self.optimizer, module, origin, mean, *settings)
+        else:  # the optimizer's state comes from the same file, and belongs to these entries
+            optimizer_state.compact(self.optimizer, module)
         module.value.grad = None
+
+    def grow(self, function: Callable, layer: SparseLayer, number: int) -> bool:
+        """Grow without dense tensors, if the function has such a form (growth.py) and the layer no pattern."""
+        form = growing_forms().get(function)
+        if form is None or not isinstance(layer, CompactLayer) or layer.pattern != UNSTRUCTURED:
+            return False
+        if function is momentum_growth and layer.module.observed.among is None:
+            return False
+        layer.grow(form(self.optimizer, layer, number))
+        return True
 
     def stepped(self, ahead: Ahead) -> None:
         """Count a step; decide whether the next one observes dense gradients; see `observes`."""
@@ -278,22 +326,31 @@ class SparseTraining(Zeros):
             module.observed.forget()
             module.observed.observing = self.observes(*ahead)
 
+    def moved(self, layers: Layers, before: Sequence[Any]) -> None:
+        """Follow masks that have moved; the layers that hold active weights alone follow in `apply`."""
+        masked = [pair for pair in zip(layers, before, strict=True) if not pair[0].compact]
+        super().moved([layer for layer, _ in masked], [mask for _, mask in masked])
+
     def gradient_is_known(self, layer: SparseLayer) -> bool:
         """Tell whether a gradient was observed since the last update."""
         if layer.name in self.trained:
-            return self.trained[layer.name].observed.sum is not None
+            return self.trained[layer.name].observed.known
         return super().gradient_is_known(layer)
 
     def momentum_of(self, weight: Tensor) -> Tensor:
         """Return momentum where `weight` is active and the mean of its observed gradients elsewhere."""
-        module = self.owner_of(weight)
-        if module is None:
+        layer = self.layer_of(weight)
+        if layer is None:
             return super().momentum_of(weight)
+        module = layer.module
         optimizer_state.compact(self.optimizer, module)
-        momentum, mean = momentum_of(self.optimizer, module.value), module.observed.mean()
+        momentum = momentum_of(self.optimizer, module.value)
+        if weight is layer.looks:
+            return momentum
+        mean = module.observed.mean()
         ascends = optimizer_state.group_of(self.optimizer, module)["maximize"]
-        seen = torch.zeros_like(weight) if mean is None else -mean if ascends else mean
-        return seen.reshape(-1).scatter(0, module.position, momentum).reshape(weight.shape)
+        seen = torch.zeros(layer.shape, dtype=momentum.dtype) if mean is None else -mean if ascends else mean
+        return seen.reshape(-1).scatter(0, module.entries.position, momentum).reshape(layer.shape)
 
     def gradient_of(self, weight: Tensor) -> Tensor:
         """Return the mean of the gradients observed since the last update.
@@ -301,14 +358,17 @@ class SparseTraining(Zeros):
         Raises:
             RuntimeError: if none was observed.
         """
-        module = self.owner_of(weight)
-        if module is None:
+        layer = self.layer_of(weight)
+        if layer is None:
             return super().gradient_of(weight)
-        mean = module.observed.mean()
+        observed = layer.module.observed
+        if observed.known and weight is layer.looks:
+            return observed.mean_at(layer.module, layer.entries.position)
+        mean = observed.mean()
         if mean is None:
             raise RuntimeError("No gradient was observed since the last update of the masks. Train a step in between.")
         return mean
 
-    def owner_of(self, weight: Tensor) -> Trained | None:
-        """Return the layer that trains `weight` here, if there is one."""
-        return next((module for module in self.trained.values() if module.dense is weight), None)
+    def layer_of(self, weight: Tensor) -> CompactLayer | None:
+        """Return the layer whose weight this is, or whose active weights, while functions look at these."""
+        return next((x for x in self.layers.values() if x.module.dense is weight or x.looks is weight), None)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparselearning import loading
 from sparselearning.budgets import Budget
+from sparselearning.compact import expanded
 from sparselearning.invariants import stepped_by
 from sparselearning.layers import SparseLayer
 from sparselearning.patterns import pattern_of, patterns_for
@@ -74,7 +75,7 @@ def new_layers(
     if not layers:
         raise ValueError(_nothing_to_mask(masking, module, weights, kept))
     kept = {name: kept[name] for name in judged if name in kept}
-    shapes = {name: layer.mask.shape for name, layer in layers.items()}
+    shapes = {name: layer.shape for name, layer in layers.items()}
     last = {id(weight) for weight in output_weights(module)}
     outputs = [name for name, layer in layers.items() if id(layer.weight) in last]
     for name, kind in patterns_for(pattern, shapes, _orientations(layers), outputs).items():
@@ -193,7 +194,7 @@ def _saved_masks(new, state):
     loading.check_entries("'mask'", state, [*loading.OF_ALL, *loading.OF_MASKING], ["sparse_training", "budgets"])
     names = {layer.name for layer in new.values()}
     loading.check_layers(list(new.values()), {name: entry for name, entry in state["layers"].items() if name in names})
-    return {name: state["layers"][layer.name]["mask"] for name, layer in new.items()}
+    return {name: expanded(state["layers"][layer.name]["mask"]) for name, layer in new.items()}
 
 
 def _from_first_process(scores: Tensor) -> Tensor:

@@ -29,15 +29,15 @@ def apply_to(masking: Any, other: nn.Module | Mapping[str, Tensor], module: nn.M
         ValueError: if `other` lacks a masked weight, or has one of another shape; nothing is changed then.
     """
     module = _only(masking.modules) if module is None else module
-    masks, weights = _masks_by_own_name(masking, module), _weights_by_name(other)
-    if differing := [name for name, mask in masks.items() if _shape(weights.get(name)) != mask.shape]:
-        lines = (f"{name} is {_shape(weights.get(name))}, here {tuple(masks[name].shape)}" for name in differing)
+    layers, weights = _layers_by_own_name(masking, module), _weights_by_name(other)
+    if differing := [name for name, layer in layers.items() if _shape(weights.get(name)) != layer.shape]:
+        lines = (f"{name} is {_shape(weights.get(name))}, here {tuple(layers[name].shape)}" for name in differing)
         raise ValueError(
             f"Expected a copy of {type(module).__name__}, got a {type(other).__name__} in which {'; '.join(lines)}. "
             "Pass the module or the state_dict whose weights have the names of the masked ones."
         )
-    for name, mask in masks.items():
-        weights[name].masked_fill_(~placed_like(weights[name], mask), 0)
+    for name, layer in layers.items():
+        weights[name].masked_fill_(~placed_like(weights[name], layer.mask), 0)
 
 
 def _only(modules):
@@ -49,9 +49,9 @@ def _only(modules):
     return modules[0]
 
 
-def _masks_by_own_name(masking, module):
-    masks = {id(layer.weight): layer.mask for layer in masking.layers}
-    found = {name: masks[id(weight)] for name, weight in named_parameters(module) if id(weight) in masks}
+def _layers_by_own_name(masking, module):
+    layers = {id(layer.weight): layer for layer in masking.layers}
+    found = {name: layers[id(weight)] for name, weight in named_parameters(module) if id(weight) in layers}
     if not found:
         raise ValueError(f"This Masking masks no weight of {type(module).__name__}. Call add_module with it before.")
     return found

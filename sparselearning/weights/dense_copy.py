@@ -72,7 +72,7 @@ class DenseCopy(Zeros):
             raise ValueError(f"weights={self.kind!r} needs whole weights; sharded ones take weights='zero'.")
 
     @torch.no_grad()
-    def add(self, module: nn.Module, layers: Layers, ahead: Ahead) -> None:
+    def add(self, module: nn.Module, layers: Layers, ahead: Ahead) -> list[SparseLayer]:
         """Copy the weights; of several processes, those of the first."""
         for layer in layers:
             layer.memory["dense"] = distributed.send_to_all(layer.master.detach().clone())
@@ -150,9 +150,9 @@ class DenseCopy(Zeros):
         """
         for layer in layers:
             memory, entry = saved[layer.name].get("memory", {}), f"layers[{layer.name!r}]['memory']"
-            check_tensor(f"{entry}['dense']", memory.get("dense"), layer.mask.shape, "floating")
+            check_tensor(f"{entry}['dense']", memory.get("dense"), layer.shape, "floating")
             if self.backward:
-                check_tensor(f"{entry}['trained']", memory.get("trained"), layer.mask.shape, torch.bool)
+                check_tensor(f"{entry}['trained']", memory.get("trained"), layer.shape, torch.bool)
             if self.soft:
                 check_tensor(f"{entry}['threshold']", memory.get("threshold"), (), "floating")
 

@@ -31,7 +31,7 @@ def warn_of_masks(
     if state is None and not callable(sparse_init) and (not isinstance(sparse_init, str) or sparse_init not in DRAWN):
         return
     nonzero, lost = _counts(layers)
-    size = sum(layer.mask.numel() for layer in layers)
+    size = sum(layer.size for layer in layers)
     if lost > MANY * nonzero and (nonzero < (1 - MANY) * size or _is_trained(masking, module, layers)):
         logger.warning(
             "The new masks set %d of %d nonzero weights to zero, of a network that looks trained. To go on with its "
@@ -55,12 +55,12 @@ def _is_positive(number: Tensor) -> bool:
 def remember(layers: Iterable[SparseLayer]) -> None:
     """Note that the weights are masked as they are now."""
     for layer in layers:
-        layer.version = layer.master._version
+        layer.note_written()
 
 
 def warn_of_written_weights(masking: Any) -> None:
     """Warn if weights were written since they were masked, and the coming step sets many nonzero ones to zero."""
-    written = [layer for layer in masking.layers if layer.version != layer.master._version]
+    written = [layer for layer in masking.layers if layer.written]
     if not written or masking.held.keeps_inactive or masking.looks_left <= 0:
         return
     masking.looks_left -= 1
@@ -78,13 +78,13 @@ def warn_of_written_weights(masking: Any) -> None:
 @torch.no_grad()
 def _counts(layers):
     """Return how many weights are nonzero, and how many of them are inactive."""
-    return _added(layers, [(layer.master, layer.mask) for layer in layers])
+    return _added(layers, [layer.in_memory() for layer in layers])
 
 
 @torch.no_grad()
 def _counts_here(layers):
     """Return the same of the parts that this process holds; the others may have written nothing."""
-    return _added(layers, [(local_part(layer.master), local_part(layer.mask)) for layer in layers])
+    return _added(layers, [tuple(map(local_part, layer.in_memory())) for layer in layers])
 
 
 def _added(layers, pairs):

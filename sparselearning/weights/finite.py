@@ -29,7 +29,8 @@ def refuse_bad_values(masking: Any) -> None:
     for layer in masking.layers:
         state = state_of(masking.optimizer, masking.held.stepped_for(layer))
         momenta = {key: state[key] for key in ("momentum_buffer", "exp_avg", "exp_avg_sq") if key in state}
-        for kind, tensor in {"weight": layer.master, **momenta}.items():
+        own = layer.entries.value.detach() if layer.compact else layer.master
+        for kind, tensor in {"weight": own, **momenta}.items():
             if isinstance(tensor, Tensor):
                 tensors[layer.name, kind] = tensor
     # The sum of finite numbers may overflow, but it is many times cheaper than looking at each of them.
@@ -48,6 +49,8 @@ def refuse_bad_values(masking: Any) -> None:
 
 def _excess(layer):
     """Return how many more entries of a weight are nonzero than are active; of a sharded one, part by part."""
+    if layer.compact:
+        return torch.tensor(0.0 if layer.entries.beyond is None else len(layer.entries.beyond[0]))
     if not is_sharded(layer.master):
         return (layer.master.count_nonzero() - layer.nonzeros).to(torch.float32)
     excess = local_part(layer.master).count_nonzero() - local_part(layer.mask).count_nonzero()

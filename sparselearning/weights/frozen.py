@@ -57,7 +57,7 @@ def _idle(masking):
         if any(now):  # else the gradients were cleared, and the function says so
             idle = [found or not has for found, has in zip(idle, now, strict=True)]
     if distributed.in_process_group():
-        flags = torch.tensor(idle, dtype=torch.int64, device=layers[0].mask.device)
+        flags = torch.tensor(idle, dtype=torch.int64, device=layers[0].weight.device)
         idle = distributed.sum_over_processes(flags).bool().tolist()
     return [layer for layer, found in zip(layers, idle, strict=True) if found]
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,8 +90,20 @@ def draw(layer: SparseLayer, regrown: Tensor) -> None:
     The scale of the trained weights is no measure: every draw would make the next one larger.
     """
     weight = layer.master
-    inputs = math.prod(layer.orientation.layer(weight.shape)[1:])
-    values = (2 * uniform_like(layer.mask) - 1) / math.sqrt(inputs)
+    values = (2 * uniform_like(layer.mask) - 1) / math.sqrt(_inputs(layer))
     if not is_sharded(values):
         distributed.send_to_all(values)
     layer.set_weight(torch.where(regrown, values.to(weight.dtype), weight))
+
+
+def draw_new(layer: Any, new: Tensor) -> None:
+    """Draw the same for new values of a layer that holds active weights alone; `new` is (nonzeros,)."""
+    value = layer.entries.value.detach()
+    drawn = distributed.send_to_all(
+        (2 * torch.rand(int(new.sum()), device=value.device) - 1) / math.sqrt(_inputs(layer))
+    )
+    value[new] = drawn.to(value.dtype)
+
+
+def _inputs(layer):
+    return math.prod(layer.orientation.layer(layer.shape)[1:])

@@ -45,6 +45,7 @@ class Zeros:
     keeps_inactive = False  # whether inactive weights keep their values
     optimizer: torch.optim.Optimizer  # set by Masking, as the next
     window: int  # steps before an update whose dense gradients its functions read
+    sparingly: bool  # whether its functions do without the mean gradients of most inactive weights
 
     def __init__(self, *, regrown: str = "zero", reset_state: bool | str = False, pull: float = 0.0):
         if regrown not in START_VALUES:
@@ -83,8 +84,9 @@ class Zeros:
     def check(self, module: nn.Module, layers: Layers) -> None:
         """Check that the weights of `layers` in `module` can be held this way; nothing is changed yet."""
 
-    def add(self, module: nn.Module, layers: Layers, ahead: Ahead) -> None:
-        """Begin to hold the weights of `layers` in `module`."""
+    def add(self, module: nn.Module, layers: Layers, ahead: Ahead) -> list[SparseLayer]:
+        """Begin to hold the weights of `layers` in `module`; return the layers, or others in their place."""
+        return list(layers)
 
     def release(self, layers: Layers) -> None:
         """Let go of weights that stay dense from now on."""
@@ -141,7 +143,11 @@ class Zeros:
         """
         refuse_unfit_state(self.start_state, self.optimizer, map(self.stepped_for, layers))
 
-    def moved(self, layers: Layers, before: Sequence[Tensor]) -> None:
+    def grow(self, function: Callable, layer: SparseLayer, number: int) -> bool:
+        """Grow so many weights of a layer as a growth function would, without dense tensors; tell whether it is done."""
+        return False
+
+    def moved(self, layers: Layers, before: Sequence[Any]) -> None:
         """Follow masks that have moved; `before` is what they were."""
         start_regrown(layers, before, self.optimizer, self.regrown, self.start_state, self.copies.copies)
         if self.mixes:

@@ -12,7 +12,7 @@ from sparselearning.core import CosineDecay, Masking
 from sparselearning.schedules import Updates
 from sparselearning.sparse import available, convert, to_dense
 from sparselearning.sparse.batch_last import trained_to_dense
-from sparselearning.sparse.observed import ObservedGradient
+from sparselearning.sparse.observed import Observed, Pass
 from sparselearning.sparse.trained import TrainedConv2d, TrainedLinear
 from sparselearning.sparse.training import WINDOW, SparseTraining
 
@@ -325,13 +325,12 @@ def test_a_momentum_that_never_decays_starts_at_zero():
 
 
 def test_of_many_observed_gradients_the_early_ones_fade():
-    values = nn.Parameter(torch.zeros(2))
-    observed = ObservedGradient(values, WINDOW, observing=True)
-    values.grad = torch.ones(2)
+    model, _, masking = masked("sparse")
+    module, observed = model[7], Observed(WINDOW, observing=True)
     for step in range(4 * WINDOW):
-        observed.pending = torch.full((2, 2), float(step < WINDOW))
-        values.grad = observed.pending[0].clone()
-        observed.take(torch.tensor([0, 1]))
+        observed.pending = [Pass(dense=torch.full((10, 32), float(step < WINDOW)))]
+        observed.before = module.value.grad = torch.full_like(module.value, float(step < WINDOW))
+        observed.take(module)
     assert observed.steps == WINDOW
     assert 0 < observed.mean().max() < 0.1
 

@@ -139,7 +139,7 @@ def check_agreement(masking: Masking | None) -> None:
         ProcessError: on every process, if they do not.
     """
     if masking is not None and distributed.in_process_group():
-        distributed.check_agreement(list(masking.masks.values()))
+        distributed.check_agreement(masking.layers)
 
 
 def draw_pictures(folder: RunFolder, masking: Masking | None) -> None:

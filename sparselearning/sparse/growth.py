@@ -1,0 +1,66 @@
+"""Growth of layers that hold active weights alone: which places come, without a tensor as large as the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sparselearning import grow
+from sparselearning.compact import rows_of
+from sparselearning.sparse import growing
+from sparselearning.sparse.layer import CompactLayer
+from sparselearning.weights.optimizer import momentum_of
+
+Form = Callable[[torch.optim.Optimizer, CompactLayer, int], Tensor]
+
+
+def by_gradient(optimizer: torch.optim.Optimizer, layer: CompactLayer, number: int) -> Tensor:
+    """Return the places of the largest |gradient| of the last observed step, as grow.gradient_growth chooses them."""
+    seen = layer.module.observed.last
+    if seen is None:
+        raise RuntimeError("No gradient was observed since the last update of the masks. Train a step in between.")
+    return growing.highest_inactive(seen.rows, *remaining(layer), number)[0]
+
+
+def by_momentum(optimizer: torch.optim.Optimizer, layer: CompactLayer, number: int) -> Tensor:
+    """Return the places of the largest |momentum| among what pruning took, and of the largest mean |gradient| elsewhere.
+
+    Elsewhere means among the candidates. Where they do not suffice, random weights come too.
+    """
+    candidates, module = layer.module.observed.candidates, layer.module
+    position, score = module.entries.position[:0], module.value.detach()[:0]
+    if layer.kept is not None:
+        position, score = module.entries.position[~layer.kept], momentum_of(optimizer, module.value)[~layer.kept]
+    if candidates is not None:
+        position, order = torch.cat([position, candidates.position]).sort()
+        score = torch.cat([score, candidates.mean()])[order]
+    chosen = growing.best_of(position, score, number)[0]
+    if len(chosen) < number:
+        taken = torch.cat([layer.places(), chosen]).sort().values
+        rest = growing.random_inactive(*rows_of(taken, layer.shape), layer.entries.width, number - len(chosen))
+        chosen = torch.cat([chosen, rest]).sort().values
+    return chosen
+
+
+def at_random(optimizer: torch.optim.Optimizer, layer: CompactLayer, number: int) -> Tensor:
+    """Return the places of random inactive weights."""
+    return growing.random_inactive(*remaining(layer), number)
+
+
+def remaining(layer: CompactLayer) -> tuple[Tensor, Tensor, int]:
+    """Return start, column and width of what pruning left."""
+    return *rows_of(layer.places(), layer.shape), layer.entries.width
+
+
+@cache
+def growing_forms() -> dict[Callable, Form]:
+    """Return growth function -> its form without dense tensors."""
+    return {
+        grow.gradient_growth: by_gradient,
+        grow.momentum_growth: by_momentum,
+        grow.random_growth: at_random,
+        grow.rewiring_growth: at_random,
+    }
