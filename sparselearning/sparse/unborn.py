@@ -44,6 +44,9 @@ def materialise(root: nn.Module, compact: Compact) -> dict[nn.Parameter, nn.Para
     places = _on_meta(root, compact)
     _refuse_without_reset(places)
     new = {id(place.tensor): _real(place.tensor) for place in places}
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (store, dict(store)) for part in root.modules() for store in (part._parameters, part._buffers)
+    ]
     try:
         for place in places:
             setattr(place.module, place.name, new[id(place.tensor)])
@@ -52,7 +55,10 @@ def materialise(root: nn.Module, compact: Compact) -> dict[nn.Parameter, nn.Para
         _refuse_unwritten(places, new)
     except BaseException:
         for place in places:
-            setattr(place.module, place.name, place.tensor)
+            setattr(place.module, place.name, place.tensor)  # tells nn.LSTM, too
+        for store, held in before:
+            store.clear()
+            store.update(held)
         raise
     return {
         place.tensor: getattr(place.module, place.name)

@@ -213,8 +213,18 @@ def test_a_reset_that_fails_is_named_and_undone():
     unchanged(model, r"reset_parameters\(\) of 1 \(Failing\) failed \(KeyError: 'gain'\)")
 
 
-def test_buffers_that_a_reset_adds_go_when_it_fails_elsewhere():
-    model = on_meta(lambda: nn.Sequential(nn.BatchNorm1d(4), Masked()))
+def test_what_a_reset_adds_goes_when_another_fails():
+    class Adding(nn.BatchNorm1d):
+        late = False
+
+        def reset_parameters(self):
+            super().reset_parameters()
+            if self.late:
+                self.register_buffer("more", torch.ones(4))
+
+    model = on_meta(lambda: nn.Sequential(Masked(), nn.LSTM(4, 4), Adding(4)))
+    model[2].late = True
     names = list(model.state_dict())
-    unchanged(model, "1.causal")
+    unchanged(model, "0.causal")
     assert list(model.state_dict()) == names
+    assert all(each.is_meta for each in model[1]._flat_weights)
