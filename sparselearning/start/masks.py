@@ -1,14 +1,15 @@
 """The masks at the start of training."""
 
+import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sparselearning.orientation import PLAIN, Orientation
-from sparselearning.patterns import UNSTRUCTURED, of_fan_in, pattern_of, with_pattern, without_pattern
+from sparselearning.patterns import UNSTRUCTURED, Pattern, of_fan_in, pattern_of, with_pattern, without_pattern
 from sparselearning.processes.sharded import count_active, fetch, placed_like, uniform_like
 from sparselearning.selection import add_highest, add_highest_jointly, apportion
 from sparselearning.slices import are_empty, largest_of_each, number_of_slices
@@ -65,33 +66,25 @@ def initial_masks(
     """
     norm_dims = norm_dims or {}
     if isinstance(sparse_init, Mapping):
-        _check_fit(empty, sparse_init)
+        check_fit(empty, sparse_init)
         if all(tensor.dtype == torch.bool for tensor in sparse_init.values()):
             given = {name: placed_like(mask, sparse_init[name]) for name, mask in empty.items()}
             return {name: _given(name, given[name], mask, norm_dims.get(name)) for name, mask in empty.items()}
-    elif not callable(sparse_init) and sparse_init not in DISTRIBUTIONS:
-        names = ", ".join(map(repr, (*DISTRIBUTIONS, *MAGNITUDE, *FIRST_DENSE, "resume", "snip", "grasp", "synflow")))
-        raise ValueError(
-            f"Unknown sparse_init {sparse_init!r}. Pass a function, or one of {names}, or a dict from names to scores "
-            "or masks."
-        )
+    else:
+        check_distribution(sparse_init)
     masks = {}
     for _, part, names in by_density(list(empty), density):
         group = [empty[name] for name in names]
-        size = sum(mask.numel() for mask in group)
-        total = round(part * size)
-        if not total:
-            raise ValueError(f"A density of {part} leaves none of {size} weights. Pass a larger one.")
+        shapes, patterns = [mask.shape for mask in group], [pattern_of(mask) for mask in group]
+        total = total_of(part, shapes)
         if isinstance(sparse_init, Mapping):
             scores = [placed_like(mask, sparse_init[name]) for name, mask in zip(names, group, strict=True)]
             plain = [torch.zeros_like(mask) for mask in group]
             shares = fetch([count_active(mask) for mask in add_highest_jointly(scores, plain, total)])
         else:
-            distribution = DISTRIBUTIONS[sparse_init] if isinstance(sparse_init, str) else sparse_init
-            ways = [(orientations or {}).get(name, PLAIN) for name in names]
-            shares = [way.copies * distribution(way.layer(m.shape)) for way, m in zip(ways, group, strict=True)]
+            shares = shares_of(sparse_init, shapes, [(orientations or {}).get(name, PLAIN) for name in names])
             scores = None if magnitudes is None else [magnitudes[name] for name in names]
-        counts = _with_slices(names, _counts(total, shares, group), group, norm_dims)
+        counts = _with_slices(names, counts_of(total, shares, shapes, patterns), shapes, norm_dims)
         for i, (name, mask) in enumerate(zip(names, group, strict=True)):
             pattern = of_fan_in(pattern_of(mask), mask.shape, counts[i])
             # The first update is the earliest to remove a neuron.
@@ -99,6 +92,42 @@ def initial_masks(
             score = uniform_like(mask) if scores is None else scores[i]
             masks[name] = with_pattern(_highest(score, at_first, counts[i], norm_dims.get(name)), pattern)
     return masks
+
+
+def check_distribution(sparse_init: str | Distribution) -> None:
+    """Check that `sparse_init` is a distribution, or the name of one.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not callable(sparse_init) and sparse_init not in DISTRIBUTIONS:
+        names = ", ".join(map(repr, (*DISTRIBUTIONS, *MAGNITUDE, *FIRST_DENSE, "resume", "snip", "grasp", "synflow")))
+        raise ValueError(
+            f"Unknown sparse_init {sparse_init!r}. Pass a function, or one of {names}, or a dict from names to scores "
+            "or masks."
+        )
+
+
+def total_of(density: float, shapes: Sequence[Sequence[int]]) -> int:
+    """Return the number of active weights of layers of these shapes together.
+
+    Raises:
+        ValueError: if it is zero.
+    """
+    size = sum(map(math.prod, shapes))
+    total = round(density * size)
+    if not total:
+        raise ValueError(f"A density of {density} leaves none of {size} weights. Pass a larger one.")
+    return total
+
+
+def shares_of(
+    sparse_init: str | Distribution, shapes: Sequence[Sequence[int]], orientations: Sequence[Orientation]
+) -> list[float]:
+    """Return the share of each layer in the active weights, by a distribution; experts count as so many layers."""
+    distribution = DISTRIBUTIONS[sparse_init] if isinstance(sparse_init, str) else sparse_init
+    ways = zip(orientations, shapes, strict=True)
+    return [way.copies * distribution(way.layer(shape)) for way, shape in ways]
 
 
 def _highest(score, empty, count, norm_dim):
@@ -163,26 +192,32 @@ def _tell(nonzero, size, asked, density, added):
     warnings.warn(f"{counts}. The nonzero weights alone have the density {nonzero / size!r}.", stacklevel=5)
 
 
-def _counts(total, shares, group):
-    """Return the number of active weights of each mask, a multiple of its pattern's step."""
-    patterns = [pattern_of(mask) for mask in group]
-    capacities = [pattern.capacity(mask.shape) for pattern, mask in zip(patterns, group, strict=True)]
+def counts_of(
+    total: int, shares: Sequence[float], shapes: Sequence[Sequence[int]], patterns: Sequence[Pattern]
+) -> list[int]:
+    """Return the number of active weights of each layer, a multiple of its pattern's step.
+
+    Raises:
+        ValueError: if the patterns hold fewer than `total`.
+    """
+    capacities = [pattern.capacity(shape) for pattern, shape in zip(patterns, shapes, strict=True)]
     if total > sum(capacities):
+        size = sum(map(math.prod, shapes))
         raise ValueError(
-            f"Expected a density of at most {sum(capacities) / sum(mask.numel() for mask in group):g}, which is all "
-            f"that the pattern {patterns[0].name!r} holds, got {total / sum(mask.numel() for mask in group):g}. Pass a "
-            "smaller one, or a smaller start_density where the density falls."
+            f"Expected a density of at most {sum(capacities) / size:g}, which is all that the pattern "
+            f"{patterns[0].name!r} holds, got {total / size:g}. Pass a smaller one, or a smaller start_density where "
+            "the density falls."
         )
-    steps = [pattern.step(mask.shape) for pattern, mask in zip(patterns, group, strict=True)]
+    steps = [pattern.step(shape) for pattern, shape in zip(patterns, shapes, strict=True)]
     return divide(total, shares, capacities, steps)
 
 
-def _with_slices(names, counts, group, norm_dims):
+def _with_slices(names, counts, shapes, norm_dims):
     """Return counts of the same sum, with a weight for each slice that may not be empty."""
     dims = [norm_dims.get(name) for name in names]
     if all(dim is None for dim in dims):
         return counts
-    least = [number_of_slices(mask.shape, dim) for mask, dim in zip(group, dims, strict=True)]
+    least = [number_of_slices(shape, dim) for shape, dim in zip(shapes, dims, strict=True)]
     spare = [max(count - few, 0) for count, few in zip(counts, least, strict=True)]
     lacking = [max(few - count, 0) for count, few in zip(counts, least, strict=True)]
     if sum(lacking) > sum(spare):
@@ -205,7 +240,7 @@ def _given(name, mask, empty, norm_dim):
     return with_pattern(without_pattern(mask), pattern)
 
 
-def _check_fit(empty, given):
+def check_fit(empty: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
     """Raise unless every weight has a score, or every weight and nothing else has a mask."""
     kinds = {tensor.dtype == torch.bool for tensor in given.values()}
     if len(kinds) > 1:
