@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparselearning.compact import positions
 from sparselearning.loading import MOST_STEPS, check_entries, check_tensor, check_whole, describe, refuse
-from sparselearning.sparse.derivatives import positions
 from sparselearning.sparse.growing import best_of, highest_inactive, indices_at
 
 

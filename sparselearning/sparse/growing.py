@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparselearning.compact import positions
 from sparselearning.selection import CHUNK, SAMPLE
-from sparselearning.sparse.derivatives import positions
 
 BLOCK_BYTES = 64 << 20
 LARGEST = 8  # bytes of a number in a gradient

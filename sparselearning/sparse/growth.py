@@ -14,6 +14,7 @@ from sparselearning.sparse import growing
 from sparselearning.sparse.layer import CompactLayer
 from sparselearning.weights.optimizer import momentum_of
 
+DRAWN_WHOLE = 2**26  # weights
 Form = Callable[[torch.optim.Optimizer, CompactLayer, int], Tensor]
 
 
@@ -26,16 +27,16 @@ def by_gradient(optimizer: torch.optim.Optimizer, layer: CompactLayer, number: i
 
 
 def by_momentum(optimizer: torch.optim.Optimizer, layer: CompactLayer, number: int) -> Tensor:
-    """Return the places of the largest |momentum| among what pruning took, and of the largest mean |gradient| elsewhere.
+    """Return the places of the largest |momentum| among what pruning took, and of the largest mean |gradient| among others.
 
-    Elsewhere means among the candidates. Where they do not suffice, random weights come too.
+    Others are the candidates. Where they do not suffice, random weights come too.
     """
     candidates, module = layer.module.observed.candidates, layer.module
     position, score = module.entries.position[:0], module.value.detach()[:0]
     if layer.kept is not None:
         position, score = module.entries.position[~layer.kept], momentum_of(optimizer, module.value)[~layer.kept]
     if candidates is not None:
-        position, order = torch.cat([position, candidates.position]).sort()
+        position, order = torch.cat([position, candidates.position()]).sort()
         score = torch.cat([score, candidates.mean()])[order]
     chosen = growing.best_of(position, score, number)[0]
     if len(chosen) < number:
@@ -46,8 +47,15 @@ def by_momentum(optimizer: torch.optim.Optimizer, layer: CompactLayer, number: i
 
 
 def at_random(optimizer: torch.optim.Optimizer, layer: CompactLayer, number: int) -> Tensor:
-    """Return the places of random inactive weights."""
-    return growing.random_inactive(*remaining(layer), number)
+    """Return the places of random inactive weights.
+
+    A layer of up to `DRAWN_WHOLE` weights draws a number for each of them, block by block, so that it grows what a
+    masked one grows from the same random state; a larger one draws places.
+    """
+    if layer.size > DRAWN_WHOLE:
+        return growing.random_inactive(*remaining(layer), number)
+    width = layer.entries.width
+    return growing.highest_inactive(lambda first, last: torch.rand(last - first, width), *remaining(layer), number)[0]
 
 
 def remaining(layer: CompactLayer) -> tuple[Tensor, Tensor, int]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparselearning.sparse.derivatives import positions
+from sparselearning.compact import positions
 from sparselearning.sparse.growing import inactive_of, random_outside
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sparselearning.compact import found, positions, rows_of
+from sparselearning.compact import found, rows_of
+from sparselearning.sparse.candidates import CandidateSet
 
 if TYPE_CHECKING:
     from sparselearning.sparse.trained import Trained
@@ -93,7 +94,7 @@ class Observed:
     Args:
         window: observed steps that a mean is taken of; 1 keeps the last step's gradient, as what it follows from.
         among: where a mean over steps is kept: None for all entries, as a dense tensor, or the number of inactive
-            entries, those whose gradient is largest in the first observed step (growing.CandidateSet).
+            entries, those whose gradient is largest in the first observed step (candidates.py).
         observing: whether the next step is observed.
     """
 
@@ -101,7 +102,7 @@ class Observed:
         self.window, self.among, self.observing = window, among, observing
         self.last: Seen | None = None  # of the last step, if the window is 1
         self.sum: Tensor | None = None  # dense, of all entries
-        self.candidates: Any = None  # CandidateSet
+        self.candidates: CandidateSet | None = None
         self.steps = 0  # that are observed
         self.pending: list[Pass] = []  # since the values' gradient was cleared
         self.passing: list[Pass] = []  # of the backward pass that runs
@@ -138,9 +139,8 @@ class Observed:
             return
         self.add(seen)
         self.steps += 1
-        if self.steps > self.window:  # the earlier ones fade, as they do from a momentum
-            self.fade(self.window / self.steps)
-            self.steps = self.window
+        if self.steps > self.window:
+            self.fade()
 
     def add(self, seen: Seen) -> None:
         """Add a step's gradient to the sum."""
@@ -148,18 +148,20 @@ class Observed:
             gradient = seen.dense()
             self.sum = gradient if self.sum is None else self.sum.add_(gradient)
             return
-        if self.candidates is None:
-            entries = seen.module.entries
-            from sparselearning.sparse.candidates import CandidateSet
+        if self.candidates is not None:
+            self.candidates.add(seen.at(self.candidates.start, self.candidates.column))
+            return
+        entries = seen.module.entries
+        self.candidates = CandidateSet.choose(seen.rows, entries.start, entries.column, entries.width, self.among)
 
-            self.candidates = CandidateSet.choose(seen.rows, entries.start, entries.column, entries.width, self.among)
-        self.candidates.add(seen.at(self.candidates.start, self.candidates.column))
-
-    def fade(self, factor: float) -> None:
-        """Let the sum count less."""
+    def fade(self) -> None:
+        """Let the earlier of more steps than the window count less, as they fade from a momentum."""
         for total in (self.sum, None if self.candidates is None else self.candidates.sum):
             if total is not None:
-                total.mul_(factor)
+                total.mul_(self.window / self.steps)
+        self.steps = self.window
+        if self.candidates is not None:
+            self.candidates.steps = self.window
 
     @property
     def known(self) -> bool:
@@ -180,8 +182,7 @@ class Observed:
             return self.sum.flatten()[position] / self.steps
         if self.candidates is None:
             return None
-        width = module.entries.width
-        places, mean = positions(self.candidates.start, self.candidates.column, width), self.candidates.mean()
+        places, mean = self.candidates.position(), self.candidates.mean()
         there = found(position, places)
         return torch.where(there >= 0, mean[there.clamp(min=0)], 0) if len(places) else mean.new_zeros(len(position))
 

@@ -18,7 +18,7 @@ from sparselearning.loading import (
     describe,
     refuse,
 )
-from sparselearning.sparse.candidates import CandidateSet
+from sparselearning.sparse.candidates import CandidateSet, check_candidates
 from sparselearning.sparse.observed import Change, Observed, Pass, Seen
 from sparselearning.sparse.trained import Trained
 
@@ -50,8 +50,9 @@ def load_observed(module: Trained, state: dict[str, Any]) -> None:
         passes = [Pass(**{key: part.to(device, copy=True) for key, part in each.items()}) for each in last["passes"]]
         observed.last = Seen(module, passes, Change(last["factor"], last["bound"]))
     if (candidates := state.get("candidates")) is not None:
-        observed.candidates = CandidateSet.from_state(candidates)
-        observed.among = len(observed.candidates.column) if observed.among is None else observed.among
+        tensors = [candidates[name].to(device, copy=True) for name in ("start", "column", "sum")]
+        observed.candidates = CandidateSet(*tensors[:2], module.entries.width, tensors[2], candidates["steps"])
+        observed.among = len(tensors[1]) if observed.among is None else observed.among
     if not (observed.last or observed.sum is not None or observed.candidates):
         observed.steps = 0
 
@@ -70,7 +71,8 @@ def check_observed(layer: SparseLayer, state: Any) -> None:
     if "last" in seen:
         check_last(f"{entry}['last']", layer, state["last"])
     if "candidates" in seen:
-        CandidateSet.check(f"{entry}['candidates']", state["candidates"], layer.shape)
+        rows, *rest = layer.shape
+        check_candidates(f"{entry}['candidates']", state["candidates"], rows, math.prod(rest))
     check_whole(f"{entry}['observed']", state.get("observed", 0), int(bool(seen)), MOST_STEPS if seen else 0)
     if not isinstance(state.get("observing", True), bool):
         refuse(f"{entry}['observing']", "True or False", describe(state["observing"]))

@@ -86,8 +86,10 @@ def carry_over(
     entries = {
         key: item for key, item in state.items() if isinstance(item, Tensor) and item.dim() == 1 and key != "step"
     }
+    if not entries:
+        return
     group = start_states.group_of(optimizer, module.value)
-    stays = torch.zeros(max((len(item) for item in entries.values()), default=0), dtype=torch.bool)
+    stays = torch.zeros(len(next(iter(entries.values()))), dtype=torch.bool)
     stays[origin[~new]] = True
     starts = start_states.start_of_state(start or "zero", entries, stays, group, copies)
     gain = momentum_gain(optimizer, module)

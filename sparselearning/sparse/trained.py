@@ -21,6 +21,7 @@ from sparselearning.sparse.interface import DTYPES, conv_shape, row_shape
 from sparselearning.sparse.memory_order import is_batch_last, to_batch_first
 from sparselearning.sparse.modules import numeric_padding
 from sparselearning.sparse.observed import Observed, Pass
+from sparselearning.sparse.on_demand import on_demand
 from sparselearning.sparse.pooling import PooledConv2d
 
 
@@ -88,7 +89,9 @@ class Trained(nn.Module, ABC):
         if self.held:
             for hook in self.hooks:
                 hook.remove()
-            weight = nn.Parameter(self.entries.dense().contiguous(memory_format=self.memory_format()), self.dense.requires_grad)
+            weight = nn.Parameter(
+                self.entries.dense().contiguous(memory_format=self.memory_format()), self.dense.requires_grad
+            )
             torch.utils.swap_tensors(self.dense, weight)
         for name in ("dense", "entries", "observed", "held", "hooks", "loaded", "channels_last"):
             vars(self).pop(name, None)
@@ -195,7 +198,8 @@ class Trained(nn.Module, ABC):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         key = f"{prefix}weight"
         if isinstance(destination[key], HeldWeight) and not keep_vars:
-            destination[key] = weight_of(self.entries) if COMPACT.get() else self.entries.dense()
+            entries = self.entries
+            destination[key] = weight_of(entries) if COMPACT.get() else on_demand(entries.dense(), entries.write)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs):
         # The weight stays the tensor that masks and optimizer know.

@@ -10,8 +10,8 @@ import pytest
 import torch
 from helpers_growing import indices_of
 
+from sparselearning.compact import positions
 from sparselearning.selection import add_highest
-from sparselearning.sparse.derivatives import positions
 from sparselearning.sparse.growing import (
     best_of,
     highest_inactive,

@@ -40,7 +40,7 @@ def test_sparse_kernels_reset_the_state_of_regrown_weights(reset):
     train(model, optimizer, 1)
     for layer in masking.layers:
         module = masking.held.trained[layer.name]
-        regrown = (layer.mask & ~before[layer.name]).flatten()[module.position]
+        regrown = (layer.mask & ~before[layer.name]).flatten()[module.entries.position]
         momentum = optimizer.state[module.value]["momentum_buffer"]
         assert bool(momentum[regrown].any()) is not reset
         assert momentum[~regrown].any()
