@@ -171,6 +171,7 @@ class Masking(Steps):
         self._begin(module, process_group, rescale)
         dense, sparse_init = first_dense(dense, sparse_init)
         new, kept_dense = new_layers(self, module, remove_param_names, sparse_embeddings, dense, pattern, sparse)
+        self.held.make_real(module, new)
         layers = list(new.values())
         set_budgets(self, new, density, state)
         check_fit(self, [*self.layers, *layers])

@@ -124,7 +124,9 @@ def _refuse_unknown_patterns(masking):
 
 @contextmanager
 def all_or_nothing(masking: Any) -> Iterator[list[Any]]:
-    """Yield copies of the masks (`SparseLayer.copy_of_mask`), and restore them if the update fails or reads a gradient that is not finite.
+    """Yield copies of the masks, as `SparseLayer.copy_of_mask` makes them.
+
+    They are restored if the update fails or reads a gradient that is not finite.
 
     Raises:
         NonFiniteError: for such a gradient.

@@ -50,6 +50,10 @@ class SparseLayer:
     norm_dim: int | None = None  # each slice along it keeps a weight, for weight_norm; -1: the whole weight is one
     budget: Budget = field(default_factory=Budget)
 
+    start_places: Tensor | None = None  # of the first active weights of a weight on the meta device, until it is held
+    start_values: Any = None  # how its values are drawn (sparse/recorded.py)
+    start_scale: float = 1.0  # what they are multiplied by
+
     compact = False  # whether no mask is kept, but the places of active weights (sparse/layer.py)
 
     @property
@@ -97,15 +101,16 @@ class SparseLayer:
 
     def count_active(self) -> Tensor:
         """Return how many weights are active."""
-        return count_active(self.mask)
+        return count_active(self.mask) if self.start_places is None else torch.tensor(len(self.start_places))
 
     def count_explored(self) -> Tensor:
         """Return how many weights have been active at any time."""
-        return count_active(self.ever_active)
+        return count_active(self.ever_active) if self.start_places is None else self.count_active()
 
     def remember(self) -> None:
         """Note which weights have been active."""
-        self.ever_active.logical_or_(self.mask)
+        if self.start_places is None:
+            self.ever_active.logical_or_(self.mask)
 
     def copy_of_mask(self) -> Any:
         """Return what `put_back` takes."""
@@ -309,7 +314,7 @@ class Layers(Budgets):
 
     def _agree_and_count(self):
         """Give all processes the masks of the first, and count."""
-        distributed.broadcast_masks(layer.mask for layer in self.layers if not layer.compact)
+        distributed.broadcast_masks(layer.mask for layer in self.layers if not (layer.compact or layer.mask.is_meta))
         for layer in self.layers:
             layer.remember()
         self._count()

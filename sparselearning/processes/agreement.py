@@ -82,7 +82,7 @@ def _parts(masks):
 
 
 def _is_compact(mask):
-    return getattr(mask, "compact", False)
+    return getattr(mask, "compact", False) or getattr(mask, "start_places", None) is not None
 
 
 def _tensor(mask):

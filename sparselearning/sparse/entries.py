@@ -16,9 +16,9 @@ Turned = tuple[Tensor, Tensor, Tensor]  # t_start, t_column, t_order
 class Entries:
     """The active entries of a weight of some shape, row by row of its matrix (rows, width).
 
-    The optimizer steps `value` (nonzeros,). Row r has the values start[r] to start[r + 1], at the places `column` of the
-    row; both are int32. `turned` are the same entries in the order of the input gradient. Nothing here is as large as
-    the weight, but for what `dense`, `mask` and `position` (int64) compute.
+    The optimizer steps `value` (nonzeros,). Row r has the values start[r] to start[r + 1], at the places `column` of
+    the row; both are int32. `turned` are the same entries in the order of the input gradient. Nothing here is as large
+    as the weight, but what `dense` and `mask` compute.
 
     Args:
         shape: of the weight.

@@ -27,9 +27,10 @@ def by_gradient(optimizer: torch.optim.Optimizer, layer: CompactLayer, number: i
 
 
 def by_momentum(optimizer: torch.optim.Optimizer, layer: CompactLayer, number: int) -> Tensor:
-    """Return the places of the largest |momentum| among what pruning took, and of the largest mean |gradient| among others.
+    """Return the places of the highest scores among what pruning took and the candidates, as grow.momentum_growth does.
 
-    Others are the candidates. Where they do not suffice, random weights come too.
+    The score is the |momentum| of the former and the mean |gradient| of the latter. Random weights make up for what
+    they lack.
     """
     candidates, module = layer.module.observed.candidates, layer.module
     position, score = module.entries.position[:0], module.value.detach()[:0]

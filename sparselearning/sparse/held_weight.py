@@ -1,4 +1,4 @@
-"""The weight of a layer whose active values are trained in its place: a parameter of its shape that holds no numbers."""
+"""The weight of a layer whose active values are trained in its place: a parameter of its shape without numbers."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from sparselearning.sparse.explored import Explored
 from sparselearning.sparse.on_demand import on_demand
 from sparselearning.sparse.trained import Trained
 
-COMPUTED = ("mask", "ever_active", "pattern", "edited", "agreed", "version")
+COMPUTED = ("mask", "ever_active", "weight", "master", "version", "start_places", "start_values", "start_scale")
 
 
 class CompactLayer(SparseLayer):

@@ -40,7 +40,7 @@ class OnDemand(Tensor):
 
 
 def on_demand(part: Tensor, write: Callable[[Tensor], None], source: Tensor | None = None) -> Tensor:
-    """Return `part`, a dense tensor or a view of `source`, such that `write(source)` follows what is written into it."""
+    """Return a dense tensor, or a view of one (`source`), which calls `write(source)` after it has been written."""
     shown = part.as_subclass(OnDemand)
     shown.source, shown.write = plain(part) if source is None else source, write
     return shown

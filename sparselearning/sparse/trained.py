@@ -322,7 +322,7 @@ def owners_of(module: nn.Module) -> dict[int, list[nn.Module]]:
 def why_not(layer: SparseLayer, owners: Sequence[nn.Module]) -> str:
     """Return why a weight cannot be trained on the kernels, or nothing if it can."""
     weight = layer.weight
-    if weight.device.type != "cpu" or weight.dtype not in DTYPES:
+    if weight.device.type not in ("cpu", "meta") or weight.dtype not in DTYPES:
         return f"no kernels for {weight.dtype} on {weight.device.type}"
     if weight is not layer.master or len(owners) != 1:
         return "it is tied, or a copy"

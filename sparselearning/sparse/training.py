@@ -17,7 +17,7 @@ tensors, so that it is the same as that of masked or dense training; in a checkp
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from sparselearning.grow import momentum_growth
 from sparselearning.layers import SparseLayer
 from sparselearning.loading import MOST_STEPS, check_entries, check_whole
-from sparselearning.patterns import UNSTRUCTURED
+from sparselearning.patterns import UNSTRUCTURED, with_pattern
 from sparselearning.processes import distributed
 from sparselearning.sparse import optimizer_state
 from sparselearning.sparse.batch_last import forget_order, keep_order
@@ -36,7 +36,9 @@ from sparselearning.sparse.interface import kernels
 from sparselearning.sparse.layer import CompactLayer
 from sparselearning.sparse.observed import Observed
 from sparselearning.sparse.observed_state import check_observed, load_observed, state_of_observed
+from sparselearning.sparse.recorded import recorded
 from sparselearning.sparse.trained import KINDS, Trained, owners_of, why_not
+from sparselearning.sparse.unborn import materialise
 from sparselearning.weights.optimizer import momentum_of
 from sparselearning.weights.regrowth import draw_new, gradient_scale
 from sparselearning.weights.zeros import Ahead, Layers, Zeros
@@ -98,6 +100,30 @@ class SparseTraining(Zeros):
             module.loaded = position
         self.arriving = []
 
+    def make_real(self, module: nn.Module, new: Mapping[str, SparseLayer]) -> None:
+        """Give a module real tensors in place of those on the meta device, but for weights that the kernels take.
+
+        Of these the active values will be drawn, as the module's `reset_parameters` draws all (recorded.py). The
+        optimizer steps the new parameters.
+
+        Raises:
+            ValueError: if a module does not say how its tensors start; nothing is changed then.
+        """
+        if not any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()]):
+            return
+        owners = owners_of(module)
+        unborn = {id(x.weight): x for x in new.values() if x.weight.is_meta and not why_not(x, owners[id(x.weight)])}
+        for layer in unborn.values():
+            layer.start_values = recorded(owners[id(layer.weight)][0], "weight", layer.name)
+        made = materialise(module, [(owners[weight][0], "weight") for weight in unborn])
+        for old, parameter in made.items():
+            optimizer_state.exchange(self.optimizer, old, parameter)
+        for layer in new.values():
+            if layer.weight in made:
+                layer.weight = layer.master = made[layer.weight]
+                layer.mask = with_pattern(torch.zeros_like(layer.weight, dtype=torch.bool), layer.pattern)
+                layer.ever_active = layer.mask.clone()
+
     def check(self, module: nn.Module, layers: Layers) -> None:
         """Check that some of the layers can train on sparse kernels.
 
@@ -138,8 +164,12 @@ class SparseTraining(Zeros):
         """Let `owner` hold the active weights of a layer alone."""
         owner.__class__ = KINDS[type(owner)]
         assert isinstance(owner, Trained)
-        position = layer.mask.flatten().nonzero().flatten()
-        owner.begin(position, Observed(self.window, self.observes(*ahead)))
+        position, value = layer.start_places, None
+        if position is None:
+            position = layer.mask.flatten().nonzero().flatten()
+        else:
+            value = layer.start_values.draw(len(position), layer.weight.dtype).mul_(layer.start_scale)
+        owner.begin(position, Observed(self.window, self.observes(*ahead)), value)
         compact = CompactLayer.of(layer, owner)
         self.trained[layer.name], self.layers[layer.name] = owner, compact
         optimizer_state.exchange(self.optimizer, owner.dense, owner.value)

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from sparselearning import loading
 from sparselearning.budgets import Budget
-from sparselearning.compact import expanded
+from sparselearning.compact import expanded, is_compact, position_of
 from sparselearning.invariants import stepped_by
 from sparselearning.layers import SparseLayer
 from sparselearning.patterns import pattern_of, patterns_for
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import is_sharded
+from sparselearning.start.drawing import initial_positions
 from sparselearning.start.maskable import UNKNOWN, judge, maskable_parameters, output_weights, usual_exceptions
 from sparselearning.start.masks import MAGNITUDE, Density, SparseInit, initial_masks, masks_of_nonzeros
 from sparselearning.start.names import by_density, named
@@ -170,6 +171,9 @@ def choose(
         density, sparse_init = 1.0, _saved_masks(new, state)
     if density is None:
         raise ValueError("Expected a density in (0, 1], got None. It can be left out beside a saved state alone.")
+    if any(layer.weight.is_meta for layer in new.values()):
+        _choose_places(new, density, sparse_init, state)
+        return
     if sparse_init == "resume":
         weights, empty = ({name: getattr(layer, part) for name, layer in new.items()} for part in ("master", "mask"))
         sparse_init = masks_of_nonzeros(weights, empty, density)
@@ -190,11 +194,29 @@ def choose(
         layer.pattern = pattern_of(masks[name])
 
 
+def _choose_places(new, density, sparse_init, saved):
+    """Say where the first active weights of layers are some of which have no values, and no masks."""
+    if saved is not None:
+        places = {name: position_of(mask) if is_compact(mask) else mask.flatten().nonzero().flatten()
+                  for name, mask in sparse_init.items()}  # fmt: skip
+    else:
+        shapes, patterns = ({name: getattr(layer, key) for name, layer in new.items()} for key in ("shape", "pattern"))
+        norm_dims = {name: layer.norm_dim for name, layer in new.items() if layer.norm_dim is not None}
+        places = initial_positions(shapes, density, sparse_init, _orientations(new), patterns, norm_dims)
+    for name, layer in new.items():
+        distributed.send_to_all(places[name])
+        if layer.weight.is_meta:
+            layer.start_places = places[name]
+        else:
+            layer.mask.view(-1)[places[name]] = True
+
+
 def _saved_masks(new, state):
     loading.check_entries("'mask'", state, [*loading.OF_ALL, *loading.OF_MASKING], ["sparse_training", "budgets"])
     names = {layer.name for layer in new.values()}
     loading.check_layers(list(new.values()), {name: entry for name, entry in state["layers"].items() if name in names})
-    return {name: expanded(state["layers"][layer.name]["mask"]) for name, layer in new.items()}
+    masks = {name: (state["layers"][layer.name]["mask"], layer.weight.is_meta) for name, layer in new.items()}
+    return {name: mask if is_meta else expanded(mask) for name, (mask, is_meta) in masks.items()}
 
 
 def _from_first_process(scores: Tensor) -> Tensor:

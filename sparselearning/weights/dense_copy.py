@@ -77,6 +77,7 @@ class DenseCopy(Zeros):
         for layer in layers:
             layer.memory["dense"] = distributed.send_to_all(layer.master.detach().clone())
         self.follow(layers)
+        return list(layers)
 
     @torch.no_grad()
     def before_step(self, layers: Layers, closure: Callable | None) -> None:

@@ -30,6 +30,7 @@ def warn_of_masks(
     """
     if state is None and not callable(sparse_init) and (not isinstance(sparse_init, str) or sparse_init not in DRAWN):
         return
+    layers = [layer for layer in layers if layer.start_places is None]
     nonzero, lost = _counts(layers)
     size = sum(layer.size for layer in layers)
     if lost > MANY * nonzero and (nonzero < (1 - MANY) * size or _is_trained(masking, module, layers)):

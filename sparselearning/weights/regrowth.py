@@ -24,6 +24,9 @@ def keep_norms(layers: Iterable[SparseLayer]) -> None:
     https://arxiv.org/abs/2010.03533, who initialise each neuron for the inputs that it has).
     """
     for layer in layers:
+        if layer.start_places is not None:  # there are no others; their norm is what is expected of as many
+            layer.start_scale = math.sqrt(layer.size / max(layer.nonzeros, 1))
+            continue
         weight = layer.master
         squares = weight.float().square()
         every, active = add_up([squares.sum(), (squares * layer.mask).sum()])

@@ -5,7 +5,7 @@ at the same moments.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -81,6 +81,18 @@ class Zeros:
         """Register hooks, and return them; also in a copy of the optimizer and the layers, which has lost them."""
         return []
 
+    def make_real(self, module: nn.Module, new: Mapping[str, SparseLayer]) -> None:
+        """Give a module real tensors in place of those on the meta device, but for weights that need none.
+
+        Raises:
+            ValueError: if it has some, and weights are not held by their active entries alone.
+        """
+        if names := [name for name, tensor in module.state_dict(keep_vars=True).items() if tensor.is_meta]:
+            raise ValueError(
+                f"Expected a model with values, got {', '.join(names[:3])} on the meta device. Use weights='sparse', "
+                "which draws active values alone, or build the model on a real device."
+            )
+
     def check(self, module: nn.Module, layers: Layers) -> None:
         """Check that the weights of `layers` in `module` can be held this way; nothing is changed yet."""
 
@@ -144,7 +156,7 @@ class Zeros:
         refuse_unfit_state(self.start_state, self.optimizer, map(self.stepped_for, layers))
 
     def grow(self, function: Callable, layer: SparseLayer, number: int) -> bool:
-        """Grow so many weights of a layer as a growth function would, without dense tensors; tell whether it is done."""
+        """Grow weights of a layer as a growth function would, without dense tensors; tell whether that is possible."""
         return False
 
     def moved(self, layers: Layers, before: Sequence[Any]) -> None:

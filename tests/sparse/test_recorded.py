@@ -194,7 +194,7 @@ def test_a_dense_weight_of_four_terabytes_costs_what_its_active_weights_cost():
 import re, torch
 from pathlib import Path
 from torch import nn
-from sparselearning.sparse.drawing import initial_positions
+from sparselearning.start.drawing import initial_positions
 from sparselearning.sparse.recorded import recorded
 from sparselearning.sparse.unborn import materialise
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sparselearning.orientation import Orientation
 from sparselearning.patterns import UNSTRUCTURED, pattern_for
-from sparselearning.sparse.drawing import draw_positions, initial_positions
+from sparselearning.start.drawing import draw_positions, initial_positions
 from sparselearning.start.masks import initial_masks
 
 SHAPES = {
