@@ -178,12 +178,11 @@ FLAGS: dict[str, dict[str, Any]] = {
         "few percent that do not begin to learn"),
     "pull": dict(type=non_negative,
         help="how strongly active weights are pulled to zero; it is added to their gradients"),
-    "inactive": dict(choices=[name for name in WEIGHTS if name != "sparse"],
-        help="what becomes of a weight that is pruned: zero forgets its value, kept and soft train it beside the "
-        "network"),
-    "sparse_backend": dict(choices=["cpu"], default=None,
-        help="train on sparse kernels, in time that follows the active weights; docs/sparse.md says how growth differs "
-        "then (default: dense kernels and masks)"),
+    "inactive": dict(choices=[*WEIGHTS], also=["--weights"],
+        help="how weights are held: zero sets those that are pruned to zero; kept and soft train them beside the "
+        "network; sparse holds active weights alone and trains them on sparse kernels, in time and memory that follow "
+        "their number; docs/sparse.md says how growth differs then"),
+    "sparse_backend": dict(choices=["cpu"], default=None, help="the same as --weights sparse (default: none)"),
 }
 # fmt: on
 DEST = {"weights": "inactive"}  # of a part whose flag has another name
@@ -280,19 +279,24 @@ def flags_of(method: str) -> str:
     )
 
 
+def holds_active_alone(args: argparse.Namespace) -> bool:
+    """Tell whether the arguments ask for weights="sparse"."""
+    return args.sparse_backend is not None or args.inactive == "sparse"
+
+
 def chosen_method(args: argparse.Namespace, extensions: Mapping[str, Mapping[str, Callable]] | None = None) -> Method:
     """Return the method that the arguments of `add_sparse_args` describe, for `Masking.from_method`.
 
     Raises:
         ValueError: if they do not fit together.
     """
-    if args.sparse_backend and args.inactive != "zero":
+    if args.sparse_backend and args.inactive not in ("zero", "sparse"):
         raise ValueError(
             f"--inactive {args.inactive} trains inactive weights, and --sparse-backend {args.sparse_backend} does not "
             "hold them: leave out one of them."
         )
     parts = {part: getattr(args, DEST.get(part, part)) for part in PARTS}
-    if args.sparse_backend:
+    if holds_active_alone(args):
         parts["weights"] = "sparse"
     for argument in FUNCTIONS:
         part = argument.removesuffix("_mode")

@@ -182,6 +182,9 @@ def test_own_functions_and_extensions_are_of_the_method_chosen(tmp_path):
         ("--inactive kept", "kept"),
         ("--method soft_threshold", "soft"),
         ("--sparse-backend cpu", "sparse"),
+        ("--weights sparse", "sparse"),
+        ("--weights sparse --sparse-backend cpu", "sparse"),
+        ("--weights soft", "soft"),
     ],
 )
 def test_two_flags_say_how_weights_are_held(command, weights):

@@ -52,8 +52,8 @@ class Entries:
         self.turned = self.turn(self.start, self.column)
 
     @torch.no_grad()
-    def move(self, position: Tensor, start: Tensor | float = 0.0) -> Tensor:
-        """Have other entries: those that were there keep their values, the others get `start`.
+    def move(self, position: Tensor) -> Tensor:
+        """Have other entries: those that were there keep their values, the others are zero.
 
         Returns:
             Where each entry was among the earlier ones, -1 for new ones.
@@ -61,7 +61,7 @@ class Entries:
         origin = found(position, self.position)
         new = origin < 0
         value = self.value.detach()[origin.clamp(min=0)] if len(self.value) else self.value.new_zeros(len(position))
-        value[new] = 0 if isinstance(start, float) else start.to(value)
+        value[new] = 0
         if self.beyond is not None:
             there = found(position, self.beyond[0])
             value = torch.where(new & (there >= 0), self.beyond[1][there.clamp(min=0)], value)

@@ -34,7 +34,7 @@ class HeldWeight(nn.Parameter):
     @staticmethod
     def __new__(cls, entries: Entries, requires_grad: bool = True):
         value = entries.value
-        settings = dict(dtype=value.dtype, device=value.device, requires_grad=requires_grad)
+        settings: dict[str, Any] = dict(dtype=value.dtype, device=value.device, requires_grad=requires_grad)
         self = Tensor._make_wrapper_subclass(cls, entries.shape, **settings)  # pyright: ignore[reportAttributeAccessIssue]
         self.entries = entries
         return self
@@ -123,7 +123,7 @@ class HeldWeight(nn.Parameter):
     def __reduce_ex__(self, protocol: Any):
         return _rebuild_parameter, (self.entries.dense(), self.requires_grad, {})
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"HeldWeight(shape={tuple(self.shape)}, active={len(self.entries.value)}, dtype={self.dtype})"
 
 

@@ -68,7 +68,7 @@ class CompactLayer(SparseLayer):
     # What functions see
 
     @property
-    def mask(self) -> Tensor:
+    def mask(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         if self.looks is not None:
             return torch.ones_like(self.looks, dtype=torch.bool) if self.kept is None else self.kept.clone()
         mask = self.entries.mask()
@@ -80,18 +80,18 @@ class CompactLayer(SparseLayer):
         return with_pattern(on_demand(mask, self.take), self.pattern)
 
     @property
-    def ever_active(self) -> Tensor:
+    def ever_active(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         raise AttributeError(
             f"Which weights of {self.name} have been active is not kept with weights='sparse', only how many: "
             "masking.exploration_rate. Use weights='zero' to read it."
         )
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.module.dense if self.looks is None else self.looks
 
     @property
-    def master(self) -> Tensor:
+    def master(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.weight
 
     @contextmanager

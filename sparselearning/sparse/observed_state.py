@@ -50,9 +50,9 @@ def load_observed(module: Trained, state: dict[str, Any]) -> None:
         passes = [Pass(**{key: part.to(device, copy=True) for key, part in each.items()}) for each in last["passes"]]
         observed.last = Seen(module, passes, Change(last["factor"], last["bound"]))
     if (candidates := state.get("candidates")) is not None:
-        tensors = [candidates[name].to(device, copy=True) for name in ("start", "column", "sum")]
-        observed.candidates = CandidateSet(*tensors[:2], module.entries.width, tensors[2], candidates["steps"])
-        observed.among = len(tensors[1]) if observed.among is None else observed.among
+        start, column, total = (candidates[name].to(device, copy=True) for name in ("start", "column", "sum"))
+        observed.candidates = CandidateSet(start, column, module.entries.width, total, candidates["steps"])
+        observed.among = observed.among or len(column)
     if not (observed.last or observed.sum is not None or observed.candidates):
         observed.steps = 0
 

@@ -77,7 +77,8 @@ class Trained(nn.Module, ABC):
         """Let gradients of weight and values be noticed."""
         for hook in vars(self).get("hooks", ()):
             hook.remove()
-        self.dense._post_accumulate_grad_hooks = None  # of what the weight was before `swap_tensors`
+        # Those of the weight that was exchanged (`swap_tensors`); torch would not call new ones beside them.
+        self.dense._post_accumulate_grad_hooks = None  # pyright: ignore[reportAttributeAccessIssue]
         notice = super(HeldWeight, self.dense).register_post_accumulate_grad_hook
         self.hooks = (
             notice(self.receive),
@@ -181,6 +182,7 @@ class Trained(nn.Module, ABC):
         if not self.held:
             return super()._apply(fn, recurse)
         weight, entries = self._parameters.pop("weight"), self.entries
+        assert weight is not None
         try:
             super()._apply(fn, recurse)
             with torch.no_grad():

@@ -119,7 +119,7 @@ class SparseTraining(Zeros):
         for old, parameter in made.items():
             optimizer_state.exchange(self.optimizer, old, parameter)
         for layer in new.values():
-            if layer.weight in made:
+            if isinstance(layer.weight, nn.Parameter) and layer.weight in made:
                 layer.weight = layer.master = made[layer.weight]
                 layer.mask = with_pattern(torch.zeros_like(layer.weight, dtype=torch.bool), layer.pattern)
                 layer.ever_active = layer.mask.clone()
@@ -392,9 +392,8 @@ class SparseTraining(Zeros):
         if layer is None:
             return super().gradient_of(weight)
         observed = layer.module.observed
-        if observed.known and weight is layer.looks:
-            return observed.mean_at(layer.module, layer.entries.position)
-        mean = observed.mean()
+        in_rows = weight is layer.looks
+        mean = observed.mean_at(layer.module, layer.entries.position) if in_rows else observed.mean()
         if mean is None:
             raise RuntimeError("No gradient was observed since the last update of the masks. Train a step in between.")
         return mean

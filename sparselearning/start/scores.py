@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparselearning import checkpoint
+from sparselearning.compact import expanded
 from sparselearning.processes.sharded import is_sharded
 from sparselearning.selection import drop_lowest_jointly
 from sparselearning.start.maskable import maskable_parameters
@@ -196,7 +197,7 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
     state = checkpoint.read(path)
     masks = state.get("model", {})
     if "mask" in state:
-        masks = {name: layer["mask"] for name, layer in state["mask"]["layers"].items()}
+        masks = {name: expanded(layer["mask"]) for name, layer in state["mask"]["layers"].items()}
     if not masks or not all(isinstance(mask, Tensor) and mask.dtype == torch.bool for mask in masks.values()):
         raise checkpoint.CheckpointError(
             f"{path} holds no masks. Expected a checkpoint of a sparse run, or a dict from names to bool tensors that "

@@ -7,6 +7,7 @@ import pytest
 import torch
 from script import ROOT, checkpoint_of, load_main, metrics_of, runner
 
+from sparselearning.compact import expanded
 from sparselearning.sparse import available
 
 main = load_main()
@@ -15,7 +16,7 @@ OFTEN = ["--prune-every-k-steps", "3"]
 
 
 def masks(run):
-    return {name: layer["mask"] for name, layer in run.saved["mask"]["layers"].items()}
+    return {name: expanded(layer["mask"]) for name, layer in run.saved["mask"]["layers"].items()}
 
 
 def active(run):

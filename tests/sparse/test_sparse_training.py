@@ -325,7 +325,7 @@ def test_a_momentum_that_never_decays_starts_at_zero():
 
 
 def test_of_many_observed_gradients_the_early_ones_fade():
-    model, _, masking = masked("sparse")
+    model, *_ = masked("sparse")
     module, observed = model[7], Observed(WINDOW, observing=True)
     for step in range(4 * WINDOW):
         observed.pending = [Pass(dense=torch.full((10, 32), float(step < WINDOW)))]

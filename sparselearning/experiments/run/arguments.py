@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 
 from sparselearning.experiments.run.precision import find_apex
-from sparselearning.flags import chosen_method, parse_value, positive_int
+from sparselearning.flags import chosen_method, holds_active_alone, parse_value, positive_int
 from sparselearning.functions import surely_reads
 from sparselearning.methods import Method, find_function
 
@@ -165,7 +165,7 @@ def _of_functions(args: argparse.Namespace, method: Method) -> list[Condition]:
 
 
 def _of_sparse_backend(args: argparse.Namespace) -> list[Condition]:
-    if not args.sparse_backend:
+    if not holds_active_alone(args):
         return []
     reasons = [
         (args.dense, "trains active weights only: leave out --dense"),
@@ -177,4 +177,5 @@ def _of_sparse_backend(args: argparse.Namespace) -> list[Condition]:
         (processes() > 1, "trains in one process: leave out torchrun"),
         (args.compile, "chooses its own kernels: leave out --compile"),
     ]
-    return [(excluded, f"--sparse-backend cpu {reason}") for excluded, reason in reasons]
+    flag = "--sparse-backend cpu" if args.sparse_backend else "--weights sparse"
+    return [(excluded, f"{flag} {reason}") for excluded, reason in reasons]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparselearning import checkpoint
 from sparselearning.checkpoint import CheckpointError
+from sparselearning.compact import expanded, is_compact
 from sparselearning.differences import describe_differences, differences
 from sparselearning.models.resnet import RESNETS
 
@@ -113,11 +114,11 @@ def weights_in(path: str | Path, content: Mapping[str, Any]) -> dict[str, Any]:
         there = ", ".join(str(name)[:80] for name in [*content][:10]) or "nothing"
         expected = ", ".join(WITH_WEIGHTS)
         raise CheckpointError(f"{path} holds {there}, and no weights. Expected a state_dict, or one under {expected}.")
-    return dict(state)
+    return expanded(dict(state))
 
 
 def _holds_tensors(state):
-    return any(isinstance(value, Tensor) for value in state.values())
+    return any(isinstance(value, Tensor) or is_compact(value) for value in state.values())
 
 
 def rename(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

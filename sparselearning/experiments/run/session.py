@@ -24,6 +24,7 @@ from sparselearning.experiments.run.folder import RunFolder
 from sparselearning.experiments.run.lock import Locked
 from sparselearning.experiments.run.together import said_by_first
 from sparselearning.experiments.run.training import NotFinite, seed_generators
+from sparselearning.flags import holds_active_alone
 from sparselearning.flops import Flops, relative_flops
 from sparselearning.functions import FunctionError
 from sparselearning.native.allocator import keep_freed_memory
@@ -85,7 +86,7 @@ def log_head(folder: RunFolder, args: argparse.Namespace, masking: Masking | Non
     if masking is not None:
         active, inactive = masking.total_nonzero, masking.total_zero
         logger.info("density %.4f: %d weights active, %d not", masking.density, active, inactive)
-        if args.sparse_backend:
+        if holds_active_alone(args):
             held = Counter(map(masking.held.describe, masking.layers))
             logger.info("layers: %s", ", ".join(f"{count} {kind}" for kind, count in held.items()))
     logger.info(describe(flops, relative_flops(flops, masking, steps)))
