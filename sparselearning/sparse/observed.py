@@ -42,6 +42,14 @@ class Pass:
         row = torch.repeat_interleave(torch.arange(len(start) - 1), start.diff().long())
         return self.dense.flatten(1)[row, column.long()]
 
+    def norms(self, module: Trained) -> tuple[Tensor, Tensor]:
+        """Return how large inputs and outputs' gradients are, (width,) and (rows,): sums of magnitudes."""
+        if self.x is None or self.dy is None:
+            assert self.dense is not None
+            size = self.dense.flatten(1).abs()
+            return size.sum(0), size.sum(1)
+        return module.norms(self.x, self.dy)
+
 
 @dataclass
 class Change:
@@ -76,6 +84,11 @@ class Seen:
         """Return the gradient of some entries, (entries,)."""
         parts = [each.at(self.module, start, column) for each in self.passes]
         return self.change(torch.stack(parts).sum(0) if len(parts) > 1 else parts[0].clone())
+
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """Return how large inputs and outputs' gradients are, (width,) and (rows,), added up over the passes."""
+        x_norms, dy_norms = zip(*(each.norms(self.module) for each in self.passes), strict=True)
+        return torch.stack(x_norms).sum(0), torch.stack(dy_norms).sum(0)
 
     def dense(self) -> Tensor:
         """Return the gradient of the weight."""

@@ -128,6 +128,10 @@ class Trained(nn.Module, ABC):
         """Return the shape of the output for rows, or images, of this shape."""
 
     @abstractmethod
+    def norms(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of |x| for each column of the weight's matrix, and that of |dy| for each row."""
+
+    @abstractmethod
     def gradient_of_rows(self, x: Tensor, dy: Tensor, first: int, last: int) -> Tensor:
         """Return the gradient of some rows of the weight's matrix, (last - first, width)."""
 
@@ -237,6 +241,9 @@ class TrainedLinear(Trained, nn.Linear):
     def output_shape(self, x: Tensor) -> tuple[int, ...]:
         return len(x), self.out_features
 
+    def norms(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return x.abs().sum(0), dy.abs().sum(0)
+
     def gradient_of_rows(self, x: Tensor, dy: Tensor, first: int, last: int) -> Tensor:
         return dy[:, first:last].t() @ x
 
@@ -278,6 +285,12 @@ class TrainedConv2d(Trained, nn.Conv2d):
     def output_shape(self, x: Tensor) -> tuple[int, ...]:
         planes = self.entries.turned[0].numel() - 1
         return tuple(ops.checked(tuple(x.shape), self.out_channels, planes, self.geometry())[1])
+
+    def norms(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the same; a column stands for an input channel of each group, wherever in the filter it is."""
+        channels = x.abs().sum((0, 2, 3)).reshape(self.groups, -1).sum(0)
+        size = self.entries.width // max(len(channels), 1)
+        return channels.repeat_interleave(size), dy.abs().sum((0, 2, 3))
 
     def gradient_of_rows(self, x: Tensor, dy: Tensor, first: int, last: int) -> Tensor:
         x, dy = to_batch_first(x), to_batch_first(dy)
