@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sparselearning.budgets import layers_of
-from sparselearning.layers import SparseLayer
+from sparselearning.layer import SparseLayer
 from sparselearning.patterns import with_pattern, without_pattern
 from sparselearning.processes import agreement
 from sparselearning.processes.group import ProcessError, current

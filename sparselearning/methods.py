@@ -256,9 +256,8 @@ def hold(
     functions = (prune, grow, measure)
     check_readable(functions, optimizer, held.keeps_inactive)
     held.optimizer = optimizer
-    held.window = int(any(may_read(function, "gradient") for function in functions))
-    if any(may_read(function, "momentum") for function in functions):
-        held.window = WINDOW
+    read = {what for what in ("gradient", "momentum") if any(may_read(function, what) for function in functions)}
+    held.window = WINDOW if "momentum" in read else len(read)
     held.sparingly = grow is momentum_growth and all(is_marked(function, "entrywise") for function in (prune, measure))
     return held
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparselearning.compact import compact, found, is_compact, position_of
-from sparselearning.layers import SparseLayer
+from sparselearning.layer import SparseLayer
 from sparselearning.patterns import Pattern, with_most, with_pattern
 from sparselearning.processes.agreement import checksum_of
 from sparselearning.sparse.entries import Entries

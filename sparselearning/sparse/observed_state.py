@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparselearning.layers import SparseLayer
+from sparselearning.layer import SparseLayer
 from sparselearning.loading import (
     MOST_STEPS,
     check_entries,

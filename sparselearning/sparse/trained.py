@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselearning.compact import COMPACT, is_compact, position_of, weight_of
-from sparselearning.layers import SparseLayer
+from sparselearning.layer import SparseLayer
 from sparselearning.loading import check_compact
 from sparselearning.sparse import ops
 from sparselearning.sparse.derivatives import transformed

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparselearning.grow import momentum_growth
-from sparselearning.layers import SparseLayer
+from sparselearning.layer import SparseLayer
 from sparselearning.loading import MOST_STEPS, check_entries, check_whole
 from sparselearning.patterns import UNSTRUCTURED, with_pattern
 from sparselearning.processes import distributed
@@ -100,8 +100,8 @@ class SparseTraining(Zeros):
             module.loaded = position
         self.arriving = []
 
-    def make_real(self, module: nn.Module, new: Mapping[str, SparseLayer]) -> None:
-        """Give a module real tensors in place of those on the meta device, but for weights that the kernels take.
+    def make_real(self, module: nn.Module, new: Mapping[str, SparseLayer]) -> list[SparseLayer]:
+        """Give a module real tensors for those on the meta device, but for weights that the kernels take.
 
         Of these the active values will be drawn, as the module's `reset_parameters` draws all (recorded.py). The
         optimizer steps the new parameters.
@@ -110,7 +110,7 @@ class SparseTraining(Zeros):
             ValueError: if a module does not say how its tensors start; nothing is changed then.
         """
         if not any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()]):
-            return
+            return list(new.values())
         owners = owners_of(module)
         unborn = {id(x.weight): x for x in new.values() if x.weight.is_meta and not why_not(x, owners[id(x.weight)])}
         for layer in unborn.values():
@@ -123,6 +123,7 @@ class SparseTraining(Zeros):
                 layer.weight = layer.master = made[layer.weight]
                 layer.mask = with_pattern(torch.zeros_like(layer.weight, dtype=torch.bool), layer.pattern)
                 layer.ever_active = layer.mask.clone()
+        return list(new.values())
 
     def check(self, module: nn.Module, layers: Layers) -> None:
         """Check that some of the layers can train on sparse kernels.

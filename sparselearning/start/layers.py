@@ -11,7 +11,7 @@ from sparselearning import loading
 from sparselearning.budgets import Budget
 from sparselearning.compact import expanded, is_compact, position_of
 from sparselearning.invariants import stepped_by
-from sparselearning.layers import SparseLayer
+from sparselearning.layer import SparseLayer
 from sparselearning.patterns import pattern_of, patterns_for
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import is_sharded

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparselearning.layers import SparseLayer
+from sparselearning.layer import SparseLayer
 from sparselearning.processes.sharded import count_active, fetch, local_part
 from sparselearning.start.distributions import DISTRIBUTIONS as DRAWN
 from sparselearning.start.masks import SparseInit

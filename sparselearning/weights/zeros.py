@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sparselearning.layers import SparseLayer
+from sparselearning.layer import SparseLayer
 from sparselearning.native.zero import zero_inactive
 from sparselearning.weights.optimizer import gradient_of, mixes_entries, momentum_of
 from sparselearning.weights.regrowth import START_VALUES, pull_to_zero, start_regrown
@@ -81,8 +81,8 @@ class Zeros:
         """Register hooks, and return them; also in a copy of the optimizer and the layers, which has lost them."""
         return []
 
-    def make_real(self, module: nn.Module, new: Mapping[str, SparseLayer]) -> None:
-        """Give a module real tensors in place of those on the meta device, but for weights that need none.
+    def make_real(self, module: nn.Module, new: Mapping[str, SparseLayer]) -> list[SparseLayer]:
+        """Give a module real tensors for those on the meta device, but for weights that need none; return the layers.
 
         Raises:
             ValueError: if it has some, and weights are not held by their active entries alone.
@@ -92,6 +92,7 @@ class Zeros:
                 f"Expected a model with values, got {', '.join(names[:3])} on the meta device. Use weights='sparse', "
                 "which draws active values alone, or build the model on a real device."
             )
+        return list(new.values())
 
     def check(self, module: nn.Module, layers: Layers) -> None:
         """Check that the weights of `layers` in `module` can be held this way; nothing is changed yet."""
