@@ -164,7 +164,7 @@ def keep_last_weights(masking: Any, before: Sequence[Any]) -> None:
     masks = {layer.name: mask for layer, mask in zip(masking.layers, before, strict=True)}
     for budget in masking.budgets:
         with masking.only(budget):
-            _refill(masking, [masks[name] for name in masking.masks])
+            _refill(masking, [masks[layer.name] for layer in masking.layers])
 
 
 def _refill(masking, before):

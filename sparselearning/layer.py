@@ -68,7 +68,7 @@ class SparseLayer:
     @property
     def room(self) -> int:
         """Inactive weights that may become active."""
-        return self.pattern.capacity(self.mask.shape) - self.nonzeros
+        return self.pattern.capacity(self.shape) - self.nonzeros
 
     @property
     def left_over(self) -> int:
@@ -78,12 +78,12 @@ class SparseLayer:
     @property
     def zeros(self) -> int:
         """Inactive weights."""
-        return self.mask.numel() - self.nonzeros
+        return self.size - self.nonzeros
 
     @property
     def density(self) -> float:
         """Fraction of weights that are active."""
-        return self.nonzeros / self.mask.numel()
+        return self.nonzeros / self.size
 
     def take(self, mask: Tensor) -> None:
         """Take another mask."""
@@ -113,6 +113,13 @@ class SparseLayer:
     def put_back(self, before: Any) -> None:
         """Take the mask back that there was before an update that failed."""
         self.mask.copy_(before)
+
+    def unconnected(self) -> tuple[int, int]:
+        """Return how many outputs have no inputs, and how many inputs no output reads."""
+        way = self.orientation
+        outputs, inputs, *_ = way.layer(self.shape)
+        links = way.matrix(self.mask).reshape(way.copies, outputs, inputs, -1).any(3)
+        return int((~links.any(2)).sum()), int((~links.any(1)).sum())
 
     @property
     def written(self) -> bool:

@@ -89,7 +89,7 @@ class Layers(Budgets):
             names = {text, f"{text}.weight"}
             if found := [x for x in self.layers if x.name in names or plain_name(x.name) in names]:
                 return self._remove(found)
-        raise KeyError(f"No masked weight is called {name!r}. There are {', '.join(self.masks)}.")
+        raise KeyError(f"No masked weight is called {name!r}. There are {', '.join(self.densities)}.")
 
     def remove_weight_partial_name(self, partial_name: str) -> None:
         """Train the weights whose name contains `partial_name` densely from now on."""

@@ -27,17 +27,17 @@ def highest_inactive(
     column: Tensor,
     width: int,
     k: int,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return positions (ascending) and gradients of the k inactive entries whose |gradient| is highest.
 
     They are those that `selection.add_highest` adds for the whole |gradient|: of equals the first come first, NaN ranks
     lowest, and if fewer than k entries are inactive, all are returned. `gradient_rows(first, last)` returns the
     gradient of the rows from `first` to `last` - 1, (last - first, width). It is called once for each block of rows, in
-    order; a block takes at most `block_bytes`, or is one row.
+    order; a block takes at most `block_bytes` (by default `BLOCK_BYTES`), or is one row.
     """
     rows, best = len(start) - 1, Best(k, start.device)
-    step = max(1, block_bytes // (max(width, 1) * LARGEST))
+    step = max(1, (block_bytes or BLOCK_BYTES) // (max(width, 1) * LARGEST))
     for first in range(0, rows if k > 0 else 0, step):
         last = min(first + step, rows)
         ends = start[first : last + 1]

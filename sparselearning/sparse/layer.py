@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparselearning.compact import compact, found, is_compact, position_of
 from sparselearning.layer import SparseLayer
+from sparselearning.orientation import PLAIN
 from sparselearning.patterns import Pattern, with_most, with_pattern
 from sparselearning.processes.agreement import checksum_of
 from sparselearning.sparse.entries import Entries
@@ -44,6 +45,9 @@ class CompactLayer(SparseLayer):
         new.explored_places = Explored()
         new.stay()
         return new
+
+    def __repr__(self) -> str:
+        return f"CompactLayer({self.name!r}, shape={tuple(self.shape)}, nonzeros={self.nonzeros})"
 
     @property
     def entries(self) -> Entries:
@@ -173,6 +177,13 @@ class CompactLayer(SparseLayer):
     @property
     def edited(self) -> bool:
         return self.agreed_writes != self.writes
+
+    def unconnected(self) -> tuple[int, int]:
+        if self.orientation != PLAIN or self.grown is not None or self.kept is not None:
+            return super().unconnected()
+        entries, inputs = self.entries, self.shape[1]
+        read = (entries.column // max(entries.width // max(inputs, 1), 1)).unique()
+        return int((entries.start.diff() == 0).sum()), inputs - len(read)
 
     @property
     def written(self) -> bool:
