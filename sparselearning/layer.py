@@ -121,15 +121,6 @@ class SparseLayer:
         links = way.matrix(self.mask).reshape(way.copies, outputs, inputs, -1).any(3)
         return int((~links.any(2)).sum()), int((~links.any(1)).sum())
 
-    @property
-    def written(self) -> bool:
-        """Whether somebody wrote into the weight since it was masked."""
-        return self.version != self.master._version
-
-    def note_written(self) -> None:
-        """Note that the weight is masked as it is."""
-        self.version = self.master._version
-
     def in_memory(self) -> tuple[Tensor, Tensor]:
         """Return the weights that there are, and which of them are active."""
         return self.master, self.mask

@@ -81,6 +81,11 @@ class HeldWeight(nn.Parameter):
         self.entries.value.grad = gradient
 
     @property
+    def active(self) -> nn.Parameter:
+        """The active values, (nonzeros,)."""
+        return self.entries.value
+
+    @property
     def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The weight without its history, as of any parameter; what is written into it counts."""
         return TENSOR.data.__get__(self)

@@ -44,6 +44,7 @@ class CompactLayer(SparseLayer):
         vars(new).update(kept, module=module, plain_pattern=layer.pattern, looks=None, writes=0, agreed_writes=0)
         new.explored_places = Explored()
         new.stay()
+        new.remember()
         return new
 
     def __repr__(self) -> str:
@@ -165,7 +166,8 @@ class CompactLayer(SparseLayer):
         return torch.tensor(self.explored_places.count)
 
     def remember(self) -> None:
-        self.explored_places.add(self.places() if self.grown is None or not self.explored_places.count else self.grown)
+        known = self.explored_places.count > 0
+        self.explored_places.add(self.grown if known and self.grown is not None else self.places())
 
     def checksum(self) -> Tensor:
         """Return the number that `agreement.checksum` returns for the mask."""
@@ -184,13 +186,6 @@ class CompactLayer(SparseLayer):
         entries, inputs = self.entries, self.shape[1]
         read = (entries.column // max(entries.width // max(inputs, 1), 1)).unique()
         return int((entries.start.diff() == 0).sum()), inputs - len(read)
-
-    @property
-    def written(self) -> bool:
-        return self.entries.beyond is not None
-
-    def note_written(self) -> None:
-        pass
 
     def in_memory(self) -> tuple[Tensor, Tensor]:
         value, beyond = self.entries.value.detach(), self.entries.beyond

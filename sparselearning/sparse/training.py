@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sparselearning.functions import surely_reads
 from sparselearning.grow import momentum_growth
 from sparselearning.layer import SparseLayer
 from sparselearning.loading import MOST_STEPS, check_entries, check_whole
@@ -307,10 +308,11 @@ class SparseTraining(Zeros):
 
     def grow(self, function: Callable, layer: SparseLayer, number: int) -> bool:
         """Grow without dense tensors, if the function has such a form (growth.py) and the layer no pattern."""
-        form = growing_forms().get(function)
+        form, reads_gradient = growing_forms().get(function), surely_reads(function, "gradient")
         if form is None or not isinstance(layer, CompactLayer) or layer.pattern != UNSTRUCTURED:
             return False
-        if function is momentum_growth and layer.module.observed.among is None:
+        observed = layer.module.observed
+        if (observed.among is None) if function is momentum_growth else (reads_gradient and observed.window != 1):
             return False
         layer.grow(form(self.optimizer, layer, number))
         return True
