@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,13 @@ from sparselearning.sparse.modules import numeric_padding
 from sparselearning.sparse.observed import Observed, Pass
 from sparselearning.sparse.on_demand import on_demand
 from sparselearning.sparse.pooling import PooledConv2d
+
+
+def alive(here: weakref.ref[Trained]) -> Trained:
+    """Return the layer that a hook belongs to."""
+    layer = here()
+    assert layer is not None, "the optimizer still steps the weights of a model that is gone"
+    return layer
 
 
 class Trained(nn.Module, ABC):
@@ -80,9 +88,10 @@ class Trained(nn.Module, ABC):
         # Those of the weight that was exchanged (`swap_tensors`); torch would not call new ones beside them.
         self.dense._post_accumulate_grad_hooks = None  # pyright: ignore[reportAttributeAccessIssue]
         notice = super(HeldWeight, self.dense).register_post_accumulate_grad_hook
+        here = weakref.ref(self)  # torch's tensors keep their hooks where no garbage collection sees a cycle
         self.hooks = (
-            notice(self.receive),
-            self.value.register_post_accumulate_grad_hook(lambda value: self.observed.commit(value.grad)),
+            notice(lambda weight: alive(here).receive(weight)),
+            self.value.register_post_accumulate_grad_hook(lambda value: alive(here).observed.commit(value.grad)),
         )
 
     def end(self) -> None:

@@ -1,8 +1,10 @@
 """Layers that hold active weights alone: nothing dense exists, and whoever asks for something dense gets it."""
 
 import copy
+import gc
 import io
 import math
+import weakref
 
 import pytest
 import torch
@@ -308,3 +310,13 @@ def test_ever_active_says_that_it_is_not_kept():
     assert masking.exploration_rate == pytest.approx(masking.density)
     with pytest.raises(AttributeError, match="exploration_rate"):
         masking.layers[0].ever_active  # noqa: B018
+
+
+def test_a_model_that_nobody_holds_is_freed():
+    run = begin(growth_mode="gradient")
+    for seed in range(4):
+        step(*run[:2], seed)
+    model = weakref.ref(run[0])
+    del run
+    gc.collect()
+    assert model() is None
