@@ -47,7 +47,7 @@ from sparselearning.weights.zeros import Ahead, Layers, Zeros
 logger = logging.getLogger(__name__)
 
 WINDOW = 20  # steps before an update whose dense gradients are averaged: as many as a momentum of 0.9 averages
-MOST_EVERYWHERE = 2**16  # inactive weights of a layer whose gradients are averaged, if there are fewer active ones
+CANDIDATES = 2**16  # inactive weights of a layer whose gradients are averaged, if there are fewer active ones
 EVERY = 10  # before the first update has shown how far apart updates are, every tenth step is observed
 
 
@@ -57,17 +57,23 @@ class SparseTraining(Zeros):
     Weights of other modules than linear and convolution layers, tied weights, and dtypes without kernels stay masked.
 
     Args:
+        candidates: inactive weights of a layer whose mean gradients growth by momentum compares, at least; as many as
+            there are active ones if that is more. A layer that has fewer compares all.
         settings: as `Zeros` takes them.
 
     Raises:
+        ValueError: for a number of candidates below 1.
         RuntimeError: if the installation has no sparse kernels.
     """
 
     kind = "sparse"
     exchanges = True
 
-    def __init__(self, **settings: Any):
+    def __init__(self, *, candidates: int = CANDIDATES, **settings: Any):
         super().__init__(**settings)
+        if candidates < 1:
+            raise ValueError(f"Expected at least 1 candidate in a layer, got {candidates}.")
+        self.fewest_candidates = candidates
         kernels()  # says so if there are none
         self.roots: list[nn.Module] = []
         self.trained: dict[str, Trained] = {}  # by the layer's name
@@ -180,7 +186,7 @@ class SparseTraining(Zeros):
 
     def choose_observed(self, layer: CompactLayer) -> None:
         """Say where the mean of observed gradients is kept: for functions that want it everywhere, everywhere."""
-        number = max(layer.nonzeros, MOST_EVERYWHERE)
+        number = max(layer.nonzeros, self.fewest_candidates)
         sparingly = self.sparingly and layer.pattern == UNSTRUCTURED and number < layer.zeros
         layer.module.observed.among = number if sparingly else None
 

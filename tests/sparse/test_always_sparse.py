@@ -23,6 +23,7 @@ from sparselearning.sparse.explored import MOST, Explored
 from sparselearning.sparse.held_weight import HeldWeight
 from sparselearning.sparse.layer import CompactLayer
 from sparselearning.sparse.on_demand import OnDemand
+from sparselearning.sparse.training import SparseTraining
 
 pytestmark = pytest.mark.skipif(not available(), reason="built without sparse kernels")
 STATIC = dict(redistribution_mode="none", growth_mode="random")
@@ -77,10 +78,9 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_as_large_as_a_weight_exists(method, monkeypatch):
-    monkeypatch.setattr("sparselearning.sparse.training.MOST_EVERYWHERE", 1000)
     monkeypatch.setattr("sparselearning.sparse.growth.DRAWN_WHOLE", 1000)
     monkeypatch.setattr(growing, "BLOCK_BYTES", 2**14)
-    model, optimizer, masking = begin(density=0.01, width=400, **METHODS[method])
+    model, optimizer, masking = begin(SparseTraining(candidates=1000), density=0.01, width=400, **METHODS[method])
     with Largest() as largest:
         for seed in range(7):
             step(model, optimizer, seed)
@@ -104,12 +104,11 @@ def test_masks_and_weights_are_those_of_masked_training(method, make):
         torch.testing.assert_close(other.weight.detach(), one.weight.detach(), rtol=1e-3, atol=1e-5)
 
 
-def test_candidates_choose_what_all_means_would(monkeypatch):
+def test_candidates_choose_what_all_means_would():
     """Where the largest means are those of the first step too; ten times as many candidates as weights that grow."""
     modes = dict(growth_mode="momentum", redistribution_mode="none")
     exact = begin(every=1, width=100, **modes)
-    monkeypatch.setattr("sparselearning.sparse.training.MOST_EVERYWHERE", 100)
-    few = begin(every=1, width=100, **modes)
+    few = begin(SparseTraining(candidates=100), every=1, width=100, **modes)
     assert [layer.module.observed.among for layer in few[2].layers] == [400, 2000, 100]
     for run in (exact, few):
         step(*run[:2], 0)
@@ -218,9 +217,8 @@ def test_a_failing_update_changes_nothing():
 
 @pytest.mark.parametrize("growth", ["gradient", "momentum", "random", "guided"])
 @pytest.mark.parametrize("stop", [1, 4, 5])
-def test_training_goes_on_to_the_bit_from_a_file(growth, stop, tmp_path, monkeypatch):
-    monkeypatch.setattr("sparselearning.sparse.training.MOST_EVERYWHERE", 100)
-    whole, resumed = (begin(growth_mode=growth, every=0) for _ in range(2))
+def test_training_goes_on_to_the_bit_from_a_file(growth, stop, tmp_path):
+    whole, resumed = (begin(SparseTraining(candidates=100), growth_mode=growth, every=0) for _ in range(2))
 
     def go_on(run, steps):
         losses = []
