@@ -147,6 +147,12 @@ class Zeros:
         """Grow so many weights of a layer as a growth function would, without dense tensors; tell whether it is done."""
         return False
 
+    def agree(self, layers: Layers) -> None:
+        """Let layers without masks move as on the first process."""
+
+    def share(self) -> None:
+        """Let all processes hold the same, so that one of them can save it; all call it."""
+
     def moved(self, layers: Layers, before: Sequence[Any]) -> None:
         """Follow masks that have moved; `before` is what they were."""
         start_regrown(layers, before, self.optimizer, self.regrown, self.start_state, self.copies.copies)
