@@ -108,6 +108,15 @@ class Averaging:
         self.members.append(Member(self, parameter, done))
         return self.members[-1]
 
+    def let_go(self, member: Member, weight: Tensor, roots: Sequence[nn.Module]) -> None:
+        """Leave a weight that trains densely from now on to DDP; average its gradient if a DDP has left it out."""
+        if self.known() is None:
+            self.members.remove(member)
+            take_in(weight, roots)
+            return
+        member.parameter, member.done = weight, _nothing
+        weight.register_post_accumulate_grad_hook(lambda _: member.arrived())
+
     def watch(self, root: nn.Module) -> None:
         """Notice the forward passes of a module."""
         root.register_forward_hook(Watch(self))
@@ -203,6 +212,10 @@ def _of_another_time() -> None:
     return None
 
 
+def _nothing() -> None:
+    pass
+
+
 class Watch:
     """A forward hook that tells an Averaging; in a copy of the module it tells nobody."""
 
@@ -236,6 +249,15 @@ def leave_out(module: nn.Module) -> None:
     names |= {f".{name}" for name in names if "." not in name}  # DDP writes so where it is around the layer itself
     known = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, known | names)
+
+
+def take_in(weight: Tensor, roots: Sequence[nn.Module]) -> None:
+    """Undo `leave_out` for one weight."""
+    for root in roots:
+        names = {name for name, each in root.named_parameters(remove_duplicate=False) if each is weight}
+        names |= {f".{name}" for name in names}
+        root._ddp_params_and_buffers_to_ignore = root._ddp_params_and_buffers_to_ignore - names  # pyright: ignore
+    vars(weight).pop("_ddp_ignored", None)
 
 
 def refuse_earlier(module: nn.Module) -> None:

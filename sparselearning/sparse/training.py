@@ -32,7 +32,7 @@ from sparselearning.processes import distributed
 from sparselearning.processes.group import current
 from sparselearning.processes.sharded import is_sharded
 from sparselearning.sparse import optimizer_state
-from sparselearning.sparse.averaging import Averaging, leave_out, refuse_earlier
+from sparselearning.sparse.averaging import Averaging, leave_out, refuse_earlier, take_in
 from sparselearning.sparse.batch_last import forget_order, keep_order
 from sparselearning.sparse.growth import growing_forms
 from sparselearning.sparse.interface import kernels
@@ -162,6 +162,11 @@ class SparseTraining(Zeros):
             if module.member is None:
                 vars(module)["member"] = self.averaging.member(module.value, module.complete)
 
+    @property
+    def bytes_per_step(self) -> float | None:
+        """What this process sent for each step: averages of gradients, and its part of updates. None in one process."""
+        return None if self.averaging is None else self.averaging.traffic.per_pass
+
     def agree(self, layers: Layers) -> None:
         """Let entries leave and come as on the first process."""
         if self.averaging is not None:
@@ -203,11 +208,15 @@ class SparseTraining(Zeros):
             if (module := self.trained.pop(layer.name, None)) is None:
                 continue
             self.layers.pop(layer.name)
-            weight = module.dense
+            weight, member = module.dense, module.member
             optimizer_state.exchange(self.optimizer, module.value, weight)
             if state := self.optimizer.state.get(weight):
                 state.update(optimizer_state.in_dense_form(state, module))
             module.end()
+            if self.averaging is not None and member is not None:
+                self.averaging.let_go(member, weight, self.roots)
+            else:
+                take_in(weight, self.roots)
         if not self.trained:
             for root in self.roots:
                 forget_order(root)

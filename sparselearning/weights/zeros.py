@@ -72,6 +72,11 @@ class Zeros:
         """Whether `before_step` does anything."""
         return self.exchanges or self.pull > 0 or self.mixes
 
+    @property
+    def bytes_per_step(self) -> float | None:
+        """What this process sent for each step, if it was counted; dense parts apart."""
+        return None
+
     @cached_property
     def mixes(self) -> bool:
         """Whether the optimizer joins the gradients of all weights into one direction."""
