@@ -114,6 +114,7 @@ class Observed:
         self.sum: Tensor | None = None  # dense, of all entries
         self.candidates: CandidateSet | None = None
         self.steps = 0  # that are observed
+        self.shared = False  # whether all processes hold the same
         self.pending: list[Pass] = []  # since the values' gradient was cleared
         self.passing: list[Pass] = []  # of the backward pass that runs
         self.before: Tensor | None = None  # the values' gradient after the last of these passes
@@ -134,16 +135,28 @@ class Observed:
             self.pending, self.passing = self.pending + self.passing, []
             self.before = None if gradient is None else gradient.detach().clone()
 
-    def take(self, module: Any, scale: float = 1.0) -> None:
-        """Count a step, which takes the pending gradients; `scale` is what the optimizer multiplies gradients with."""
+    def take(self, module: Any, scale: float = 1.0) -> Seen | None:
+        """Return the gradient of a step, which takes the pending ones; None if none was observed.
+
+        `scale` is what the optimizer multiplies gradients with.
+        """
         pending, self.pending = self.pending, []
         if not pending or self.before is None or module.value.grad is None:
-            return
+            return None
         change = change_between(self.before, module.value.grad)
         self.before = None
-        if change is None:
+        return None if change is None else Seen(module, pending, Change(change.factor * scale, change.bound))
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the next observed step chooses the entries whose gradients are kept."""
+        return self.observing and self.window > 1 and self.among is not None and self.candidates is None
+
+    def count(self, seen: Seen | None) -> None:
+        """Count a step with this gradient."""
+        if seen is None:
             return
-        seen = Seen(module, pending, Change(change.factor * scale, change.bound))
+        self.shared = False
         if self.window == 1:
             self.last, self.steps = seen, 1
             return
@@ -199,7 +212,7 @@ class Observed:
     def forget(self) -> None:
         """Start anew after an update of the masks."""
         self.last = self.sum = self.candidates = None
-        self.steps = 0
+        self.steps, self.shared = 0, False
         self.drop()
 
     def drop(self) -> None:

@@ -14,6 +14,7 @@ from sparselearning.compact import COMPACT, is_compact, position_of, weight_of
 from sparselearning.layer import SparseLayer
 from sparselearning.loading import check_compact
 from sparselearning.sparse import ops
+from sparselearning.sparse.averaging import Member
 from sparselearning.sparse.derivatives import transformed
 from sparselearning.sparse.dispatch import is_plain
 from sparselearning.sparse.entries import Entries
@@ -26,7 +27,7 @@ from sparselearning.sparse.on_demand import on_demand
 from sparselearning.sparse.pooling import PooledConv2d
 
 
-def alive(here: weakref.ref[Trained]) -> Trained:
+def alive(here: weakref.ref[Any]) -> Trained:
     """Return the layer that a hook belongs to."""
     layer = here()
     assert layer is not None, "the optimizer still steps the weights of a model that is gone"
@@ -48,6 +49,7 @@ class Trained(nn.Module, ABC):
     dense: HeldWeight  # the weight, whatever stands in its place for the moment
     entries: Entries
     observed: Observed
+    member: Member | None = None  # of those whose gradients are averaged over processes
     loaded: Tensor | None = None  # where the entries of a loaded optimizer state are, int64
     channels_last = False  # whether the weight was so in memory, and will be at the end
     held = False
@@ -91,7 +93,7 @@ class Trained(nn.Module, ABC):
         here = weakref.ref(self)  # torch's tensors keep their hooks where no garbage collection sees a cycle
         self.hooks = (
             notice(lambda weight: alive(here).receive(weight)),
-            self.value.register_post_accumulate_grad_hook(lambda value: alive(here).observed.commit(value.grad)),
+            self.value.register_post_accumulate_grad_hook(lambda _: alive(here).arrived()),
         )
 
     def end(self) -> None:
@@ -103,16 +105,29 @@ class Trained(nn.Module, ABC):
                 self.entries.dense().contiguous(memory_format=self.memory_format()), self.dense.requires_grad
             )
             torch.utils.swap_tensors(self.dense, weight)
-        for name in ("dense", "entries", "observed", "held", "hooks", "loaded", "channels_last"):
+        for name in ("dense", "entries", "observed", "held", "hooks", "loaded", "member", "channels_last"):
             vars(self).pop(name, None)
         self.__class__ = next(kind for kind, trained in KINDS.items() if trained is type(self))
+
+    def arrived(self) -> None:
+        """Note that torch has accumulated the values' gradient."""
+        if self.member is None:
+            self.complete()
+        else:
+            self.member.arrived()
+
+    def complete(self) -> None:
+        """Note that the values' gradient is complete."""
+        self.observed.commit(self.value.grad)
 
     def memory_format(self) -> torch.memory_format:
         """Return that of the dense weight."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: entry for name, entry in self.__dict__.items() if name not in ("held", "dense", "hooks")}
+        return {
+            name: entry for name, entry in self.__dict__.items() if name not in ("held", "dense", "hooks", "member")
+        }
 
     def turned(self, start: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the nonzeros in the order of the input gradient."""
@@ -125,8 +140,11 @@ class Trained(nn.Module, ABC):
         if self.observed.observing:
             self.observed.collect(Pass(dense=gradient), self.value.grad)
         active = gradient.flatten()[self.entries.position]
+        if self.member is not None:
+            self.member.add(active)
+            return
         self.value.grad = active if self.value.grad is None else self.value.grad.add_(active)
-        self.observed.commit(self.value.grad)
+        self.complete()
 
     @abstractmethod
     def as_convolution(self) -> Any:

@@ -30,7 +30,10 @@ from sparselearning.layer import SparseLayer
 from sparselearning.loading import MOST_STEPS, check_entries, check_whole
 from sparselearning.patterns import UNSTRUCTURED, with_pattern
 from sparselearning.processes import distributed
+from sparselearning.processes.group import current
+from sparselearning.processes.sharded import is_sharded
 from sparselearning.sparse import optimizer_state
+from sparselearning.sparse.averaging import Averaging, leave_out, refuse_earlier, take_in
 from sparselearning.sparse.batch_last import forget_order, keep_order
 from sparselearning.sparse.growth import growing_forms
 from sparselearning.sparse.interface import kernels
@@ -38,6 +41,7 @@ from sparselearning.sparse.layer import CompactLayer
 from sparselearning.sparse.observed import Observed
 from sparselearning.sparse.observed_state import check_observed, load_observed, state_of_observed
 from sparselearning.sparse.recorded import recorded
+from sparselearning.sparse.sharing import Found, choose_together, move_as_first, share
 from sparselearning.sparse.trained import KINDS, Trained, owners_of, why_not
 from sparselearning.sparse.unborn import materialise
 from sparselearning.weights.optimizer import momentum_of
@@ -83,12 +87,15 @@ class SparseTraining(Zeros):
         self.since_update, self.carry = 0, True
         self.ahead: Ahead = (0.0, False)
         self.interval: int | None = None  # steps between the last two updates
+        self.averaging: Averaging | None = None  # of gradients, where several processes train
 
     def attach(self) -> list[RemovableHandle]:
         """Save the optimizer's state in dense form; hold the weights again where this is a copy."""
         for layer in self.layers.values():
             layer.module.attach()
             layer.stay()
+        for root in self.roots:
+            self.average(root)
         save, optimizer = optimizer_state.save, self.optimizer
         return [
             optimizer.register_state_dict_post_hook(lambda _, saved: save(optimizer, saved, self.trained)),
@@ -136,11 +143,17 @@ class SparseTraining(Zeros):
         """Check that some of the layers can train on sparse kernels.
 
         Raises:
-            ValueError: if none can, naming the reasons; if several processes train, or the optimizer steps matrices.
+            ValueError: if none can, naming the reasons; if weights are sharded, if DistributedDataParallel was made
+                before, or if the optimizer steps matrices.
         """
         optimizer_state.refuse_shaped(self.optimizer)
-        if distributed.in_process_group():
-            raise ValueError("weights='sparse' trains in one process; leave it out under torchrun.")
+        if any(is_sharded(layer.weight) for layer in layers):
+            raise ValueError(
+                "weights='sparse' trains whole weights, and these are sharded (FSDP2, tensor parallelism). Use "
+                "DistributedDataParallel, or weights='zero'."
+            )
+        if distributed.processes() > 1:
+            refuse_earlier(module)
         owners = owners_of(module)
         reasons = {why_not(layer, owners[id(layer.weight)]) for layer in layers}
         if "" not in reasons:
@@ -165,8 +178,38 @@ class SparseTraining(Zeros):
         self.roots.append(module)
         self.ahead = ahead
         keep_order(module)
+        self.average(module)
+        for layer in layers:
+            if layer.name in self.trained:
+                distributed.send_to_all(self.trained[layer.name].value.detach())
         self.tell(layers)
         return result
+
+    def average(self, root: nn.Module) -> None:
+        """Average gradients of values over processes in DistributedDataParallel's passes, if several train `root`."""
+        leave_out(root)
+        if not distributed.in_process_group():
+            return
+        self.averaging = self.averaging or Averaging(current())
+        self.averaging.watch(root)
+        for module in self.trained.values():
+            if module.member is None:
+                vars(module)["member"] = self.averaging.member(module.value, module.complete)
+
+    @property
+    def bytes_per_step(self) -> float | None:
+        """What this process sent for each step: averages of gradients, and its part of updates. None in one process."""
+        return None if self.averaging is None else self.averaging.traffic.per_pass
+
+    def agree(self, layers: Layers) -> None:
+        """Let entries leave and come as on the first process."""
+        if self.averaging is not None:
+            move_as_first([layer for layer in layers if isinstance(layer, CompactLayer)], self.averaging)
+
+    def share(self) -> None:
+        """Average what was observed over the processes."""
+        if self.averaging is not None and self.window:
+            share([*self.trained.values()], self.averaging)
 
     def hold(self, layer: SparseLayer, owner: nn.Module, ahead: Ahead) -> CompactLayer:
         """Let `owner` hold the active weights of a layer alone."""
@@ -203,11 +246,15 @@ class SparseTraining(Zeros):
             if (module := self.trained.pop(layer.name, None)) is None:
                 continue
             self.layers.pop(layer.name)
-            weight = module.dense
+            weight, member = module.dense, module.member
             optimizer_state.exchange(self.optimizer, module.value, weight)
             if state := self.optimizer.state.get(weight):
                 state.update(optimizer_state.in_dense_form(state, module))
             module.end()
+            if self.averaging is not None and member is not None:
+                self.averaging.let_go(member, weight, self.roots)
+            else:
+                take_in(weight, self.roots)
         if not self.trained:
             for root in self.roots:
                 forget_order(root)
@@ -259,7 +306,13 @@ class SparseTraining(Zeros):
             load_observed(module, state.get("layers", {}).get(name, {}))
 
     def before_step(self, layers: Layers, closure: Callable | None) -> None:
-        """Give the optimizer the values."""
+        """Give the optimizer the values.
+
+        Raises:
+            RuntimeError: if other processes have come after `add_module`.
+        """
+        if self.averaging is None and self.trained and distributed.in_process_group():
+            raise RuntimeError("Start the process group (init_process_group) before add_module with weights='sparse'.")
         for module in self.trained.values():
             module.entries.beyond = None
             optimizer_state.compact(self.optimizer, module)
@@ -268,6 +321,7 @@ class SparseTraining(Zeros):
     def give(self, layers: Layers) -> None:
         """Take the dense gradients that the optimizer is going to use."""
         scale = 1 / float(gradient_scale(self.optimizer))
+        found: list[Found] = []
         overflowed = getattr(self.optimizer, "found_inf", None)  # a fused optimizer then skips the step
         for module in self.trained.values():
             if not module.dense.requires_grad:  # frozen
@@ -275,7 +329,9 @@ class SparseTraining(Zeros):
             if overflowed is not None and overflowed.item():
                 module.observed.drop()
             else:
-                module.observed.take(module, scale)
+                found.append((module, module.observed.take(module, scale)))
+        for module, seen in found if self.averaging is None else choose_together(found, self.averaging):
+            module.observed.count(seen)
         super().give(layers)
 
     def apply(self, layers: Layers) -> None:
@@ -293,6 +349,7 @@ class SparseTraining(Zeros):
         for module in self.trained.values():
             optimizer_state.compact(self.optimizer, module)  # it may have been loaded
         super().refuse_update(layers)
+        self.share()
 
     @torch.no_grad()
     def move(self, layer: CompactLayer) -> None:

@@ -72,6 +72,11 @@ class Zeros:
         """Whether `before_step` does anything."""
         return self.exchanges or self.pull > 0 or self.mixes
 
+    @property
+    def bytes_per_step(self) -> float | None:
+        """What this process sent for each step, if it was counted; dense parts apart."""
+        return None
+
     @cached_property
     def mixes(self) -> bool:
         """Whether the optimizer joins the gradients of all weights into one direction."""
@@ -159,6 +164,12 @@ class Zeros:
     def grow(self, function: Callable, layer: SparseLayer, number: int) -> bool:
         """Grow weights of a layer as a growth function would, without dense tensors; tell whether that is possible."""
         return False
+
+    def agree(self, layers: Layers) -> None:
+        """Let layers without masks move as on the first process."""
+
+    def share(self) -> None:
+        """Let all processes hold the same, so that one of them can save it; all call it."""
 
     def moved(self, layers: Layers, before: Sequence[Any]) -> None:
         """Follow masks that have moved; `before` is what they were."""

@@ -333,7 +333,7 @@ def test_of_many_observed_gradients_the_early_ones_fade():
     for step in range(4 * WINDOW):
         observed.pending = [Pass(dense=torch.full((10, 32), float(step < WINDOW)))]
         observed.before = module.value.grad = torch.full_like(module.value, float(step < WINDOW))
-        observed.take(module)
+        observed.count(observed.take(module))
     assert observed.steps == WINDOW
     assert 0 < observed.mean().max() < 0.1
 
