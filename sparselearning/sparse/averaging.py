@@ -71,7 +71,7 @@ class Member:
         """Add a gradient that comes beside the one that torch accumulates."""
         if self.averaging.expected:
             self.averaging.start()
-        if self.sent:
+        if self.averaging.waiting is not None and self.sent:
             self.late = gradient if self.late is None else self.late.add_(gradient)
             return
         grad = self.parameter.grad
@@ -95,7 +95,7 @@ class Averaging:
         self.known: Any = lambda: None  # the DDP that was checked last
         self.expected = False  # whether the next backward pass ends with averages
         self.waiting: deque[list[Member]] | None = None  # buckets that are not sent yet, in a backward pass
-        self.works: list[tuple[Sequence[Member], Tensor, Any]] = []  # whose gradients are copies, the numbers, the work
+        self.works: list[tuple[Sequence[Member], Tensor, Any]] = []  # bucket, its numbers, and who sends them
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Averaging:
         return Averaging(self.group)
@@ -145,7 +145,7 @@ class Averaging:
         torch.autograd.Variable._execution_engine.queue_callback(self.finish)  # pyright: ignore[reportAttributeAccessIssue]
 
     def arrived(self, member: Member) -> None:
-        """Send what is complete, now that this parameter has its gradient."""
+        """Send what is complete, now that this parameter has its gradient; the last bucket waits for `finish`."""
         if not self.expected:
             member.done()
             return
@@ -156,20 +156,24 @@ class Averaging:
                 "network are computed again (checkpoint(use_reentrant=True)). Use use_reentrant=False."
             )
         member.ready = True
-        while self.waiting and all(each.ready for each in self.waiting[0]):
+        assert self.waiting is not None
+        while len(self.waiting) > 1 and all(each.ready for each in self.waiting[0]):
             self.send(self.waiting.popleft())
 
     @torch.no_grad()
-    def send(self, bucket: Sequence[Member]) -> None:
-        """Begin to average the gradients of a bucket."""
+    def send(self, bucket: Sequence[Member], last: bool = False) -> None:
+        """Begin to average the gradients of a bucket; with the last go flags: who has a gradient, who a late one."""
         for member in bucket:
             member.sent, member.present = True, member.parameter.grad is not None
             if not member.present:
                 member.parameter.grad = torch.zeros_like(member.parameter)
-        gradients = [member.gradient for member in bucket]
-        alone = len(bucket) == 1 and gradients[0].is_contiguous()
-        flat = gradients[0] if alone else torch.cat([gradient.flatten() for gradient in gradients])
-        self.works.append((() if alone else bucket, flat, self.reduce(flat.div_(self.group.size))))
+        parts = [member.gradient.flatten() for member in bucket]
+        if last:
+            sent = [member for member in self.members if member.sent]
+            flags = [[member.present for member in sent], [member.late is not None for member in sent]]
+            parts.append(torch.tensor(flags).to(parts[0]).flatten())
+        flat = torch.cat(parts) if len(parts) > 1 else parts[0]
+        self.works.append((bucket, flat, self.reduce(flat.div_(self.group.size))))
 
     def reduce(self, values: Tensor) -> Any:
         """Begin to add up a tensor over the processes, in place."""
@@ -180,17 +184,17 @@ class Averaging:
     def finish(self) -> None:
         """End a backward pass: wait until all gradients are averaged."""
         while self.waiting:
-            self.send(self.waiting.popleft())
-        sent = [member for member in self.members if member.sent]
-        flags = torch.tensor([[member.present for member in sent], [member.late is not None for member in sent]])
-        flags = flags.float()
-        self.works.append(((), flags, self.reduce(flags)))
+            self.send(self.waiting.popleft(), last=not self.waiting)
+        rest = torch.zeros(0)
         for bucket, flat, work in self.works:
             work.wait()
-            parts = flat.split([member.parameter.numel() for member in bucket]) if bucket else ()
+            sizes = [member.parameter.numel() for member in bucket]
+            *parts, rest = flat.split([*sizes, len(flat) - sum(sizes)])
             for member, part in zip(bucket, parts, strict=True):
-                member.gradient.copy_(part.view_as(member.parameter))
-        for member, present, late in zip(sent, *flags.tolist(), strict=True):
+                if member.gradient.data_ptr() != part.data_ptr():
+                    member.gradient.copy_(part.view_as(member.parameter))
+        sent = [member for member in self.members if member.sent]
+        for member, present, late in zip(sent, *rest.view(2, len(sent)).tolist(), strict=True):
             if late:
                 self.add_late(member)
             elif not present:
@@ -266,6 +270,9 @@ def refuse_earlier(module: nn.Module) -> None:
     Raises:
         ValueError: if one was; it holds on to the dense weights, and waits for their gradients.
     """
+    if not dist.is_initialized():
+        return
+    gc.collect()  # a DDP is a part of cycles, and stays for a while when nobody uses it any more
     own = {id(parameter) for parameter in module.parameters()}
     wrappers = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
     if any(id(parameter) in own for wrapper in wrappers for parameter in wrapper.module.parameters()):

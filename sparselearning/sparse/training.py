@@ -152,8 +152,12 @@ class SparseTraining(Zeros):
                 "weights='sparse' trains whole weights, and these are sharded (FSDP2, tensor parallelism). Use "
                 "DistributedDataParallel, or weights='zero'."
             )
-        if distributed.processes() > 1:
-            refuse_earlier(module)
+        if type(self.optimizer).__name__ == "ZeroRedundancyOptimizer":
+            raise ValueError(
+                "weights='sparse' replaces parameters that ZeroRedundancyOptimizer has divided among processes. Use "
+                "its inner optimizer, whose state is that of active weights alone, or weights='zero'."
+            )
+        refuse_earlier(module)
         owners = owners_of(module)
         reasons = {why_not(layer, owners[id(layer.weight)]) for layer in layers}
         if "" not in reasons:

@@ -84,7 +84,7 @@ WAYS = {
     "momentum": dict(growth="momentum"),
     "random": dict(growth="random"),
     "adam, accumulated": dict(growth="gradient", optimizer="adam", parts=2),
-    "clipped, scaled, a penalty": dict(growth="momentum", scaled=True, clip=0.5, penalty=1e-3),
+    "clipped, scaled, a penalty": dict(growth="momentum", scaled=True, clip=0.5, penalty=1e-3, parts=2),
 }
 
 
