@@ -4,8 +4,8 @@
     python benchmarks/memory.py --quick
     python benchmarks/memory.py --sparselab /tmp/sparselab/bin/python
 
-Four linear layers of --width inputs and outputs, AdamW, RigL every 4 steps, 64 rows a step. Each row is a process of its
-own. Counted is the memory that a process has beyond what it had after imports and a small training with an update.
+Four linear layers of --width inputs and outputs, AdamW, RigL every 4 steps, 64 rows a step. Each row is a process of
+its own. Counted is the memory that a process has beyond what it had after imports and a small training with an update.
 `steady` is the median of the resident size between two updates, after the third; `peak` is the largest resident size
 that the operating system saw from the first step on. `start` says where a sparse model comes from: `dense`, a model on
 the CPU whose weights are given up by `add_module`, or `meta`, one on the meta device. --sparselab names a Python
