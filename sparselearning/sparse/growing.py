@@ -17,7 +17,7 @@ from torch import Tensor
 from sparselearning.compact import positions
 from sparselearning.selection import CHUNK, SAMPLE
 
-BLOCK_BYTES = 64 << 20
+BLOCK_BYTES = 32 << 20
 LARGEST = 8  # bytes of a number in a gradient
 
 
@@ -43,6 +43,7 @@ def highest_inactive(
         ends = start[first : last + 1]
         active = positions(ends, column[int(ends[0]) : int(ends[-1])], width)
         best.offer(first * width, gradient_rows(first, last).detach().flatten(), active)
+        best.forget_lower()
     return best.chosen()
 
 
@@ -60,9 +61,12 @@ class Best:
         found = above(max(guess, self.threshold), gradient, active)
         if guess > self.threshold and len(found) < self.k:
             found = above(self.threshold, gradient, active)
-        self.position.append(found + offset)
         self.gradient.append(gradient[found])
+        self.position.append(found.add_(offset))
         self.size += len(found)
+
+    def forget_lower(self) -> None:
+        """Keep the k best alone, if there are twice as many; not while a block of gradients exists, for memory."""
         if self.size >= 2 * self.k:
             position, best = self.chosen()
             self.position, self.gradient, self.size = [position], [best], self.k

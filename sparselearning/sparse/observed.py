@@ -226,6 +226,8 @@ def change_between(before: Tensor, after: Tensor) -> Change | None:
     The change may be a factor (a loss scale, the clipping of a norm) or the clipping of each entry. Of any other the
     factor that comes closest is taken. None: the two are not finite, or have nothing in common.
     """
+    if torch.equal(before, after) and (not len(after) or torch.stack(after.aminmax()).isfinite().all()):
+        return Change()
     factor = (before.double() @ after.double()) / before.double().square().sum()
     if not factor.isfinite():
         return None if before.any() else Change()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from sparselearning.functions import surely_reads
 from sparselearning.grow import momentum_growth
 from sparselearning.layer import SparseLayer
 from sparselearning.loading import MOST_STEPS, check_entries, check_whole
+from sparselearning.native.allocator import give_freed_memory
 from sparselearning.patterns import UNSTRUCTURED, with_pattern
 from sparselearning.processes import distributed
 from sparselearning.processes.group import current
@@ -340,11 +342,13 @@ class SparseTraining(Zeros):
 
     def apply(self, layers: Layers) -> None:
         """Let values follow masks that moved; forget what was written where weights are inactive."""
-        for layer in self.layers.values():
-            if layer.moves:
-                self.move(layer)
-            layer.stay()
-            layer.entries.beyond = None
+        moving = any(layer.moves for layer in self.layers.values())
+        with give_freed_memory() if moving else nullcontext():
+            for layer in self.layers.values():
+                if layer.moves:
+                    self.move(layer)
+                layer.stay()
+                layer.entries.beyond = None
         self.carry = True
         super().apply([layer for layer in layers if not layer.compact])
 
@@ -381,7 +385,8 @@ class SparseTraining(Zeros):
         observed = layer.module.observed
         if (observed.among is None) if function is momentum_growth else (reads_gradient and observed.window != 1):
             return False
-        layer.grow(form(self.optimizer, layer, number))
+        with give_freed_memory():
+            layer.grow(form(self.optimizer, layer, number))
         return True
 
     def stepped(self, ahead: Ahead) -> None:
