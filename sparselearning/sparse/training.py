@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ from sparselearning.functions import surely_reads
 from sparselearning.grow import momentum_growth
 from sparselearning.layer import SparseLayer
 from sparselearning.loading import MOST_STEPS, check_entries, check_whole
-from sparselearning.native.allocator import give_freed_memory
 from sparselearning.patterns import UNSTRUCTURED, with_pattern
 from sparselearning.processes import distributed
 from sparselearning.processes.group import current
@@ -342,13 +340,11 @@ class SparseTraining(Zeros):
 
     def apply(self, layers: Layers) -> None:
         """Let values follow masks that moved; forget what was written where weights are inactive."""
-        moving = any(layer.moves for layer in self.layers.values())
-        with give_freed_memory() if moving else nullcontext():
-            for layer in self.layers.values():
-                if layer.moves:
-                    self.move(layer)
-                layer.stay()
-                layer.entries.beyond = None
+        for layer in self.layers.values():
+            if layer.moves:
+                self.move(layer)
+            layer.stay()
+            layer.entries.beyond = None
         self.carry = True
         super().apply([layer for layer in layers if not layer.compact])
 
@@ -385,8 +381,7 @@ class SparseTraining(Zeros):
         observed = layer.module.observed
         if (observed.among is None) if function is momentum_growth else (reads_gradient and observed.window != 1):
             return False
-        with give_freed_memory():
-            layer.grow(form(self.optimizer, layer, number))
+        layer.grow(form(self.optimizer, layer, number))
         return True
 
     def stepped(self, ahead: Ahead) -> None:
