@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparselearning.compact import found, positions, rows_of
 from sparselearning.sparse.interface import MOST
+from sparselearning.sparse.merging import Merged, merge
 
 Turned = tuple[Tensor, Tensor, Tensor]  # t_start, t_column, t_order
 
@@ -52,23 +53,18 @@ class Entries:
         self.turned = self.turn(self.start, self.column)
 
     @torch.no_grad()
-    def move(self, position: Tensor) -> Tensor:
-        """Have other entries: those that were there keep their values, the others are zero.
-
-        Returns:
-            Where each entry was among the earlier ones, -1 for new ones.
-        """
-        origin = found(position, self.position)
-        new = origin < 0
-        value = self.value.detach()[origin.clamp(min=0)] if len(self.value) else self.value.new_zeros(len(position))
-        value[new] = 0
-        if self.beyond is not None:
-            there = found(position, self.beyond[0])
-            value = torch.where(new & (there >= 0), self.beyond[1][there.clamp(min=0)], value)
-            self.beyond = None
+    def move(self, kept: Tensor | None, grown: Tensor) -> Merged:
+        """Keep the entries that `kept` (nonzeros,) marks, and have others at the places `grown`, which are zero."""
+        merged = merge(self.start, self.column, kept, grown, self.shape)
+        value = moved(self.value.detach(), merged.origin)
+        if self.beyond is not None and len(merged.new):
+            there = found(merged.new, self.beyond[0])
+            value[merged.origin < 0] = torch.where(there >= 0, self.beyond[1][there.clamp(min=0)], 0)
+        self.beyond = None
         self.set_value(value)
-        self.place(position)
-        return origin
+        self.start, self.column = merged.start, merged.column
+        self.turned = self.turn(self.start, self.column)
+        return merged
 
     @torch.no_grad()
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -127,3 +123,10 @@ class Entries:
             self.value.copy_(values)
         rest = flat.index_fill(0, position, 0).nonzero().flatten()
         self.beyond = (rest, flat[rest]) if len(rest) else None
+
+
+def moved(tensor: Tensor, origin: Tensor) -> Tensor:
+    """Return the numbers of a tensor at `origin`, int32, and zero where that is -1."""
+    if not len(tensor):
+        return tensor.new_zeros(len(origin))
+    return tensor.index_select(0, origin.clamp(min=0)).masked_fill_(origin < 0, 0)

@@ -13,6 +13,7 @@ from sparselearning.compact import rows_of
 from sparselearning.sparse import growing
 from sparselearning.sparse.guided import filled_up, guided_candidates
 from sparselearning.sparse.layer import CompactLayer
+from sparselearning.sparse.merging import kept_rows
 from sparselearning.sparse.observed import Seen
 from sparselearning.weights.optimizer import momentum_of
 
@@ -85,7 +86,8 @@ def last_seen(layer: CompactLayer) -> Seen:
 
 def remaining(layer: CompactLayer) -> tuple[Tensor, Tensor, int]:
     """Return start, column and width of what pruning left."""
-    return *rows_of(layer.places(), layer.shape), layer.entries.width
+    entries = layer.entries
+    return *kept_rows(entries.start, entries.column, layer.kept), entries.width
 
 
 @cache

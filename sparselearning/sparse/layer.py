@@ -16,6 +16,7 @@ from sparselearning.patterns import Pattern, with_most, with_pattern
 from sparselearning.processes.agreement import checksum_of
 from sparselearning.sparse.entries import Entries
 from sparselearning.sparse.explored import Explored
+from sparselearning.sparse.merging import Merged
 from sparselearning.sparse.on_demand import on_demand
 from sparselearning.sparse.trained import Trained
 
@@ -143,11 +144,11 @@ class CompactLayer(SparseLayer):
             position = position[self.kept]
         return position if self.grown is None else torch.cat([position, self.grown]).sort().values
 
-    def settle(self) -> Tensor:
-        """Move the entries; return where each was among the earlier ones, -1 for new ones: int64, (nonzeros,)."""
-        places = self.places()
+    def settle(self) -> Merged:
+        """Move the entries."""
+        kept, grown = self.kept, self.grown
         self.stay()
-        return self.entries.move(places)
+        return self.entries.move(kept, torch.empty(0, dtype=torch.int64) if grown is None else grown)
 
     def copy_of_mask(self) -> Any:
         return self.kept, self.grown

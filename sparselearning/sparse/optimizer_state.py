@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparselearning.compact import COMPACT, found, is_compact, places_of, position_of
 from sparselearning.compact import in_dense_form as dense_state
+from sparselearning.sparse.entries import moved
 from sparselearning.sparse.trained import Trained
 from sparselearning.weights import start_states
 
@@ -79,7 +80,7 @@ def carry_over(
     gradients had been the gradient all along, and all else as with 'zero'.
 
     Args:
-        origin: where each entry was among the earlier ones, -1 for new ones; int64, (nonzeros,).
+        origin: where each entry was among the earlier ones, -1 for new ones; int32, (nonzeros,).
         mean: mean gradients of new entries in their order, if any were observed.
     """
     state, new = optimizer.state.get(module.value, {}), origin < 0
@@ -90,14 +91,15 @@ def carry_over(
         return
     group = start_states.group_of(optimizer, module.value)
     stays = torch.zeros(len(next(iter(entries.values()))), dtype=torch.bool)
-    stays[origin[~new]] = True
+    stays[origin[~new].long()] = True
     starts = start_states.start_of_state(start or "zero", entries, stays, group, copies)
     gain = momentum_gain(optimizer, module)
-    for key, item in entries.items():
-        moved = item[origin.clamp(min=0)] if len(item) else item.new_zeros(len(origin))
-        begun = mean * gain if start is None and key == "momentum_buffer" and mean is not None else starts[key]
-        moved[new] = begun.to(moved) if isinstance(begun, Tensor) else begun
-        state[key] = moved
+    for key in entries:
+        state[key] = item = moved(entries[key], origin)
+        if start is None and key == "momentum_buffer" and mean is not None:
+            item[new] = (mean * gain).to(item)
+        elif isinstance(starts[key], Tensor) or starts[key] != 0:
+            item[new] = starts[key]
 
 
 def in_dense_form(state: Mapping[Any, Any], module: Trained) -> dict[Any, Any]:

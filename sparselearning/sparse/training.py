@@ -361,14 +361,13 @@ class SparseTraining(Zeros):
         module = layer.module
         if self.carry:
             optimizer_state.compact(self.optimizer, module)
-        origin = layer.settle()
+        merged = layer.settle()
         if self.carry:
-            grown = module.entries.position[origin < 0]
             if self.regrown == "random":
-                draw_new(layer, origin < 0)
-            mean = module.observed.mean_at(module, grown)
+                draw_new(layer, merged.origin < 0)
+            mean = module.observed.mean_at(module, merged.new)
             settings = self.start_state, self.copies.copies
-            optimizer_state.carry_over(self.optimizer, module, origin, mean, *settings)
+            optimizer_state.carry_over(self.optimizer, module, merged.origin, mean, *settings)
         else:  # the optimizer's state comes from the same file, and belongs to these entries
             optimizer_state.compact(self.optimizer, module)
         module.value.grad = None
