@@ -13,7 +13,7 @@ from sparselearning.compact import found, rows_of
 from sparselearning.sparse.candidates import CandidateSet
 
 if TYPE_CHECKING:
-    from sparselearning.sparse.trained import Trained
+    from sparselearning.sparse.held import Held
 
 
 @dataclass
@@ -27,14 +27,14 @@ class Pass:
     dy: Tensor | None = None
     dense: Tensor | None = None
 
-    def rows(self, module: Trained, first: int, last: int) -> Tensor:
+    def rows(self, module: Held, first: int, last: int) -> Tensor:
         """Return the gradient of some rows of the weight's matrix, (last - first, width)."""
         if self.x is None or self.dy is None:
             assert self.dense is not None
             return self.dense.flatten(1)[first:last]
         return module.gradient_of_rows(self.x, self.dy, first, last)
 
-    def at(self, module: Trained, start: Tensor, column: Tensor) -> Tensor:
+    def at(self, module: Held, start: Tensor, column: Tensor) -> Tensor:
         """Return the gradient of some entries, (entries,); rows and columns as `Entries` has them."""
         if self.x is not None and self.dy is not None:
             return module.gradient_at(self.x, self.dy, start, column)
@@ -60,7 +60,7 @@ class Change:
 class Seen:
     """The gradient of a layer's weight that one step used: of all the backward passes of that step."""
 
-    def __init__(self, module: Trained, passes: Sequence[Pass], change: Change):
+    def __init__(self, module: Held, passes: Sequence[Pass], change: Change):
         self.module, self.passes, self.change = module, list(passes), change
 
     def rows(self, first: int, last: int) -> Tensor:
@@ -124,7 +124,7 @@ class Observed:
             self.pending, self.passing = self.pending + self.passing, []
             self.before = None if gradient is None else gradient.detach().clone()
 
-    def take(self, module: Trained, scale: float = 1.0) -> None:
+    def take(self, module: Held, scale: float = 1.0) -> None:
         """Count a step, which takes the pending gradients; `scale` is what the optimizer multiplies gradients with."""
         pending, self.pending = self.pending, []
         if not pending or self.before is None or module.value.grad is None:
@@ -174,7 +174,7 @@ class Observed:
             return self.last.dense()
         return None if self.sum is None else self.sum / self.steps
 
-    def mean_at(self, module: Trained, position: Tensor) -> Tensor | None:
+    def mean_at(self, module: Held, position: Tensor) -> Tensor | None:
         """Return the mean gradient of some entries, at places in ascending order; zero where none was kept."""
         if self.last is not None:
             return self.last.at(*rows_of(position, module.entries.shape))
