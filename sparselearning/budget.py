@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from sparselearning.budgets import layers_of
-from sparselearning.layers import SparseLayer
+from sparselearning.layer import SparseLayer
 from sparselearning.selection import apportion, count_of
 from sparselearning.slices import number_of_slices
 from sparselearning.start.distributions import at_least_one_each, none_empty

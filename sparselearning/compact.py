@@ -15,7 +15,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 COMPACT = ContextVar("COMPACT", default=False)  # whether states are made so
@@ -36,15 +35,14 @@ def positions(start: Tensor, column: Tensor, width: int) -> Tensor:
     """Return where the nonzeros of a weight lie when it is flattened, int64; a row of it has `width` entries."""
     rows = start.diff().long()
     row = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), rows)
-    return row * width + column
+    return row.mul_(width).add_(column)
 
 
 def rows_of(position: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Return start and column, int32, of entries at these places, in ascending order, of a weight of this shape."""
     width = max(math.prod(shape[1:]), 1)
-    row = position // width
-    start = F.pad(torch.bincount(row, minlength=shape[0]).cumsum(0), (1, 0))
-    return start.int(), (position - row * width).int()
+    ends = torch.arange(shape[0] + 1, device=position.device) * width
+    return torch.searchsorted(position, ends, out_int32=True), position.remainder(width).int()
 
 
 def found(wanted: Tensor, among: Tensor) -> Tensor:

@@ -171,21 +171,20 @@ class Masking(Steps):
         self._begin(module, process_group, rescale)
         dense, sparse_init = first_dense(dense, sparse_init)
         new, kept_dense = new_layers(self, module, remove_param_names, sparse_embeddings, dense, pattern, sparse)
-        self.held.make_real(module, new)
-        layers = list(new.values())
+        self.held.check(module, list(new.values()))
+        layers = self.held.make_real(module, new)
         set_budgets(self, new, density, state)
         check_fit(self, [*self.layers, *layers])
         agreement.check_network(self, layers)
         choose(new, module, density, sparse_init, batches, state)
         invariants.replace_others(self, layers)
-        self.held.check(module, layers)
         self._take(module, layers, kept_dense)
         if rescale and state is None:
             keep_norms(layers)
         destroyed.warn_of_masks(self, module, layers, sparse_init, state)
         self.layers[-len(layers) :] = self.held.add(module, layers, self.updates.ahead(self.steps))
         self.apply_mask()
-        if state is not None and state["layers"].keys() == self.masks.keys():
+        if state is not None and state["layers"].keys() == self.densities.keys():
             self.load_state_dict(state)
         if self.verbose:
             self.print_nonzero_counts()

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from sparselearning.budget import shares
-from sparselearning.layers import count
+from sparselearning.layer import count
 from sparselearning.patterns import UNSTRUCTURED
 from sparselearning.processes.sharded import fetch
 from sparselearning.selection import drop_lowest_jointly

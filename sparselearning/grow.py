@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from sparselearning.functions import FunctionError, network_wide, reads, single_weights
-from sparselearning.processes.sharded import is_sharded, uniform_like
+from sparselearning.processes.distributed import send_to_all
+from sparselearning.processes.sharded import count_active, fetch, is_sharded, placed_like, uniform_like, unsharded
 from sparselearning.selection import add_highest, add_highest_jointly, apportion
+from sparselearning.sparse.guided import draw_connections
 from sparselearning.weights.dense_copy import dense_weight
 
 
@@ -30,6 +32,32 @@ def gradient_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, w
     here it comes after one, and reads its gradient.
     """
     return add_highest(masking.get_gradient_for_weight(weight).abs(), new_mask, total_regrowth)
+
+
+@reads("gradient")
+def guided_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
+    """Add those weights whose gradient is largest among candidates drawn at random, where it can be large.
+
+    Heddes et al. 2024, Always-Sparse Training by Growing Connections with Guided Stochastic Exploration,
+    https://arxiv.org/abs/2401.06898 (GSE), with as many candidates as active weights (gamma = 1), drawn with
+    replacement; active ones and duplicates are discarded. The paper draws an output in proportion to |dy| and an input
+    in proportion to |x|, whose product bounds the gradient (GraBo). Here x and dy are not known: the sums of the
+    |gradient| of the output's and of the input's weights stand for them. If there are too few candidates, the others
+    grow at random.
+    """
+    score = masking.get_gradient_for_weight(weight).abs()
+    matrix = masking.orientations[name].matrix(unsharded(score))
+    number = int(fetch([count_active(new_mask)])[0]) + total_regrowth
+    inputs, outputs = (matrix.sum(dim, dtype=torch.promote_types(matrix.dtype, torch.float32)) for dim in (0, 1))
+    drawn = draw_connections(inputs, outputs, number)
+    if is_sharded(new_mask):  # whole masks are those of the first process after the update
+        send_to_all(drawn)
+    candidate = torch.zeros_like(matrix, dtype=torch.bool, memory_format=torch.contiguous_format)
+    candidate.view(-1)[drawn] = True
+    candidate = masking.orientations[name].tensor(candidate, new_mask.shape)
+    # Below every candidate, and nothing in the sum of a pattern's unit that has one.
+    others = uniform_like(new_mask) * -1e-30
+    return add_highest(torch.where(placed_like(new_mask, candidate), score, others), new_mask, total_regrowth)
 
 
 @reads("nothing")
@@ -158,6 +186,7 @@ GROWTH_FUNCTIONS = {
     "momentum": momentum_growth,
     "gradient": gradient_growth,
     "random": random_growth,
+    "guided": guided_growth,
     "momentum_neuron": momentum_neuron_growth,
     "global_momentum": global_momentum_growth,
     "global_momentum_growth": global_momentum_growth,

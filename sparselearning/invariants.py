@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sparselearning.budgets import layers_of
-from sparselearning.layers import SparseLayer
+from sparselearning.layer import SparseLayer
 from sparselearning.patterns import with_pattern, without_pattern
 from sparselearning.processes import agreement
 from sparselearning.processes.group import ProcessError, current
@@ -164,7 +164,7 @@ def keep_last_weights(masking: Any, before: Sequence[Any]) -> None:
     masks = {layer.name: mask for layer, mask in zip(masking.layers, before, strict=True)}
     for budget in masking.budgets:
         with masking.only(budget):
-            _refill(masking, [masks[name] for name in masking.masks])
+            _refill(masking, [masks[layer.name] for layer in masking.layers])
 
 
 def _refill(masking, before):

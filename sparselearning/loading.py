@@ -106,14 +106,17 @@ def check_compact(entry: str, item: Any, shape: Any = None) -> None:
 
 def check_all_compact(entry: str, state: Any) -> None:
     """Check every compact form in nested dicts and lists."""
-    if is_compact(state):
-        check_compact(entry, state)
-    elif isinstance(state, dict):
-        for key, value in state.items():
-            check_all_compact(f"{entry}[{describe(key)}]", value)
-    elif isinstance(state, list | tuple):
-        for i, value in enumerate(state):
-            check_all_compact(f"{entry}[{i}]", value)
+    left, seen = [(entry, state)], set()
+    while left:
+        entry, value = left.pop()
+        if id(value) in seen or not isinstance(value, dict | list | tuple):
+            continue
+        seen.add(id(value))  # a list may hold itself
+        if is_compact(value):
+            check_compact(entry, value)
+        else:
+            parts = value.items() if isinstance(value, dict) else enumerate(value)
+            left += [(f"{entry}[{describe(key)}]", part) for key, part in parts]
 
 
 def check_layers(layers: Sequence[Any], saved: Any) -> None:
@@ -166,7 +169,8 @@ def check_layer(name: str, state: Any, shape: torch.Size) -> None:
             check_tensor(f"{entry}[{key!r}]", state[key], shape, torch.bool)
     if "explored" in state:
         check_tensor(f"{entry}['explored']", state["explored"], None, torch.int64)
-        if state["explored"].dim() != 1 or (state["explored"].diff() <= 0).any():
+        hashes = state["explored"]
+        if hashes.dim() != 1 or (hashes[1:] <= hashes[:-1]).any():
             refuse(f"{entry}['explored']", "ascending numbers", "others")
     check_whole(f"{entry}['removed']", state["removed"], -size, size)
     check_number(f"{entry}['importance']", state["importance"], -math.inf, math.inf)

@@ -224,8 +224,8 @@ def hold(
 ) -> Zeros:
     """Return what holds the weights of one Masking, told which dense gradients the functions read.
 
-    Sparse training observes as many dense gradients as a momentum averages if a function may read the momentum, that of
-    the last step if one may read the gradient, and none otherwise.
+    Sparse training observes as many dense gradients as a momentum averages if a function may read the momentum of
+    inactive weights, that of the last step if one may read the gradient, and none otherwise.
 
     Raises:
         ValueError: for an unknown name, an object that holds the weights of another Masking, several optimizers whose
@@ -256,9 +256,8 @@ def hold(
     functions = (prune, grow, measure)
     check_readable(functions, optimizer, held.keeps_inactive)
     held.optimizer = optimizer
-    held.window = int(any(may_read(function, "gradient") for function in functions))
-    if any(may_read(function, "momentum") for function in functions):
-        held.window = WINDOW
+    averages = any(may_read(x, "momentum") and not is_marked(x, "entrywise") for x in functions)
+    held.window = WINDOW if averages else int(any(may_read(function, "gradient") for function in functions))
     held.sparingly = grow is momentum_growth and all(is_marked(function, "entrywise") for function in (prune, measure))
     return held
 

@@ -40,7 +40,7 @@ def summary(masking: Any) -> str:
     what is suspicious: one or two outputs or inputs, outputs without inputs, inputs that no output reads.
     """
     budgets = {f"all of {budget.pattern!r}": budget for budget in masking.budgets if len(masking.budgets) > 1}
-    names = [*masking.masks, *masking.kept_dense, *budgets, "masked weights"]
+    names = [*masking.densities, *masking.kept_dense, *budgets, "masked weights"]
     width = max(map(len, names))
     rows = [COLUMNS.format("layer", "shape", "active", "of", "density", "importance", "note", width=width)]
     for layer in masking.layers:
@@ -137,12 +137,11 @@ def _found(layer):
     if is_frozen(layer):
         yield "frozen"
     yield from _small(layer.orientation, layer.shape)
-    if is_sharded(layer.mask):
+    if is_sharded(layer.weight):
         return
     way = layer.orientation
     outputs, inputs, *_ = way.layer(layer.shape)
-    links = way.matrix(layer.mask).reshape(way.copies, outputs, inputs, -1).any(3)
-    empty, unread = (int((~links.any(dim)).sum()) for dim in (2, 1))
+    empty, unread = layer.unconnected()
     if empty:
         yield f"{empty} of {way.copies * outputs} outputs without inputs"
     if unread:

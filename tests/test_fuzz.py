@@ -199,7 +199,8 @@ def follow(data, module, masking, density, size):
         for layer in masking.layers:
             assert layer.weight.isfinite().all()
             assert layer.pattern.holds(layer.mask)
-            assert (layer.mask <= layer.ever_active).all()
+            assert layer.compact or (layer.mask <= layer.ever_active).all()
+            assert layer.nonzeros <= layer.explored <= layer.size
         if constant:
             left_over = sum(layer.left_over for layer in masking.layers)
             assert masking.total_nonzero == masking.baseline_nonzero - left_over

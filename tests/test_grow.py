@@ -5,10 +5,12 @@ import torch
 from helpers import flat, grown, layer_with, masked, mlp, train, two_layers
 from oracles import cht
 
+from sparselearning import grow
 from sparselearning.grow import (
     cannistraci_hebb_growth,
     global_momentum_growth,
     gradient_growth,
+    guided_growth,
     momentum_growth,
     momentum_neuron_growth,
     path_scores,
@@ -58,6 +60,63 @@ def test_random_growth_adds_exactly_the_count_and_every_entry_alike():
         counts += mask[0]
     assert counts[0] == 900
     assert (counts[1:] - 300).abs().max() < 75  # 5 standard deviations
+
+
+def test_guided_growth_adds_the_largest_gradients_of_what_was_drawn(monkeypatch):
+    drawn, draw = [], grow.draw_connections
+    monkeypatch.setattr(grow, "draw_connections", lambda *norms: drawn.append(draw(*norms)) or drawn[-1])
+    for seed in range(50):
+        torch.manual_seed(seed)
+        active, gradient = torch.rand(8, 10) < 0.4, torch.randn(8, 10).mul_(2).round_()  # with ties
+        masking = layer_with(active.float().tolist(), active.tolist())
+        masking.layers[0].weight.grad = gradient
+        mask = torch.tensor(grown(guided_growth, masking, 5))
+        assert len(drawn[-1]) == int(active.sum()) + 5
+        strength, flags = gradient.abs().flatten().tolist(), active.flatten().tolist()
+        candidates = {i for i in drawn[-1].tolist() if not flags[i]}
+        best = sorted(candidates, key=lambda i: (-strength[i], i))[:5]
+        assert (mask & active == active).all()
+        assert mask.sum() == active.sum() + 5
+        assert {*best} <= {*(mask & ~active).flatten().nonzero().flatten().tolist()}
+
+
+def test_guided_growth_draws_where_gradients_can_be_large():
+    mask = torch.zeros(4, 5, dtype=torch.bool)
+    mask[0] = True
+    masking = layer_with(mask.float().tolist(), mask.tolist())
+    masking.layers[0].weight.grad = torch.tensor([0.0, 1, 3, 0]).outer(torch.tensor([1.0, 0, 0, -4, 0]))
+    counts = torch.zeros(4, 5)
+    for _ in range(400):
+        counts += torch.tensor(grown(guided_growth, masking, 1)) & ~mask
+    # Drawn six times: [2, 3] with a chance of 0.6 each, [1, 3] of 0.2, [2, 0] of 0.15 and [1, 0] of 0.05.
+    expected = 400 * (1 - 0.4**6)
+    assert counts[2, 3] == pytest.approx(expected, abs=10)
+    assert counts[1, 3] + counts[2, 0] + counts[1, 0] == 400 - counts[2, 3]
+
+
+def test_guided_growth_fills_up_at_random():
+    mask = torch.eye(10, dtype=torch.bool)
+    masking = layer_with(mask.float().tolist(), mask.tolist())
+    gradient = torch.zeros(10, 10)
+    gradient[2, 7] = 1e-20
+    masking.layers[0].weight.grad = gradient
+    counts = torch.zeros(10, 10)
+    for _ in range(300):
+        found = torch.tensor(grown(guided_growth, masking, 46))
+        assert found.sum() == 56
+        counts += found & ~mask
+    assert counts[2, 7] == 300
+    others = counts[~mask & (gradient == 0)]
+    assert (others - 300 * 45 / 89).abs().max() < 45  # 5 standard deviations
+
+
+def test_guided_growth_reads_gradients_of_every_size():
+    for dtype, values in ((torch.float16, 60_000.0), (torch.float64, 1e300), (torch.float32, float("nan"))):
+        masking = layer_with(torch.eye(10).tolist(), torch.eye(10, dtype=torch.bool).tolist())
+        masking.get_gradient_for_weight = lambda weight, dtype=dtype, value=values: torch.full_like(
+            weight, value, dtype=dtype
+        )
+        assert torch.tensor(grown(guided_growth, masking, 20)).sum() == 30
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch
 from helpers import masked, train
 from torch import nn
 
-from sparselearning import checkpoint
+from sparselearning import archive, checkpoint
 from sparselearning.sparse import SparseLinear
 from sparselearning.sparse.files import pack_positions
 
@@ -119,7 +119,7 @@ def hostile_checkpoint(draw, path):
     change(draw, whole)
     kinds = {"model": "Sequential", "optimizer": "Adam", "mask": "Masking"}
     whole |= {"format": 2, "kinds": kinds}
-    checkpoint.write_atomically(path, lambda file: checkpoint._write(whole, file))
+    checkpoint.write_atomically(path, lambda file: archive.write(whole, file))
 
 
 def hostile_weights(draw, path):

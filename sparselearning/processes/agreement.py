@@ -69,7 +69,8 @@ def _weights(layers, group):
     """Return the parts of the weights that this process holds, with sum and norm of each if they are to be equal."""
     facts: dict[str, Any] = {"parts": _parts(layers)}
     if group.assumed and layers:
-        here = [local_part(layer.master).detach() for layer in layers]
+        here = [layer.entries.value if layer.compact else local_part(layer.master) for layer in layers]
+        here = [weight.detach() for weight in here]
         exact = torch.float32 if here[0].device.type == "mps" else torch.float64  # whatever the order of the sum
         sums = [torch.stack([part.sum(dtype=exact), part.float().norm().to(exact)]).to(here[0].device) for part in here]
         facts["weights"] = torch.stack(sums).tolist()

@@ -63,6 +63,20 @@ class Group:
         for group in self.along if self.size > 1 else ():
             dist.all_reduce(values, getattr(dist.ReduceOp, operation), group=group)
 
+    def channel(self, use: str, backend: str | None = None) -> Any:
+        """Return a process group of these processes for one use alone, so that its messages wait for no others.
+
+        All of them call this at the same time when it is new. `backend` None: that of CPU tensors.
+        """
+        if dist.group.WORLD not in _channels:
+            _channels.clear()
+        channels, key = _channels.setdefault(dist.group.WORLD, {}), (use, *self.ranks)
+        if key not in channels:
+            backend = backend or ("mpi" if dist.get_backend() == "mpi" else "gloo")
+            alone = dict(use_local_synchronization=backend != "mpi")
+            channels[key] = dist.new_group(self.ranks, timeout=PATIENCE, backend=backend, **alone)
+        return channels[key]
+
     def meet(self, place: str, problem: Exception | None = None, **facts: Any) -> list[dict[str, Any]]:
         """Wait until every process is at this place; return the facts that each brings, by place in the group.
 
@@ -78,7 +92,7 @@ class Group:
             return [facts]
         began = time.monotonic()
         try:
-            all_facts = exchange(facts, self.ranks, _control(self.ranks), self._patience())
+            all_facts = exchange(facts, self.ranks, self.channel("meetings", "gloo"), self._patience())
         except Late as error:
             raise ProcessError(self._missed(place, error.rank, time.monotonic() - began)) from error
         self.met = time.monotonic()
@@ -114,17 +128,7 @@ class Group:
 
 ALONE = Group([0], [], False)
 _current: ContextVar[Group | None] = ContextVar("group", default=None)
-_controls: dict[Any, dict[tuple[int, ...], Any]] = {}  # {the group of all: {ranks: Gloo group}}
-
-
-def _control(ranks):
-    """Return the Gloo group of these processes; all of them call this at the same time when it is new."""
-    if dist.group.WORLD not in _controls:
-        _controls.clear()
-    groups = _controls.setdefault(dist.group.WORLD, {})
-    if (key := tuple(ranks)) not in groups:
-        groups[key] = dist.new_group(ranks, timeout=PATIENCE, backend="gloo", use_local_synchronization=True)
-    return groups[key]
+_channels: dict[Any, dict[tuple[Any, ...], Any]] = {}  # {the group of all: {(use, *ranks): group}}
 
 
 def _of_all() -> Group | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from sparselearning.compact import positions
 from sparselearning.selection import CHUNK, SAMPLE
 
-BLOCK_BYTES = 64 << 20
+BLOCK_BYTES = 32 << 20
 LARGEST = 8  # bytes of a number in a gradient
 
 
@@ -27,22 +27,23 @@ def highest_inactive(
     column: Tensor,
     width: int,
     k: int,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return positions (ascending) and gradients of the k inactive entries whose |gradient| is highest.
 
     They are those that `selection.add_highest` adds for the whole |gradient|: of equals the first come first, NaN ranks
     lowest, and if fewer than k entries are inactive, all are returned. `gradient_rows(first, last)` returns the
     gradient of the rows from `first` to `last` - 1, (last - first, width). It is called once for each block of rows, in
-    order; a block takes at most `block_bytes`, or is one row.
+    order; a block takes at most `block_bytes` (by default `BLOCK_BYTES`), or is one row.
     """
     rows, best = len(start) - 1, Best(k, start.device)
-    step = max(1, block_bytes // (max(width, 1) * LARGEST))
+    step = max(1, (block_bytes or BLOCK_BYTES) // (max(width, 1) * LARGEST))
     for first in range(0, rows if k > 0 else 0, step):
         last = min(first + step, rows)
         ends = start[first : last + 1]
         active = positions(ends, column[int(ends[0]) : int(ends[-1])], width)
         best.offer(first * width, gradient_rows(first, last).detach().flatten(), active)
+        best.forget_lower()
     return best.chosen()
 
 
@@ -60,9 +61,12 @@ class Best:
         found = above(max(guess, self.threshold), gradient, active)
         if guess > self.threshold and len(found) < self.k:
             found = above(self.threshold, gradient, active)
-        self.position.append(found + offset)
         self.gradient.append(gradient[found])
+        self.position.append(found.add_(offset))
         self.size += len(found)
+
+    def forget_lower(self) -> None:
+        """Keep the k best alone, if there are twice as many; not while a block of gradients exists, for memory."""
         if self.size >= 2 * self.k:
             position, best = self.chosen()
             self.position, self.gradient, self.size = [position], [best], self.k

@@ -11,7 +11,9 @@ from torch import Tensor
 from sparselearning import grow
 from sparselearning.compact import rows_of
 from sparselearning.sparse import growing
+from sparselearning.sparse.guided import filled_up, guided_candidates
 from sparselearning.sparse.layer import CompactLayer
+from sparselearning.sparse.observed import Seen
 from sparselearning.weights.optimizer import momentum_of
 
 DRAWN_WHOLE = 2**26  # weights
@@ -20,10 +22,7 @@ Form = Callable[[torch.optim.Optimizer, CompactLayer, int], Tensor]
 
 def by_gradient(optimizer: torch.optim.Optimizer, layer: CompactLayer, number: int) -> Tensor:
     """Return the places of the largest |gradient| of the last observed step, as grow.gradient_growth chooses them."""
-    seen = layer.module.observed.last
-    if seen is None:
-        raise RuntimeError("No gradient was observed since the last update of the masks. Train a step in between.")
-    return growing.highest_inactive(seen.rows, *remaining(layer), number)[0]
+    return growing.highest_inactive(last_seen(layer).rows, *remaining(layer), number)[0]
 
 
 def by_momentum(optimizer: torch.optim.Optimizer, layer: CompactLayer, number: int) -> Tensor:
@@ -59,6 +58,31 @@ def at_random(optimizer: torch.optim.Optimizer, layer: CompactLayer, number: int
     return growing.highest_inactive(lambda first, last: torch.rand(last - first, width), *remaining(layer), number)[0]
 
 
+def guided(optimizer: torch.optim.Optimizer, layer: CompactLayer, number: int) -> Tensor:
+    """Return the places of the largest |gradient| among candidates that are drawn where it can be large (guided.py).
+
+    As many are drawn as weights are to be active. What they lack comes at random.
+    """
+    seen = last_seen(layer)
+    here = remaining(layer)
+    drawn = guided_candidates(*seen.norms(), *here, number + len(here[1]))
+    start, column = rows_of(drawn, layer.shape)
+    position, gradient = growing.best_of(drawn, seen.at(start, column), number)
+    return filled_up(position, gradient, *here, number)[0]
+
+
+def last_seen(layer: CompactLayer) -> Seen:
+    """Return the gradient of the last step.
+
+    Raises:
+        RuntimeError: if none was observed since the last update.
+    """
+    seen = layer.module.observed.last
+    if seen is None:
+        raise RuntimeError("No gradient was observed since the last update of the masks. Train a step in between.")
+    return seen
+
+
 def remaining(layer: CompactLayer) -> tuple[Tensor, Tensor, int]:
     """Return start, column and width of what pruning left."""
     return *rows_of(layer.places(), layer.shape), layer.entries.width
@@ -71,5 +95,6 @@ def growing_forms() -> dict[Callable, Form]:
         grow.gradient_growth: by_gradient,
         grow.momentum_growth: by_momentum,
         grow.random_growth: at_random,
+        grow.guided_growth: guided,
         grow.rewiring_growth: at_random,
     }

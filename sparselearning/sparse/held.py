@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselearning.sparse import ops
+from sparselearning.sparse.averaging import Member
 from sparselearning.sparse.entries import Entries
 from sparselearning.sparse.held_weight import HeldWeight
 from sparselearning.sparse.observed import Observed, Pass
@@ -19,6 +21,13 @@ if TYPE_CHECKING:
 
 Place = tuple[Any, str]  # a module, and the name of a parameter that it holds
 Turned = tuple[Tensor, Tensor, Tensor]
+
+
+def alive(here: weakref.ref[Any]) -> Held:
+    """Return the weight that a hook belongs to."""
+    held = here()
+    assert held is not None, "the optimizer still steps the weights of a model that is gone"
+    return held
 
 
 class Held:
@@ -35,6 +44,7 @@ class Held:
 
     loaded: Tensor | None = None  # where the entries of a loaded optimizer state are, int64
     hooks: tuple[Any, ...] = ()
+    member: Member | None = None  # of those whose gradients are averaged over processes
     dense: HeldWeight  # the weight, whatever stands in its place in a module for the moment
 
     def __init__(self, places: Sequence[Place], position: Tensor, observed: Observed, value: Tensor | None = None):
@@ -75,9 +85,10 @@ class Held:
         # Those of the weight that was exchanged (`swap_tensors`); torch would not call new ones beside them.
         self.dense._post_accumulate_grad_hooks = None  # pyright: ignore[reportAttributeAccessIssue]
         notice = super(HeldWeight, self.dense).register_post_accumulate_grad_hook
+        here = weakref.ref(self)  # torch's tensors keep their hooks where no garbage collection sees a cycle
         self.hooks = (
-            notice(self.receive),
-            self.value.register_post_accumulate_grad_hook(lambda value: self.observed.commit(value.grad)),
+            notice(lambda weight: alive(here).receive(weight)),
+            self.value.register_post_accumulate_grad_hook(lambda _: alive(here).arrived()),
         )
 
     def end(self) -> None:
@@ -96,7 +107,7 @@ class Held:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: entry for name, entry in vars(self).items() if name not in ("dense", "hooks")}
+        return {name: entry for name, entry in vars(self).items() if name not in ("dense", "hooks", "member")}
 
     @torch.no_grad()
     def receive(self, weight: HeldWeight) -> None:
@@ -105,7 +116,21 @@ class Held:
         if self.observed.observing:
             self.observed.collect(Pass(dense=gradient), self.value.grad)
         active = gradient.flatten()[self.entries.position]
+        if self.member is not None:
+            self.member.add(active)
+            return
         self.value.grad = active if self.value.grad is None else self.value.grad.add_(active)
+        self.complete()
+
+    def arrived(self) -> None:
+        """Note that torch has accumulated the values' gradient."""
+        if self.member is None:
+            self.complete()
+        else:
+            self.member.arrived()
+
+    def complete(self) -> None:
+        """Note that the values' gradient is complete."""
         self.observed.commit(self.value.grad)
 
     def watch(self, x: Tensor, y: Tensor, whole: Callable[[Tensor], Tensor] = Tensor.detach) -> Tensor:
@@ -149,6 +174,10 @@ class Held:
     def turn(self, start: Tensor, column: Tensor) -> Turned:
         """Return the nonzeros in the order of the input gradient."""
         return ops.transposed(start, column, self.module.as_convolution(self.shape))
+
+    def norms(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """Return numbers whose product bounds the gradient: one for each column of the matrix, and for each row."""
+        return self.module.norms(x, dy)
 
     def gradient_of_rows(self, x: Tensor, dy: Tensor, first: int, last: int) -> Tensor:
         """Return the gradient of some rows of the weight's matrix, (last - first, width)."""

@@ -81,6 +81,22 @@ class HeldWeight(nn.Parameter):
         self.entries.value.grad = gradient
 
     @property
+    def active(self) -> nn.Parameter:
+        """The active values, (nonzeros,)."""
+        return self.entries.value
+
+    @property
+    def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The weight without its history, as of any parameter; what is written into it counts."""
+        return TENSOR.data.__get__(self)
+
+    @data.setter
+    def data(self, tensor: Tensor) -> None:
+        if tensor.shape != self.shape:
+            raise ValueError(f"Expected data of shape {tuple(self.shape)}, got {tuple(tensor.shape)}.")
+        self.entries.write(tensor)
+
+    @property
     def requires_grad(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the values are trained."""
         return TENSOR.requires_grad.__get__(self)

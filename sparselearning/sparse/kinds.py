@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from sparselearning.layers import SparseLayer
+from sparselearning.layer import SparseLayer
 from sparselearning.sparse.held import Place
 from sparselearning.sparse.interface import DTYPES
 from sparselearning.sparse.trained import Trained, TrainedLinear, TrainedProjection

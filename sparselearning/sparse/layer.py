@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sparselearning.compact import compact, found, is_compact, position_of
-from sparselearning.layers import SparseLayer
+from sparselearning.layer import SparseLayer
+from sparselearning.orientation import PLAIN
 from sparselearning.patterns import Pattern, with_most, with_pattern
 from sparselearning.processes.agreement import checksum_of
 from sparselearning.sparse.entries import Entries
@@ -43,7 +44,11 @@ class CompactLayer(SparseLayer):
         vars(new).update(kept, module=module, plain_pattern=layer.pattern, looks=None, writes=0, agreed_writes=0)
         new.explored_places = Explored()
         new.stay()
+        new.remember()
         return new
+
+    def __repr__(self) -> str:
+        return f"CompactLayer({self.name!r}, shape={tuple(self.shape)}, nonzeros={self.nonzeros})"
 
     @property
     def entries(self) -> Entries:
@@ -161,7 +166,8 @@ class CompactLayer(SparseLayer):
         return torch.tensor(self.explored_places.count)
 
     def remember(self) -> None:
-        self.explored_places.add(self.places() if self.grown is None or not self.explored_places.count else self.grown)
+        known = self.explored_places.count > 0
+        self.explored_places.add(self.grown if known and self.grown is not None else self.places())
 
     def checksum(self) -> Tensor:
         """Return the number that `agreement.checksum` returns for the mask."""
@@ -174,12 +180,12 @@ class CompactLayer(SparseLayer):
     def edited(self) -> bool:
         return self.agreed_writes != self.writes
 
-    @property
-    def written(self) -> bool:
-        return self.entries.beyond is not None
-
-    def note_written(self) -> None:
-        pass
+    def unconnected(self) -> tuple[int, int]:
+        if self.orientation != PLAIN or self.grown is not None or self.kept is not None:
+            return super().unconnected()
+        entries, inputs = self.entries, self.shape[1]
+        read = (entries.column // max(entries.width // max(inputs, 1), 1)).unique()
+        return int((entries.start.diff() == 0).sum()), inputs - len(read)
 
     def in_memory(self) -> tuple[Tensor, Tensor]:
         value, beyond = self.entries.value.detach(), self.entries.beyond

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparselearning.compact import found, rows_of
 from sparselearning.sparse.candidates import CandidateSet
-
-if TYPE_CHECKING:
-    from sparselearning.sparse.held import Held
 
 
 @dataclass
@@ -27,20 +24,28 @@ class Pass:
     dy: Tensor | None = None
     dense: Tensor | None = None
 
-    def rows(self, module: Held, first: int, last: int) -> Tensor:
+    def rows(self, module: Any, first: int, last: int) -> Tensor:
         """Return the gradient of some rows of the weight's matrix, (last - first, width)."""
         if self.x is None or self.dy is None:
             assert self.dense is not None
             return self.dense.flatten(1)[first:last]
         return module.gradient_of_rows(self.x, self.dy, first, last)
 
-    def at(self, module: Held, start: Tensor, column: Tensor) -> Tensor:
+    def at(self, module: Any, start: Tensor, column: Tensor) -> Tensor:
         """Return the gradient of some entries, (entries,); rows and columns as `Entries` has them."""
         if self.x is not None and self.dy is not None:
             return module.gradient_at(self.x, self.dy, start, column)
         assert self.dense is not None
         row = torch.repeat_interleave(torch.arange(len(start) - 1), start.diff().long())
         return self.dense.flatten(1)[row, column.long()]
+
+    def norms(self, module: Any) -> tuple[Tensor, Tensor]:
+        """Return how large inputs and outputs' gradients are, (width,) and (rows,): sums of magnitudes."""
+        if self.x is None or self.dy is None:
+            assert self.dense is not None
+            size = self.dense.flatten(1).abs()
+            return size.sum(0), size.sum(1)
+        return module.norms(self.x, self.dy)
 
 
 @dataclass
@@ -60,7 +65,7 @@ class Change:
 class Seen:
     """The gradient of a layer's weight that one step used: of all the backward passes of that step."""
 
-    def __init__(self, module: Held, passes: Sequence[Pass], change: Change):
+    def __init__(self, module: Any, passes: Sequence[Pass], change: Change):
         self.module, self.passes, self.change = module, list(passes), change
 
     def rows(self, first: int, last: int) -> Tensor:
@@ -76,6 +81,11 @@ class Seen:
         """Return the gradient of some entries, (entries,)."""
         parts = [each.at(self.module, start, column) for each in self.passes]
         return self.change(torch.stack(parts).sum(0) if len(parts) > 1 else parts[0].clone())
+
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """Return how large inputs and outputs' gradients are, (width,) and (rows,), added up over the passes."""
+        x_norms, dy_norms = zip(*(each.norms(self.module) for each in self.passes), strict=True)
+        return torch.stack(x_norms).sum(0), torch.stack(dy_norms).sum(0)
 
     def dense(self) -> Tensor:
         """Return the gradient of the weight."""
@@ -104,6 +114,7 @@ class Observed:
         self.sum: Tensor | None = None  # dense, of all entries
         self.candidates: CandidateSet | None = None
         self.steps = 0  # that are observed
+        self.shared = False  # whether all processes hold the same
         self.pending: list[Pass] = []  # since the values' gradient was cleared
         self.passing: list[Pass] = []  # of the backward pass that runs
         self.before: Tensor | None = None  # the values' gradient after the last of these passes
@@ -124,16 +135,28 @@ class Observed:
             self.pending, self.passing = self.pending + self.passing, []
             self.before = None if gradient is None else gradient.detach().clone()
 
-    def take(self, module: Held, scale: float = 1.0) -> None:
-        """Count a step, which takes the pending gradients; `scale` is what the optimizer multiplies gradients with."""
+    def take(self, module: Any, scale: float = 1.0) -> Seen | None:
+        """Return the gradient of a step, which takes the pending ones; None if none was observed.
+
+        `scale` is what the optimizer multiplies gradients with.
+        """
         pending, self.pending = self.pending, []
         if not pending or self.before is None or module.value.grad is None:
-            return
+            return None
         change = change_between(self.before, module.value.grad)
         self.before = None
-        if change is None:
+        return None if change is None else Seen(module, pending, Change(change.factor * scale, change.bound))
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the next observed step chooses the entries whose gradients are kept."""
+        return self.observing and self.window > 1 and self.among is not None and self.candidates is None
+
+    def count(self, seen: Seen | None) -> None:
+        """Count a step with this gradient."""
+        if seen is None:
             return
-        seen = Seen(module, pending, Change(change.factor * scale, change.bound))
+        self.shared = False
         if self.window == 1:
             self.last, self.steps = seen, 1
             return
@@ -174,7 +197,7 @@ class Observed:
             return self.last.dense()
         return None if self.sum is None else self.sum / self.steps
 
-    def mean_at(self, module: Held, position: Tensor) -> Tensor | None:
+    def mean_at(self, module: Any, position: Tensor) -> Tensor | None:
         """Return the mean gradient of some entries, at places in ascending order; zero where none was kept."""
         if self.last is not None:
             return self.last.at(*rows_of(position, module.entries.shape))
@@ -189,7 +212,7 @@ class Observed:
     def forget(self) -> None:
         """Start anew after an update of the masks."""
         self.last = self.sum = self.candidates = None
-        self.steps = 0
+        self.steps, self.shared = 0, False
         self.drop()
 
     def drop(self) -> None:
@@ -203,6 +226,8 @@ def change_between(before: Tensor, after: Tensor) -> Change | None:
     The change may be a factor (a loss scale, the clipping of a norm) or the clipping of each entry. Of any other the
     factor that comes closest is taken. None: the two are not finite, or have nothing in common.
     """
+    if torch.equal(before, after) and (not len(after) or torch.stack(after.aminmax()).isfinite().all()):
+        return Change()
     factor = (before.double() @ after.double()) / before.double().square().sum()
     if not factor.isfinite():
         return None if before.any() else Change()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from sparselearning.layers import SparseLayer
+from sparselearning.layer import SparseLayer
 from sparselearning.loading import (
     MOST_STEPS,
     check_entries,
@@ -37,6 +37,7 @@ def load_observed(module: Held, state: dict[str, Any]) -> None:
     """Take what `state_of_observed` returned; an empty state stands for no observed gradients."""
     observed, device = module.observed, module.value.device
     observed.forget()
+    observed.shared = True  # all processes load the same
     observed.steps, observed.observing = state.get("observed", 0), state.get("observing", observed.observing)
     gradient = state.get("gradient")
     if gradient is not None and observed.window == 1:  # of a file of an earlier release

@@ -55,6 +55,10 @@ class Trained(nn.Module):
         """Return whether dy has the shape of the output for x and a weight of this shape; both as `watch` has them."""
 
     @abstractmethod
+    def norms(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of |x| for each column of the weight's matrix, and that of |dy| for each row."""
+
+    @abstractmethod
     def gradient_of_rows(self, x: Tensor, dy: Tensor, first: int, last: int) -> Tensor:
         """Return the gradient of some rows of the weight's matrix, (last - first, width)."""
 
@@ -184,6 +188,9 @@ class Rows(Trained):
 
     def belong(self, x: Tensor, dy: Tensor, shape: torch.Size) -> bool:
         return x.dim() == 2 and x.shape[1] == shape[1] and dy.shape == (len(x), shape[0])
+
+    def norms(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return x.abs().sum(0), dy.abs().sum(0)
 
     def gradient_of_rows(self, x: Tensor, dy: Tensor, first: int, last: int) -> Tensor:
         return dy[:, first:last].t() @ x

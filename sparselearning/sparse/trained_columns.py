@@ -67,6 +67,10 @@ class Columns(Single):
     def belong(self, x: Tensor, dy: Tensor, shape: torch.Size) -> bool:
         return x.dim() == 2 and x.shape[1] == shape[0] and dy.shape == (len(x), shape[1])
 
+    def norms(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of |dy| for each column of the weight's matrix, and that of |x| for each row."""
+        return dy.abs().sum(0), x.abs().sum(0)
+
     def gradient_of_rows(self, x: Tensor, dy: Tensor, first: int, last: int) -> Tensor:
         return x[:, first:last].t() @ dy
 

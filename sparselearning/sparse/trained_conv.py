@@ -47,6 +47,12 @@ class TrainedConv(Single):
         planes = self.entries.turned[0].numel() - 1
         return tuple(ops.checked(tuple(x.shape), self.out_channels, planes, self.geometry())[1])
 
+    def norms(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the same; a column stands for an input channel of each group, wherever in the filter it is."""
+        channels = x.abs().sum((0, 2, 3)).reshape(self.groups, -1).sum(0)
+        size = self.entries.width // max(len(channels), 1)
+        return channels.repeat_interleave(size), dy.abs().sum((0, 2, 3))
+
     def gradient_of_rows(self, x: Tensor, dy: Tensor, first: int, last: int) -> Tensor:
         x, dy = to_batch_first(x), to_batch_first(dy)
         parts, each, per_group = [], self.in_channels // self.groups, self.out_channels // self.groups

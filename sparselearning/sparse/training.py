@@ -18,18 +18,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sparselearning.functions import surely_reads
 from sparselearning.grow import momentum_growth
-from sparselearning.layers import SparseLayer
+from sparselearning.layer import SparseLayer
 from sparselearning.loading import MOST_STEPS, check_entries, check_whole
+from sparselearning.native.allocator import give_freed_memory
 from sparselearning.patterns import UNSTRUCTURED, with_pattern
 from sparselearning.processes import distributed
+from sparselearning.processes.group import current
+from sparselearning.processes.sharded import is_sharded
 from sparselearning.sparse import optimizer_state
+from sparselearning.sparse.averaging import Averaging, leave_out, refuse_earlier, take_in
 from sparselearning.sparse.batch_last import forget_order, keep_order
 from sparselearning.sparse.growth import growing_forms
 from sparselearning.sparse.held import Held, Place
@@ -39,6 +45,7 @@ from sparselearning.sparse.layer import CompactLayer
 from sparselearning.sparse.observed import Observed
 from sparselearning.sparse.observed_state import check_observed, load_observed, state_of_observed
 from sparselearning.sparse.recorded import recorded
+from sparselearning.sparse.sharing import Found, choose_together, move_as_first, share
 from sparselearning.sparse.unborn import materialise
 from sparselearning.weights.optimizer import momentum_of
 from sparselearning.weights.regrowth import draw_new, gradient_scale
@@ -47,7 +54,7 @@ from sparselearning.weights.zeros import Ahead, Layers, Zeros
 logger = logging.getLogger(__name__)
 
 WINDOW = 20  # steps before an update whose dense gradients are averaged: as many as a momentum of 0.9 averages
-MOST_EVERYWHERE = 2**16  # inactive weights of a layer whose gradients are averaged, if there are fewer active ones
+CANDIDATES = 2**16  # inactive weights of a layer whose gradients are averaged, if there are fewer active ones
 EVERY = 10  # before the first update has shown how far apart updates are, every tenth step is observed
 
 
@@ -57,17 +64,23 @@ class SparseTraining(Zeros):
     Weights of other modules than those of `kinds.KINDS`, and dtypes without kernels, stay masked.
 
     Args:
+        candidates: inactive weights of a layer whose mean gradients growth by momentum compares, at least; as many as
+            there are active ones if that is more. A layer that has fewer compares all.
         settings: as `Zeros` takes them.
 
     Raises:
+        ValueError: for a number of candidates below 1.
         RuntimeError: if the installation has no sparse kernels.
     """
 
     kind = "sparse"
     exchanges = True
 
-    def __init__(self, **settings: Any):
+    def __init__(self, *, candidates: int = CANDIDATES, **settings: Any):
         super().__init__(**settings)
+        if candidates < 1:
+            raise ValueError(f"Expected at least 1 candidate in a layer, got {candidates}.")
+        self.fewest_candidates = candidates
         kernels()  # says so if there are none
         self.roots: list[nn.Module] = []
         self.trained: dict[str, Held] = {}  # by the layer's name
@@ -77,12 +90,15 @@ class SparseTraining(Zeros):
         self.since_update, self.carry = 0, True
         self.ahead: Ahead = (0.0, False)
         self.interval: int | None = None  # steps between the last two updates
+        self.averaging: Averaging | None = None  # of gradients, where several processes train
 
     def attach(self) -> list[RemovableHandle]:
         """Save the optimizer's state in dense form; hold the weights again where this is a copy."""
         for layer in self.layers.values():
             layer.module.attach()
             layer.stay()
+        for root in self.roots:
+            self.average(root)
         save, optimizer = optimizer_state.save, self.optimizer
         return [
             optimizer.register_state_dict_post_hook(lambda _, saved: save(optimizer, saved, self.trained)),
@@ -101,8 +117,8 @@ class SparseTraining(Zeros):
             module.loaded = position
         self.arriving = []
 
-    def make_real(self, module: nn.Module, new: Mapping[str, SparseLayer]) -> None:
-        """Give a module real tensors in place of those on the meta device, but for weights that the kernels take.
+    def make_real(self, module: nn.Module, new: Mapping[str, SparseLayer]) -> list[SparseLayer]:
+        """Give a module real tensors for those on the meta device, but for weights that the kernels take.
 
         Of these the active values will be drawn, as the module's `reset_parameters` draws all (recorded.py). The
         optimizer steps the new parameters.
@@ -111,7 +127,7 @@ class SparseTraining(Zeros):
             ValueError: if a module does not say how its tensors start; nothing is changed then.
         """
         if not any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()]):
-            return
+            return list(new.values())
         places = places_of(module)
         unborn = {id(x.weight): x for x in new.values() if x.weight.is_meta and not why_not(x, places[id(x.weight)])}
         for layer in unborn.values():
@@ -124,16 +140,27 @@ class SparseTraining(Zeros):
                 layer.weight = layer.master = made[layer.weight]
                 layer.mask = with_pattern(torch.zeros_like(layer.weight, dtype=torch.bool), layer.pattern)
                 layer.ever_active = layer.mask.clone()
+        return list(new.values())
 
     def check(self, module: nn.Module, layers: Layers) -> None:
         """Check that some of the layers can train on sparse kernels.
 
         Raises:
-            ValueError: if none can, naming the reasons; if several processes train, or the optimizer steps matrices.
+            ValueError: if none can, naming the reasons; if weights are sharded, if DistributedDataParallel was made
+                before, or if the optimizer steps matrices.
         """
         optimizer_state.refuse_shaped(self.optimizer)
-        if distributed.in_process_group():
-            raise ValueError("weights='sparse' trains in one process; leave it out under torchrun.")
+        if any(is_sharded(layer.weight) for layer in layers):
+            raise ValueError(
+                "weights='sparse' trains whole weights, and these are sharded (FSDP2, tensor parallelism). Use "
+                "DistributedDataParallel, or weights='zero'."
+            )
+        if type(self.optimizer).__name__ == "ZeroRedundancyOptimizer":
+            raise ValueError(
+                "weights='sparse' replaces parameters that ZeroRedundancyOptimizer has divided among processes. Use "
+                "its inner optimizer, whose state is that of active weights alone, or weights='zero'."
+            )
+        refuse_earlier(module)
         places = places_of(module)
         reasons = {why_not(layer, places[id(layer.weight)]) for layer in layers}
         if "" not in reasons:
@@ -157,8 +184,38 @@ class SparseTraining(Zeros):
         self.roots.append(module)
         self.ahead = ahead
         keep_order(module)
+        self.average(module)
+        for layer in layers:
+            if layer.name in self.trained:
+                distributed.send_to_all(self.trained[layer.name].value.detach())
         self.tell(layers)
         return result
+
+    def average(self, root: nn.Module) -> None:
+        """Average gradients of values over processes in DistributedDataParallel's passes, if several train `root`."""
+        leave_out(root)
+        if not distributed.in_process_group():
+            return
+        self.averaging = self.averaging or Averaging(current())
+        self.averaging.watch(root)
+        for module in self.trained.values():
+            if module.member is None:
+                module.member = self.averaging.member(module.value, module.complete)
+
+    @property
+    def bytes_per_step(self) -> float | None:
+        """What this process sent for each step: averages of gradients, and its part of updates. None in one process."""
+        return None if self.averaging is None else self.averaging.traffic.per_pass
+
+    def agree(self, layers: Layers) -> None:
+        """Let entries leave and come as on the first process."""
+        if self.averaging is not None:
+            move_as_first([layer for layer in layers if isinstance(layer, CompactLayer)], self.averaging)
+
+    def share(self) -> None:
+        """Average what was observed over the processes."""
+        if self.averaging is not None and self.window:
+            share([*self.trained.values()], self.averaging)
 
     def hold(self, layer: SparseLayer, places: Sequence[Place], ahead: Ahead) -> CompactLayer:
         """Let the modules at `places` hold the active weights of a layer alone."""
@@ -178,7 +235,7 @@ class SparseTraining(Zeros):
 
     def choose_observed(self, layer: CompactLayer) -> None:
         """Say where the mean of observed gradients is kept: for functions that want it everywhere, everywhere."""
-        number = max(layer.nonzeros, MOST_EVERYWHERE)
+        number = max(layer.nonzeros, self.fewest_candidates)
         sparingly = self.sparingly and layer.pattern == UNSTRUCTURED and number < layer.zeros
         layer.module.observed.among = number if sparingly else None
 
@@ -195,11 +252,15 @@ class SparseTraining(Zeros):
             if (module := self.trained.pop(layer.name, None)) is None:
                 continue
             self.layers.pop(layer.name)
-            weight = module.dense
+            weight, member = module.dense, module.member
             optimizer_state.exchange(self.optimizer, module.value, weight)
             if state := self.optimizer.state.get(weight):
                 state.update(optimizer_state.in_dense_form(state, module))
             module.end()
+            if self.averaging is not None and member is not None:
+                self.averaging.let_go(member, weight, self.roots)
+            else:
+                take_in(weight, self.roots)
         if not self.trained:
             for root in self.roots:
                 forget_order(root)
@@ -251,7 +312,13 @@ class SparseTraining(Zeros):
             load_observed(module, state.get("layers", {}).get(name, {}))
 
     def before_step(self, layers: Layers, closure: Callable | None) -> None:
-        """Give the optimizer the values."""
+        """Give the optimizer the values.
+
+        Raises:
+            RuntimeError: if other processes have come after `add_module`.
+        """
+        if self.averaging is None and self.trained and distributed.in_process_group():
+            raise RuntimeError("Start the process group (init_process_group) before add_module with weights='sparse'.")
         for module in self.trained.values():
             module.entries.beyond = None
             optimizer_state.compact(self.optimizer, module)
@@ -260,6 +327,7 @@ class SparseTraining(Zeros):
     def give(self, layers: Layers) -> None:
         """Take the dense gradients that the optimizer is going to use."""
         scale = 1 / float(gradient_scale(self.optimizer))
+        found: list[Found] = []
         overflowed = getattr(self.optimizer, "found_inf", None)  # a fused optimizer then skips the step
         for module in self.trained.values():
             if not module.dense.requires_grad:  # frozen
@@ -267,16 +335,20 @@ class SparseTraining(Zeros):
             if overflowed is not None and overflowed.item():
                 module.observed.drop()
             else:
-                module.observed.take(module, scale)
+                found.append((module, module.observed.take(module, scale)))
+        for module, seen in found if self.averaging is None else choose_together(found, self.averaging):
+            module.observed.count(seen)
         super().give(layers)
 
     def apply(self, layers: Layers) -> None:
         """Let values follow masks that moved; forget what was written where weights are inactive."""
-        for layer in self.layers.values():
-            if layer.moves:
-                self.move(layer)
-            layer.stay()
-            layer.entries.beyond = None
+        moving = any(layer.moves for layer in self.layers.values())
+        with give_freed_memory() if moving else nullcontext():
+            for layer in self.layers.values():
+                if layer.moves:
+                    self.move(layer)
+                layer.stay()
+                layer.entries.beyond = None
         self.carry = True
         super().apply([layer for layer in layers if not layer.compact])
 
@@ -285,6 +357,7 @@ class SparseTraining(Zeros):
         for module in self.trained.values():
             optimizer_state.compact(self.optimizer, module)  # it may have been loaded
         super().refuse_update(layers)
+        self.share()
 
     @torch.no_grad()
     def move(self, layer: CompactLayer) -> None:
@@ -306,12 +379,14 @@ class SparseTraining(Zeros):
 
     def grow(self, function: Callable, layer: SparseLayer, number: int) -> bool:
         """Grow without dense tensors, if the function has such a form (growth.py) and the layer no pattern."""
-        form = growing_forms().get(function)
+        form, reads_gradient = growing_forms().get(function), surely_reads(function, "gradient")
         if form is None or not isinstance(layer, CompactLayer) or layer.pattern != UNSTRUCTURED:
             return False
-        if function is momentum_growth and layer.module.observed.among is None:
+        observed = layer.module.observed
+        if (observed.among is None) if function is momentum_growth else (reads_gradient and observed.window != 1):
             return False
-        layer.grow(form(self.optimizer, layer, number))
+        with give_freed_memory():
+            layer.grow(form(self.optimizer, layer, number))
         return True
 
     def stepped(self, ahead: Ahead) -> None:

@@ -11,7 +11,7 @@ from sparselearning import loading
 from sparselearning.budgets import Budget
 from sparselearning.compact import expanded, is_compact, position_of
 from sparselearning.invariants import stepped_by
-from sparselearning.layers import SparseLayer
+from sparselearning.layer import SparseLayer
 from sparselearning.patterns import pattern_of, patterns_for
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import is_sharded
@@ -46,7 +46,7 @@ def new_layers(
     """
     known = {id(layer.weight) for layer in masking.layers}
     stepped = stepped_by(masking.optimizer)
-    taken, layers = set(masking.masks), {}
+    taken, layers = set(masking.densities), {}
     judged = {found.name: found for found in judge(module, sparse_embeddings, sparse)}
     kept = {name: (found.parameter, found.reason) for name, found in judged.items() if found.reason}
     weights = {name: found.parameter for name, found in judged.items() if not found.reason}

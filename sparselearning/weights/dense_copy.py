@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from sparselearning.budgets import layers_of
 from sparselearning.functions import FunctionError
-from sparselearning.layers import SparseLayer
+from sparselearning.layer import SparseLayer
 from sparselearning.loading import check_tensor
 from sparselearning.native.zero import zero_inactive
 from sparselearning.patterns import without_pattern

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparselearning.layers import SparseLayer
+from sparselearning.layer import SparseLayer
 from sparselearning.processes.sharded import count_active, fetch, local_part
 from sparselearning.start.distributions import DISTRIBUTIONS as DRAWN
 from sparselearning.start.masks import SparseInit
@@ -56,12 +56,12 @@ def _is_positive(number: Tensor) -> bool:
 def remember(layers: Iterable[SparseLayer]) -> None:
     """Note that the weights are masked as they are now."""
     for layer in layers:
-        layer.note_written()
+        layer.version = layer.master._version
 
 
 def warn_of_written_weights(masking: Any) -> None:
     """Warn if weights were written since they were masked, and the coming step sets many nonzero ones to zero."""
-    written = [layer for layer in masking.layers if layer.written]
+    written = [layer for layer in masking.layers if layer.version != layer.master._version]
     if not written or masking.held.keeps_inactive or masking.looks_left <= 0:
         return
     masking.looks_left -= 1

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sparselearning.functions import may_read
-from sparselearning.layers import SparseLayer
+from sparselearning.layer import SparseLayer
 from sparselearning.processes import distributed
 
 logger = logging.getLogger(__name__)

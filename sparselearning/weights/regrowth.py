@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparselearning.layers import SparseLayer
+from sparselearning.layer import SparseLayer
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import add_up, is_sharded, local_part, uniform_like
 from sparselearning.weights.start_states import group_of, start_of_state, state_per_weight

@@ -55,6 +55,10 @@ class Steps(Layers, ABC):
         ]
         invariants.MASKINGS.add(self)
 
+    def _agree_and_count(self):
+        self.held.agree(self.layers)
+        super()._agree_and_count()
+
     def _remove(self, removed):
         super()._remove(removed)
         self.held.release(removed)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sparselearning.layers import SparseLayer
+from sparselearning.layer import SparseLayer
 from sparselearning.native.zero import zero_inactive
 from sparselearning.weights.optimizer import gradient_of, mixes_entries, momentum_of
 from sparselearning.weights.regrowth import START_VALUES, pull_to_zero, start_regrown
@@ -72,6 +72,11 @@ class Zeros:
         """Whether `before_step` does anything."""
         return self.exchanges or self.pull > 0 or self.mixes
 
+    @property
+    def bytes_per_step(self) -> float | None:
+        """What this process sent for each step, if it was counted; dense parts apart."""
+        return None
+
     @cached_property
     def mixes(self) -> bool:
         """Whether the optimizer joins the gradients of all weights into one direction."""
@@ -81,8 +86,8 @@ class Zeros:
         """Register hooks, and return them; also in a copy of the optimizer and the layers, which has lost them."""
         return []
 
-    def make_real(self, module: nn.Module, new: Mapping[str, SparseLayer]) -> None:
-        """Give a module real tensors in place of those on the meta device, but for weights that need none.
+    def make_real(self, module: nn.Module, new: Mapping[str, SparseLayer]) -> list[SparseLayer]:
+        """Give a module real tensors for those on the meta device, but for weights that need none; return the layers.
 
         Raises:
             ValueError: if it has some, and weights are not held by their active entries alone.
@@ -92,6 +97,7 @@ class Zeros:
                 f"Expected a model with values, got {', '.join(names[:3])} on the meta device. Use weights='sparse', "
                 "which draws active values alone, or build the model on a real device."
             )
+        return list(new.values())
 
     def check(self, module: nn.Module, layers: Layers) -> None:
         """Check that the weights of `layers` in `module` can be held this way; nothing is changed yet."""
@@ -158,6 +164,12 @@ class Zeros:
     def grow(self, function: Callable, layer: SparseLayer, number: int) -> bool:
         """Grow weights of a layer as a growth function would, without dense tensors; tell whether that is possible."""
         return False
+
+    def agree(self, layers: Layers) -> None:
+        """Let layers without masks move as on the first process."""
+
+    def share(self) -> None:
+        """Let all processes hold the same, so that one of them can save it; all call it."""
 
     def moved(self, layers: Layers, before: Sequence[Any]) -> None:
         """Follow masks that have moved; `before` is what they were."""

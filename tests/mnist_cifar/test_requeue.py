@@ -11,7 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from script import FOLDER, checkpoint_of, metrics_of, run_folder
+from script import FOLDER, assert_equal, checkpoint_of, metrics_of, run_folder
+
+from sparselearning.sparse import available
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SCRIPT = str(FOLDER / "main.py")
@@ -26,8 +28,9 @@ STATUSES = (1, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL)
 class Attempt:
     """The processes of a run, begun or gone on with."""
 
-    def __init__(self, place, processes, epochs):
-        command = [*(TORCHRUN if processes > 1 else [sys.executable]), SCRIPT, *RUN.split(), "--epochs", str(epochs)]
+    def __init__(self, place, processes, epochs, more=()):
+        command = [*(TORCHRUN if processes > 1 else [sys.executable]), SCRIPT, *RUN.split(), *more]
+        command += ["--epochs", str(epochs)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         self.several = processes > 1
         self.place = place
@@ -137,3 +140,26 @@ def test_fifty_kills_on_one_process_and_two_in_turn_leave_no_trace(tmp_path):
         assert status in STATUSES or (status == 0 and kills > 40), f"attempt {attempts} ended with {status}"
         assert errors == []
     finish(place, 2, epochs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not available(), reason="built without sparse kernels")
+def test_a_hundred_kills_of_a_run_on_active_weights_leave_no_trace(tmp_path):
+    """With the gradients of inactive weights that are observed before an update."""
+    more = ["--weights", "sparse", "--growth", "gradient", "--prune-every-k-steps", "7"]
+    draw, epochs, kills = random.Random(0), 400, 0
+    while kills < 100:
+        attempt = Attempt(tmp_path / "killed", 1, epochs, more)
+        if attempt.trains():
+            time.sleep(draw.uniform(0, 0.2))
+        if attempt.process.poll() is None:
+            attempt.send(signal.SIGKILL, draw)
+            kills += 1
+        status, errors = attempt.end()
+        assert status in STATUSES or (status == 0 and kills > 80), f"after {kills} kills it ended with {status}"
+        assert errors == []
+    for place in ("killed", "whole"):
+        assert Attempt(tmp_path / place, 1, epochs, more).end() == (0, [])
+    killed, whole = (checkpoint_of(run_folder(tmp_path / place)) for place in ("killed", "whole"))
+    for part in ("model", "optimizer", "mask"):
+        assert_equal(killed[part], whole[part])

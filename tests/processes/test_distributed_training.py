@@ -18,7 +18,7 @@ from sparselearning.functions import FunctionError
 from sparselearning.processes import distributed
 from sparselearning.processes.sharded import Whole, unsharded
 
-GROWTHS = ("momentum", "random", "global_momentum")
+GROWTHS = ("momentum", "random", "global_momentum", "guided")
 
 
 def train(growth, dtype=torch.float32, wrap=None, divided=False, updates=20, **modes):

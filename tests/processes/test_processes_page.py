@@ -21,5 +21,5 @@ def run_blocks(place):
 
 
 def test_the_loops_of_the_page_run(tmp_path):
-    assert len(BLOCKS) == 3
-    assert run(run_blocks, 2, tmp_path) == [[192] * 3] * 2  # 20% of 20 * 40 + 40 * 4
+    assert len(BLOCKS) == 4
+    assert run(run_blocks, 2, tmp_path) == [[192] * 4] * 2  # 20% of 20 * 40 + 40 * 4

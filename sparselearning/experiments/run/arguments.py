@@ -174,7 +174,6 @@ def _of_sparse_backend(args: argparse.Namespace) -> list[Condition]:
             f"computes on the CPU, not on {args.device}: add --device cpu",
         ),
         (args.amp != "none" or args.fp16, "computes in fp32: leave out --amp and --fp16"),
-        (processes() > 1, "trains in one process: leave out torchrun"),
         (args.compile, "chooses its own kernels: leave out --compile"),
     ]
     flag = "--sparse-backend cpu" if args.sparse_backend else "--weights sparse"

@@ -203,6 +203,8 @@ class Checkpoints:
         here: dict[str, Any] = {"random": checkpoint.random_state()}
         if progress is not None:  # inside an epoch each process has statistics of BatchNorm of its own
             here["buffers"] = [buffer.cpu() for buffer in self.model.buffers()]
+        if isinstance(masking := self.parts.get("mask"), Masking):
+            masking.held.share()
         others = distributed.gather(here)[1:]
         if not self.folder.writes:
             for part in self.parts.values():

@@ -130,6 +130,8 @@ def record_of(
         record |= dict(density=masking.density, active_weights=masking.total_nonzero)
         record |= dict(density_per_layer=masking.densities)
         record |= dict(prune_rate=masking.prune_rate, exploration_rate=masking.exploration_rate)
+        if masking.held.bytes_per_step is not None:
+            record |= dict(bytes_per_step=masking.held.bytes_per_step)
     return record
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from script import checkpoint_of, load_main, runner
 
-from sparselearning import checkpoint
+from sparselearning import archive
 from sparselearning.experiments.run.stopping import StopRequests
 
 main = load_main()
@@ -67,7 +67,7 @@ def test_a_damaged_entry_of_a_run_is_named(change, message, stopped, capsys):
     assert state["progress"]["steps"] == 3
     put(state, *change)
     with (folder / "checkpoint.pt").open("w+b") as file:
-        checkpoint._write(state, file)  # with valid checksums
+        archive.write(state, file)  # with valid checksums
     with pytest.raises(SystemExit) as ended:
         go_on()
     assert ended.value.code == 2

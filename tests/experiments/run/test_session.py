@@ -160,7 +160,6 @@ def test_arguments_that_exclude_each_other_get_the_same_line(refusals, tmp_path,
     ("argv", "words"),
     [
         ("--batch-size 7", "--batch-size 7 cannot be divided evenly among 2 processes"),
-        ("--sparse-backend cpu", "--sparse-backend cpu trains in one process: leave out torchrun"),
     ],
 )
 def test_what_several_processes_cannot_do_gets_the_same_line(refusals, monkeypatch, argv, words):
