@@ -43,3 +43,11 @@ def conv2d_gradients(
     settings = (None, stride, padding, dilation, False, (0, 0), groups, (True, True, False))
     dx, dweight, _ = torch.ops.aten.convolution_backward(dy, x, weight, *settings)
     return dx, dweight.flatten()[positions(start, column, shape[1:].numel())]
+
+
+def columns_gradients(dy: Tensor, x: Tensor, value: Tensor, start: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and of the values of W (inputs, outputs), of y = x W; differentiable in all three."""
+    shape = torch.Size((len(start) - 1, dy.shape[1]))
+    weight_gradient = x.t() @ dy
+    flat = positions(start, column, shape[1])
+    return dy @ dense_weight(value, start, column, shape).t(), weight_gradient.flatten()[flat]

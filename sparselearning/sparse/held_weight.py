@@ -119,8 +119,8 @@ class HeldWeight(nn.Parameter):
         """
         raise RuntimeError(
             f"A hook was to be put on a weight of shape {tuple(self.shape)}, whose active values are trained in its "
-            "place (weights='sparse'); it would never be called. Put it on the `value` of the weight's module, whose "
-            "gradient is (nonzeros,), or hold weights as zeros."
+            "place (weights='sparse'); it would never be called. Put it on `weight.entries.value`, whose gradient is "
+            "(nonzeros,), or hold weights as zeros."
         )
 
     register_post_accumulate_grad_hook = register_hook

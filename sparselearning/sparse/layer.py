@@ -16,9 +16,9 @@ from sparselearning.patterns import Pattern, with_most, with_pattern
 from sparselearning.processes.agreement import checksum_of
 from sparselearning.sparse.entries import Entries
 from sparselearning.sparse.explored import Explored
+from sparselearning.sparse.held import Held
 from sparselearning.sparse.merging import Merged
 from sparselearning.sparse.on_demand import on_demand
-from sparselearning.sparse.trained import Trained
 
 COMPUTED = ("mask", "ever_active", "weight", "master", "version", "start_places", "start_values", "start_scale")
 
@@ -34,11 +34,11 @@ class CompactLayer(SparseLayer):
     places (int64, ascending) that come.
     """
 
-    module: Trained
+    module: Held
     compact = True
 
     @classmethod
-    def of(cls, layer: SparseLayer, module: Trained) -> CompactLayer:
+    def of(cls, layer: SparseLayer, module: Held) -> CompactLayer:
         """Return the layer that holds what `module` trains, in place of one with a mask."""
         new = cls.__new__(cls)
         kept = {name: value for name, value in vars(layer).items() if name not in COMPUTED}

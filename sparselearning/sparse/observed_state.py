@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from sparselearning.layer import SparseLayer
 from sparselearning.loading import (
     MOST_STEPS,
@@ -19,8 +16,8 @@ from sparselearning.loading import (
     refuse,
 )
 from sparselearning.sparse.candidates import CandidateSet, check_candidates
+from sparselearning.sparse.held import Held
 from sparselearning.sparse.observed import Change, Observed, Pass, Seen
-from sparselearning.sparse.trained import Trained
 
 PARTS = ("gradient", "observed", "observing", "last", "candidates")
 
@@ -36,7 +33,7 @@ def state_of_observed(observed: Observed) -> dict[str, Any]:
     return state
 
 
-def load_observed(module: Trained, state: dict[str, Any]) -> None:
+def load_observed(module: Held, state: dict[str, Any]) -> None:
     """Take what `state_of_observed` returned; an empty state stands for no observed gradients."""
     observed, device = module.observed, module.value.device
     observed.forget()
@@ -96,13 +93,5 @@ def check_last(entry: str, layer: SparseLayer, last: Any) -> None:
         for key in ("x", "dy"):
             check_tensor(f"{entry}[{key!r}]", each[key], None, "floating")
         module = getattr(layer, "module", None)
-        if module is not None and not _fits(module, each["x"], each["dy"]):
+        if module is not None and not module.belong(each["x"], each["dy"]):
             refuse(f"{entry}['passes']", "activations of this layer", f"{describe(each['x'])}, {describe(each['dy'])}")
-
-
-def _fits(module: Trained, x: Tensor, dy: Tensor) -> bool:
-    """Return whether the layer gives outputs of the shape of dy for x."""
-    if x.dim() not in (2, 4) or x.dtype != module.value.dtype or dy.dtype != x.dtype or not module.fits(x):
-        return False
-    with torch.no_grad():
-        return module.output_shape(x) == tuple(dy.shape)

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparselearning.compact import COMPACT, found, is_compact, places_of, position_of
 from sparselearning.compact import in_dense_form as dense_state
 from sparselearning.sparse.entries import moved
-from sparselearning.sparse.trained import Trained
+from sparselearning.sparse.held import Held
 from sparselearning.weights import start_states
 
 # They read a weight as a matrix, or keep the values of all weights in one row; the active values in a row would be
@@ -44,12 +44,12 @@ def exchange(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor) -> None
         optimizer.state[new] = optimizer.state.pop(old)
 
 
-def group_of(optimizer: torch.optim.Optimizer, module: Trained) -> dict[str, Any]:
+def group_of(optimizer: torch.optim.Optimizer, module: Held) -> dict[str, Any]:
     """Return the optimizer's settings for a layer; `maximize` among them."""
     return {"maximize": False, **start_states.group_of(optimizer, module.value)}
 
 
-def momentum_gain(optimizer: torch.optim.Optimizer, module: Trained) -> float:
+def momentum_gain(optimizer: torch.optim.Optimizer, module: Held) -> float:
     """Return SGD's momentum of a gradient that never changed, over that gradient; 0 for other optimizers.
 
     RMSprop's momentum is one of scaled gradients; one that never decays has no such sum.
@@ -68,7 +68,7 @@ def vectors(state: Mapping[Any, Any], size: int) -> dict[Any, Tensor]:
 
 def carry_over(
     optimizer: torch.optim.Optimizer,
-    module: Trained,
+    module: Held,
     origin: Tensor,
     mean: Tensor | None,
     start: str | None,
@@ -102,12 +102,12 @@ def carry_over(
             item[new] = starts[key]
 
 
-def in_dense_form(state: Mapping[Any, Any], module: Trained) -> dict[Any, Any]:
+def in_dense_form(state: Mapping[Any, Any], module: Held) -> dict[Any, Any]:
     """Return the state of a layer's values, with tensors of its weight's shape."""
     return {**state} | {key: module.entries.spread(tensor) for key, tensor in vectors(state, len(module.value)).items()}
 
 
-def save(optimizer: torch.optim.Optimizer, saved: dict[str, Any], trained: Mapping[str, Trained]) -> dict[str, Any]:
+def save(optimizer: torch.optim.Optimizer, saved: dict[str, Any], trained: Mapping[str, Held]) -> dict[str, Any]:
     """Return the optimizer's state_dict `saved` with the state of `trained` layers in dense form.
 
     For a checkpoint it stays as it is, beside the places of its entries; see compact.py.
@@ -131,8 +131,8 @@ def numbered(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> Iter
 
 
 def arriving(
-    optimizer: torch.optim.Optimizer, saved: dict[str, Any], trained: Mapping[str, Trained]
-) -> tuple[dict[str, Any], list[tuple[Trained, Tensor]]]:
+    optimizer: torch.optim.Optimizer, saved: dict[str, Any], trained: Mapping[str, Held]
+) -> tuple[dict[str, Any], list[tuple[Held, Tensor]]]:
     """Return a state_dict without the places of entries, and for each layer where the entries of its state are."""
     modules = {id(module.value): module for module in trained.values()}
     state, places = dict(saved["state"]), []
@@ -148,7 +148,7 @@ def arriving(
     return {**saved, "state": state}, places
 
 
-def compact(optimizer: torch.optim.Optimizer, module: Trained) -> None:
+def compact(optimizer: torch.optim.Optimizer, module: Held) -> None:
     """Keep the entries of loaded state that are active here: it may be dense, or of other entries."""
     state, position = optimizer.state.get(module.value, {}), None
     loaded, module.loaded = module.loaded, None

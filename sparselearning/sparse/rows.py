@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as of_all_modules
 
 from sparselearning.sparse.pooling import BatchLastMaxPool2d
-from sparselearning.sparse.trained import TrainedConv2d
+from sparselearning.sparse.trained_conv import TrainedConv2d
 
 HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks")
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from sparselearning.processes.agreement import checksum_of
 from sparselearning.sparse.averaging import Averaging
 from sparselearning.sparse.candidates import CandidateSet
+from sparselearning.sparse.held import Held
 from sparselearning.sparse.layer import CompactLayer
 from sparselearning.sparse.observed import Change, Pass, Seen
-from sparselearning.sparse.trained import Trained
 
-Found = tuple[Trained, Seen | None]  # a layer and the gradient of a step
+Found = tuple[Held, Seen | None]  # a layer and the gradient of a step
 
 
 def averaged(found: Sequence[Found], averaging: Averaging, place: str) -> list[Seen | None]:
@@ -39,7 +39,7 @@ def described(seen: Seen | None) -> dict[str, Any] | None:
     return {"passes": passes, "change": [seen.change.factor, seen.change.bound]}
 
 
-def exchanged(module: Trained, seen: Seen | None, facts: Sequence[Any], averaging: Averaging) -> Seen | None:
+def exchanged(module: Held, seen: Seen | None, facts: Sequence[Any], averaging: Averaging) -> Seen | None:
     """Return the gradient of a layer averaged over the processes; `facts` are what `described` returns on each."""
     known = next((each for each in facts if each is not None), None)
     if known is None:
@@ -58,7 +58,7 @@ def exchanged(module: Trained, seen: Seen | None, facts: Sequence[Any], averagin
     return Seen(module, passes, Change(*known["change"]))
 
 
-def gathered(module: Trained, seen: Seen | None, shapes: Sequence[Any], averaging: Averaging) -> list[Pass]:
+def gathered(module: Held, seen: Seen | None, shapes: Sequence[Any], averaging: Averaging) -> list[Pass]:
     """Return the passes of all processes; their gradients add up to the mean."""
     group, passes = averaging.group, []
     for rank, parts in enumerate(shapes):
@@ -96,7 +96,7 @@ def choose_together(found: Sequence[Found], averaging: Averaging) -> list[Found]
     return [pair for pair in found if pair not in choosing]
 
 
-def agree_on_candidates(modules: Sequence[Trained], averaging: Averaging) -> None:
+def agree_on_candidates(modules: Sequence[Held], averaging: Averaging) -> None:
     """Let all processes keep the gradients of the same entries: processors that round otherwise may choose others."""
     own = [_sums_of(module) for module in modules]
     facts = averaging.group.meet("the choice of candidates", sums=own)
@@ -119,7 +119,7 @@ def _sums_of(module):
     return [checksum_of(candidates.position(), module.entries.shape.numel()).item(), len(candidates.column)]
 
 
-def share(modules: Sequence[Trained], averaging: Averaging) -> None:
+def share(modules: Sequence[Held], averaging: Averaging) -> None:
     """Average what was observed since the last update, so that all processes hold the same. All call this."""
     modules = [module for module in modules if module.observed.window]
     facts = [_facts(module) for module in modules]

@@ -36,13 +36,14 @@ from sparselearning.sparse import optimizer_state
 from sparselearning.sparse.averaging import Averaging, leave_out, refuse_earlier, take_in
 from sparselearning.sparse.batch_last import forget_order, keep_order
 from sparselearning.sparse.growth import growing_forms
+from sparselearning.sparse.held import Held, Place
 from sparselearning.sparse.interface import kernels
+from sparselearning.sparse.kinds import kind_of, places_of, why_not
 from sparselearning.sparse.layer import CompactLayer
 from sparselearning.sparse.observed import Observed
 from sparselearning.sparse.observed_state import check_observed, load_observed, state_of_observed
 from sparselearning.sparse.recorded import recorded
 from sparselearning.sparse.sharing import Found, choose_together, move_as_first, share
-from sparselearning.sparse.trained import KINDS, Trained, owners_of, why_not
 from sparselearning.sparse.unborn import materialise
 from sparselearning.weights.optimizer import momentum_of
 from sparselearning.weights.regrowth import draw_new, gradient_scale
@@ -58,7 +59,7 @@ EVERY = 10  # before the first update has shown how far apart updates are, every
 class SparseTraining(Zeros):
     """The layers of a Masking that train on sparse kernels, and the optimizer's state of their active weights.
 
-    Weights of other modules than linear and convolution layers, tied weights, and dtypes without kernels stay masked.
+    Weights of other modules than those of `kinds.KINDS`, and dtypes without kernels, stay masked.
 
     Args:
         candidates: inactive weights of a layer whose mean gradients growth by momentum compares, at least; as many as
@@ -80,10 +81,10 @@ class SparseTraining(Zeros):
         self.fewest_candidates = candidates
         kernels()  # says so if there are none
         self.roots: list[nn.Module] = []
-        self.trained: dict[str, Trained] = {}  # by the layer's name
+        self.trained: dict[str, Held] = {}  # by the layer's name
         self.layers: dict[str, CompactLayer] = {}  # of these, by name
         self.reasons: dict[str, str] = {}  # why other layers stay masked, by name
-        self.arriving: list[tuple[Trained, Tensor]] = []  # of an optimizer's state that is being loaded
+        self.arriving: list[tuple[Held, Tensor]] = []  # of an optimizer's state that is being loaded
         self.since_update, self.carry = 0, True
         self.ahead: Ahead = (0.0, False)
         self.interval: int | None = None  # steps between the last two updates
@@ -125,11 +126,11 @@ class SparseTraining(Zeros):
         """
         if not any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()]):
             return list(new.values())
-        owners = owners_of(module)
-        unborn = {id(x.weight): x for x in new.values() if x.weight.is_meta and not why_not(x, owners[id(x.weight)])}
+        places = places_of(module)
+        unborn = {id(x.weight): x for x in new.values() if x.weight.is_meta and not why_not(x, places[id(x.weight)])}
         for layer in unborn.values():
-            layer.start_values = recorded(owners[id(layer.weight)][0], "weight", layer.name)
-        made = materialise(module, [(owners[weight][0], "weight") for weight in unborn])
+            layer.start_values = recorded(*places[id(layer.weight)][0], layer.name)
+        made = materialise(module, [places[weight][0] for weight in unborn])
         for old, parameter in made.items():
             optimizer_state.exchange(self.optimizer, old, parameter)
         for layer in new.values():
@@ -158,12 +159,12 @@ class SparseTraining(Zeros):
                 "its inner optimizer, whose state is that of active weights alone, or weights='zero'."
             )
         refuse_earlier(module)
-        owners = owners_of(module)
-        reasons = {why_not(layer, owners[id(layer.weight)]) for layer in layers}
+        places = places_of(module)
+        reasons = {why_not(layer, places[id(layer.weight)]) for layer in layers}
         if "" not in reasons:
             raise ValueError(
-                f"weights='sparse' trains linear and convolution layers on sparse kernels, and {type(module).__name__} "
-                f"has none that could: {'; '.join(sorted(reasons))}. Use weights='zero'."
+                f"weights='sparse' trains linear, convolution and attention layers on sparse kernels, and "
+                f"{type(module).__name__} has none that could: {'; '.join(sorted(reasons))}. Use weights='zero'."
             )
 
     def add(self, module: nn.Module, layers: Layers, ahead: Ahead) -> list[SparseLayer]:
@@ -171,14 +172,13 @@ class SparseTraining(Zeros):
 
         The log says how many do, and why the others stay masked.
         """
-        owners, result = owners_of(module), []
+        places, result = places_of(module), []
         for layer in layers:
-            if reason := why_not(layer, owners[id(layer.weight)]):
+            if reason := why_not(layer, places[id(layer.weight)]):
                 self.reasons[layer.name] = reason
                 result.append(layer)
                 continue
-            (owner,) = owners[id(layer.weight)]
-            result.append(self.hold(layer, owner, ahead))
+            result.append(self.hold(layer, places[id(layer.weight)], ahead))
         self.roots.append(module)
         self.ahead = ahead
         keep_order(module)
@@ -198,7 +198,7 @@ class SparseTraining(Zeros):
         self.averaging.watch(root)
         for module in self.trained.values():
             if module.member is None:
-                vars(module)["member"] = self.averaging.member(module.value, module.complete)
+                module.member = self.averaging.member(module.value, module.complete)
 
     @property
     def bytes_per_step(self) -> float | None:
@@ -215,19 +215,19 @@ class SparseTraining(Zeros):
         if self.averaging is not None and self.window:
             share([*self.trained.values()], self.averaging)
 
-    def hold(self, layer: SparseLayer, owner: nn.Module, ahead: Ahead) -> CompactLayer:
-        """Let `owner` hold the active weights of a layer alone."""
-        owner.__class__ = KINDS[type(owner)]
-        assert isinstance(owner, Trained)
+    def hold(self, layer: SparseLayer, places: Sequence[Place], ahead: Ahead) -> CompactLayer:
+        """Let the modules at `places` hold the active weights of a layer alone."""
+        for module, _ in places:
+            module.__class__ = kind_of(module)
         position, value = layer.start_places, None
         if position is None:
             position = layer.mask.flatten().nonzero().flatten()
         else:
             value = layer.start_values.draw(len(position), layer.weight.dtype).mul_(layer.start_scale)
-        owner.begin(position, Observed(self.window, self.observes(*ahead)), value)
-        compact = CompactLayer.of(layer, owner)
-        self.trained[layer.name], self.layers[layer.name] = owner, compact
-        optimizer_state.exchange(self.optimizer, owner.dense, owner.value)
+        held = Held(places, position, Observed(self.window, self.observes(*ahead)), value)
+        compact = CompactLayer.of(layer, held)
+        self.trained[layer.name], self.layers[layer.name] = held, compact
+        optimizer_state.exchange(self.optimizer, held.dense, held.value)
         self.choose_observed(compact)
         return compact
 

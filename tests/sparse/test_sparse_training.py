@@ -13,7 +13,8 @@ from sparselearning.schedules import Updates
 from sparselearning.sparse import available, convert, to_dense
 from sparselearning.sparse.batch_last import trained_to_dense
 from sparselearning.sparse.observed import Observed, Pass
-from sparselearning.sparse.trained import TrainedConv2d, TrainedLinear
+from sparselearning.sparse.trained import TrainedLinear
+from sparselearning.sparse.trained_conv import TrainedConv2d
 from sparselearning.sparse.training import WINDOW, SparseTraining
 
 pytestmark = pytest.mark.skipif(not available(), reason="built without sparse kernels")
@@ -248,14 +249,14 @@ def test_a_trained_model_turns_dense_and_converts():
 
 
 def test_layers_without_kernels_stay_masked():
-    model = nn.Sequential(nn.Conv1d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 6, 5))
+    model = nn.Sequential(nn.ConvTranspose1d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 10, 5))
     stepper = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     masking = Masking(stepper, None, weights="sparse")
     masking.add_module(model, density=0.5)
     for _ in range(2):
         model(torch.randn(4, 3, 8)).square().sum().backward()
         masking.step()
-    assert type(model[0]) is nn.Conv1d
+    assert type(model[0]) is nn.ConvTranspose1d
     assert type(model[2]) is TrainedLinear
     invariants.check(masking)
 
