@@ -31,7 +31,8 @@ from sparselearning.schedules import (
     StepDensity,
     Updates,
 )
-from sparselearning.sparse.training import WINDOW, SparseTraining
+from sparselearning.sparse.observing import WINDOW
+from sparselearning.sparse.training import SparseTraining
 from sparselearning.start.masks import Density, SparseInit
 from sparselearning.weights.dense_copy import DenseCopy
 from sparselearning.weights.start_states import refuse_unfit_optimizer
@@ -247,10 +248,8 @@ def hold(
     if hasattr(held, "optimizer"):
         raise ValueError(f"This {type(held).__name__} holds the weights of another Masking. Make one for each.")
     if len(members_of(optimizer)) > 1 and (held.kind != "zero" or held.pull):
-        raise ValueError(
-            f"weights={held.kind!r}{' with a pull' * (held.kind == 'zero')} needs one optimizer, got several. Make a "
-            "Masking for each of them."
-        )
+        kind = f"weights={held.kind!r}{' with a pull' * (held.kind == 'zero')}"
+        raise ValueError(f"{kind} needs one optimizer, got several. Make a Masking for each of them.")
     for member in members_of(optimizer):
         refuse_unfit_optimizer(held.start_state, member)
     functions = (prune, grow, measure)

@@ -12,7 +12,7 @@ from sparselearning.functions import FunctionError, gives_back, in_proportion, i
 from sparselearning.grow import GROWTH_FUNCTIONS, gradient_growth, momentum_growth
 from sparselearning.methods import FUNCTIONS
 from sparselearning.selection import add_highest, drop_lowest
-from sparselearning.sparse.training import WINDOW
+from sparselearning.sparse.observing import WINDOW
 
 READ = ("momentum", "gradient", "second_moment", "inactive")
 EVERY = [

@@ -73,8 +73,8 @@ class Group:
         channels, key = _channels.setdefault(dist.group.WORLD, {}), (use, *self.ranks)
         if key not in channels:
             backend = backend or ("mpi" if dist.get_backend() == "mpi" else "gloo")
-            alone = dict(use_local_synchronization=backend != "mpi")
-            channels[key] = dist.new_group(self.ranks, timeout=PATIENCE, backend=backend, **alone)
+            alone = backend != "mpi"
+            channels[key] = dist.new_group(self.ranks, PATIENCE, backend, use_local_synchronization=alone)
         return channels[key]
 
     def meet(self, place: str, problem: Exception | None = None, **facts: Any) -> list[dict[str, Any]]:

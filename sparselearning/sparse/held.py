@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,6 @@ from sparselearning.sparse.entries import Entries
 from sparselearning.sparse.held_weight import HeldWeight
 from sparselearning.sparse.observed import Observed, Pass
 from sparselearning.sparse.on_demand import OnDemand, on_demand
-
-if TYPE_CHECKING:
-    from sparselearning.sparse.trained import Trained
 
 Place = tuple[Any, str]  # a module, and the name of a parameter that it holds
 Turned = tuple[Tensor, Tensor, Tensor]
@@ -57,8 +54,8 @@ class Held:
         self.attach()
 
     @property
-    def module(self) -> Trained:
-        """The first of the modules, which says how they multiply."""
+    def module(self) -> Any:
+        """The first of the modules, a `Trained`, which says how they multiply."""
         return self.places[0][0]
 
     @property

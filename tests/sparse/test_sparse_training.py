@@ -15,7 +15,8 @@ from sparselearning.sparse.batch_last import trained_to_dense
 from sparselearning.sparse.observed import Observed, Pass
 from sparselearning.sparse.trained import TrainedLinear
 from sparselearning.sparse.trained_conv import TrainedConv2d
-from sparselearning.sparse.training import WINDOW, SparseTraining
+from sparselearning.sparse.observing import WINDOW
+from sparselearning.sparse.training import SparseTraining
 
 pytestmark = pytest.mark.skipif(not available(), reason="built without sparse kernels")
 

@@ -16,7 +16,7 @@ from sparselearning.core import Masking
 from sparselearning.sparse import available
 from sparselearning.sparse.held_weight import HeldWeight
 from sparselearning.sparse.trained import TrainedLinear
-from sparselearning.sparse.training import WINDOW
+from sparselearning.sparse.observing import WINDOW
 
 pytestmark = pytest.mark.skipif(not available(), reason="built without sparse kernels")
 
