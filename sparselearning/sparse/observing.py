@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparselearning.layer import SparseLayer
 from sparselearning.loading import MOST_STEPS, check_entries, check_whole
+from sparselearning.native.allocator import give_freed_memory
 from sparselearning.patterns import UNSTRUCTURED
 from sparselearning.processes import distributed
 from sparselearning.sparse import optimizer_state
@@ -62,6 +63,7 @@ class Observing(Holding):
             if layer.name in self.trained:
                 distributed.send_to_all(self.trained[layer.name].value.detach())
         self.tell(layers)
+        give_freed_memory()
         return result
 
     def hold(self, layer: SparseLayer, places: Sequence[Place], ahead: Ahead) -> CompactLayer:
@@ -75,6 +77,7 @@ class Observing(Holding):
             value = layer.start_values.draw(len(position), layer.weight.dtype).mul_(layer.start_scale)
         held = Held(places, position, Observed(self.window, self.observes(*ahead)), value)
         compact = CompactLayer.of(layer, held)
+        layer.start_places = None  # free it: there may be many such layers
         self.trained[layer.name], self.layers[layer.name] = held, compact
         optimizer_state.exchange(self.optimizer, held.dense, held.value)
         self.choose_observed(compact)

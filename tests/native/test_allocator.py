@@ -75,3 +75,44 @@ def test_it_says_no_where_the_environment_has_chosen(monkeypatch):
 def test_it_refuses_numbers_that_mallopt_does_not_take(number):
     with pytest.raises(ValueError, match="Expected a number of bytes"):
         allocator.keep_freed_memory(number)
+
+
+GIVE = """
+import torch
+from sparselearning.native import allocator
+
+def resident():
+    lines = open("/proc/self/status").read().split("VmRSS:")[1]
+    return int(lines.split()[0]) // 1024
+
+def use():
+    blocks = [torch.ones(1 << 20) for _ in range(50)]  # 200 MB
+    last = torch.ones(1 << 20)  # on top of them
+    del blocks
+    return last
+
+assert allocator.keep_freed_memory()
+before, last = resident(), use()
+kept = resident()
+allocator.give_freed_memory()
+given = resident()
+with allocator.giving_freed_memory():
+    last = use()
+print(kept - before, given - before, resident() - before)
+"""
+
+
+@needs_glibc
+def test_freed_memory_is_given_back_when_asked():
+    run = subprocess.run([sys.executable, "-c", GIVE], capture_output=True, text=True, check=True)
+    kept, given, inside = map(int, run.stdout.split())
+    assert kept > 150 > 50 > given
+    assert inside < 50
+
+
+def test_without_kept_memory_nothing_is_given(monkeypatch):
+    monkeypatch.setattr(allocator, "_limits", [])
+    monkeypatch.setattr(allocator.ctypes, "CDLL", None)
+    allocator.give_freed_memory()
+    with allocator.giving_freed_memory():
+        pass

@@ -13,9 +13,9 @@ from sparselearning.schedules import Updates
 from sparselearning.sparse import available, convert, to_dense
 from sparselearning.sparse.batch_last import trained_to_dense
 from sparselearning.sparse.observed import Observed, Pass
+from sparselearning.sparse.observing import WINDOW
 from sparselearning.sparse.trained import TrainedLinear
 from sparselearning.sparse.trained_conv import TrainedConv2d
-from sparselearning.sparse.observing import WINDOW
 from sparselearning.sparse.training import SparseTraining
 
 pytestmark = pytest.mark.skipif(not available(), reason="built without sparse kernels")

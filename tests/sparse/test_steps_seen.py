@@ -15,8 +15,8 @@ from sparselearning import checkpoint
 from sparselearning.core import Masking
 from sparselearning.sparse import available
 from sparselearning.sparse.held_weight import HeldWeight
-from sparselearning.sparse.trained import TrainedLinear
 from sparselearning.sparse.observing import WINDOW
+from sparselearning.sparse.trained import TrainedLinear
 
 pytestmark = pytest.mark.skipif(not available(), reason="built without sparse kernels")
 
