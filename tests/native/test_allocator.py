@@ -92,13 +92,13 @@ def use():
     return last
 
 assert allocator.keep_freed_memory()
-before, last = resident(), use()
-kept = resident()
-allocator.give_freed_memory()
-given = resident()
+before = resident()
 with allocator.giving_freed_memory():
     last = use()
-print(kept - before, given - before, resident() - before)
+inside, last = resident(), use()
+kept = resident()
+allocator.give_freed_memory()
+print(kept - before, resident() - before, inside - before)
 """
 
 
