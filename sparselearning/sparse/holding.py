@@ -82,6 +82,7 @@ class Holding(Zeros):
         """
         if not any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()]):
             return list(new.values())
+        self.check(module, [*new.values()])  # before anything is changed
         places = places_of(module)
         unborn = {id(x.weight): x for x in new.values() if x.weight.is_meta and not why_not(x, places[id(x.weight)])}
         for layer in unborn.values():
