@@ -82,6 +82,7 @@ class SparseTraining(Observing):
             optimizer_state.compact(self.optimizer, module)  # it may have been loaded
         super().refuse_update(layers)
         self.share()
+        give_freed_memory()  # of the steps; the update takes other sizes
 
     @torch.no_grad()
     def move(self, layer: CompactLayer) -> None:
