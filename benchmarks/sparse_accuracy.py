@@ -53,20 +53,21 @@ def main():
         seeds=(3, "runs of each kind"),
         density=(0.05, "of the weights"),
         networks=(",".join(NETWORKS), "names, separated by commas"),
+        kinds=("; ".join(KINDS), "names, separated by semicolons"),
     )
     args = common.parse(__doc__, rounds=1, **more)
     if args.quick:
         args.epochs, args.seeds = 1, 1
     data = load("mnist", args.data or None)
-    rows = []
+    rows, kinds = [], args.kinds.split("; ")
     for network in args.networks.split(","):
         for seed in range(args.seeds):
-            for kind in KINDS:
+            for kind in kinds:
                 rows.append(run(args, data, network, kind, seed))
                 logging.info("%s", rows[-1])
                 common.save(args, "sparse_accuracy", rows)
     for network in args.networks.split(","):
-        for kind in KINDS:
+        for kind in kinds:
             chosen = [row for row in rows if (row["network"], row["kind"]) == (network, kind)]
             errors, seconds = ([row[key] for row in chosen] for key in ("test_error", "seconds"))
             deviation = statistics.stdev(errors) if len(errors) > 1 else float("nan")
