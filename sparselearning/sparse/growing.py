@@ -60,7 +60,7 @@ class Best:
         guess = probably_below(gradient, active, self.k)
         found = above(max(guess, self.threshold), gradient, active)
         if guess > self.threshold and len(found) < self.k:
-            found = above(self.threshold, gradient, active)
+            found = best_inactive(gradient, active, self.k)
         self.gradient.append(gradient[found])
         self.position.append(found.add_(offset))
         self.size += len(found)
@@ -90,6 +90,18 @@ def probably_below(gradient: Tensor, active: Tensor, k: int) -> float:
     rank = share * len(sampled)
     rank = int(rank + 4 * rank**0.5 + 8)
     return kth_highest(without_nan(gradient[sampled].abs()), rank) if rank <= len(sampled) else -math.inf
+
+
+def best_inactive(gradient: Tensor, active: Tensor, k: int) -> Tensor:
+    """Return which k inactive entries of a block have the largest magnitude; where many are zero, no list of all."""
+    score = without_nan(gradient.abs()).index_fill_(0, active, -math.inf)
+    if k >= len(gradient) - len(active):
+        return indices_of(score > -math.inf)
+    kth = kth_highest(score, k)
+    chosen = score > kth
+    tied = indices_of(score == kth)[: k - int(chosen.count_nonzero())]
+    chosen[tied] = True
+    return indices_of(chosen)
 
 
 def above(limit: float, gradient: Tensor, active: Tensor) -> Tensor:
