@@ -75,6 +75,10 @@ def measure(kind, width, threads, density=1.0, start="dense"):
     for each in ("dense", kind):
         train(*build(each, 64, 0.25, "dense"), 64, 2 * EVERY + 1)
     before, weights = reset(), LAYERS * width**2
+    if kind == "sparse":  # as the scripts do before they build a model; in a new process it is so anyway
+        from sparselearning.native.allocator import lay_large_blocks_apart
+
+        lay_large_blocks_apart()
     model, step = build(kind, width, density, start)
     building = status("VmHWM")
     reset()

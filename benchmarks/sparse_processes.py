@@ -1,6 +1,7 @@
 """Bytes that each process sends in a step of training, with masks and with active weights alone.
 
     python benchmarks/sparse_processes.py
+    python benchmarks/sparse_processes.py --width 4096
     python benchmarks/sparse_processes.py --quick
 
 Three linear layers of `width` x `width` weights at 5% and 1%, 64 rows for each process, in DistributedDataParallel over
@@ -45,7 +46,7 @@ def main():
         for way in WAYS if processes > 1 else WAYS[:2]:
             rows.append(measure(args, processes, *way))
             logging.info("%s", "  ".join(f"{key} {value}" for key, value in rows[-1].items()))
-    common.save(args, "sparse_processes", rows)
+    common.save(args, "sparse_processes" + (f"-{args.width}" if args.width > 1024 else ""), rows)
 
 
 def measure(args, processes, growth, density, weights):

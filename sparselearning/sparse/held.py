@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -39,6 +40,7 @@ class Held:
         value: of these entries, if the weight has none (on the meta device).
     """
 
+    output = math.inf  # bytes that a module has put out in the last pass, if that is known
     loaded: Tensor | None = None  # where the entries of a loaded optimizer state are, int64
     hooks: tuple[Any, ...] = ()
     member: Member | None = None  # of those whose gradients are averaged over processes
@@ -135,6 +137,8 @@ class Held:
 
         `whole` makes the gradient of all of the weight's outputs from that of y.
         """
+        if not torch.compiler.is_compiling():
+            self.output = y.nbytes
         if self.observed.observing and y.requires_grad:
             # What a layer has computed nobody writes any more; an input may be a buffer for the next batch, too.
             x = x.detach() if x.requires_grad else x.clone()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparselearning.layer import SparseLayer
+from sparselearning.native.allocator import lay_large_blocks_apart
 from sparselearning.patterns import with_pattern
 from sparselearning.processes import distributed
 from sparselearning.processes.group import current
@@ -26,6 +27,9 @@ from sparselearning.sparse.recorded import recorded
 from sparselearning.sparse.sharing import move_as_first, share
 from sparselearning.sparse.unborn import materialise
 from sparselearning.weights.zeros import Layers, Zeros
+
+TENSORS_HELD = 7  # as long as the values: with gradient, two moments of Adam, three of indices
+TENSORS_OF_A_PASS = 3  # as large as a layer's output: it, its gradient, and the gradient of the input
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +84,7 @@ class Holding(Zeros):
         Raises:
             ValueError: if a module does not say how its tensors start; nothing is changed then.
         """
+        lay_large_blocks_apart()  # until a step shows how large passes are
         if not any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()]):
             return list(new.values())
         self.check(module, [*new.values()])  # before anything is changed
@@ -134,6 +139,16 @@ class Holding(Zeros):
         for module in self.trained.values():
             if module.member is None:
                 module.member = self.averaging.member(module.value, module.complete)
+
+    @property
+    def outweighs_passes(self) -> bool:
+        """Whether what is held takes more memory than a pass does; then pages for a pass cost little time."""
+        return sum(module.output for module in self.trained.values()) * TENSORS_OF_A_PASS <= self.bytes_held
+
+    @property
+    def bytes_held(self) -> int:
+        """About how many bytes values, gradients, optimizer state and indices take."""
+        return sum(module.value.nbytes for module in self.trained.values()) * TENSORS_HELD
 
     @property
     def bytes_per_step(self) -> float | None:

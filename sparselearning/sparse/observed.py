@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparselearning.compact import found, rows_of
 from sparselearning.sparse.candidates import CandidateSet
+
+SAMPLE = 2**16  # entries
 
 
 @dataclass
@@ -60,6 +63,19 @@ class Change:
         if self.bound is not None:
             gradient = gradient.clamp_(-self.bound, self.bound)
         return gradient if self.factor == 1 else gradient.mul_(self.factor)
+
+
+class Before(NamedTuple):
+    """What is kept of a gradient to tell how it is changed: some entries, of a short one all, and the largest."""
+
+    some: Tensor
+    largest: float  # magnitude; NaN if there is one
+
+    @classmethod
+    def of(cls, gradient: Tensor) -> Before:
+        """Return what is kept of a gradient, (nonzeros,)."""
+        some = gradient[:: len(gradient) // SAMPLE | 1].clone()  # odd: entries of a row often come in powers of two
+        return cls(some, max(map(abs, torch.stack(gradient.aminmax()).tolist())) if len(gradient) else 0.0)
 
 
 class Seen:
@@ -117,7 +133,7 @@ class Observed:
         self.shared = False  # whether all processes hold the same
         self.pending: list[Pass] = []  # since the values' gradient was cleared
         self.passing: list[Pass] = []  # of the backward pass that runs
-        self.before: Tensor | None = None  # the values' gradient after the last of these passes
+        self.before: Before | None = None  # the values' gradient after the last of these passes
         self.task = -1  # the backward pass that `passing` is of
 
     def collect(self, part: Pass, accumulated: Tensor | None) -> None:
@@ -133,7 +149,7 @@ class Observed:
         """Count what was collected in this pass: the values have received their gradient."""
         if self.passing:
             self.pending, self.passing = self.pending + self.passing, []
-            self.before = None if gradient is None else gradient.detach().clone()
+            self.before = None if gradient is None else Before.of(gradient.detach())
 
     def take(self, module: Any, scale: float = 1.0) -> Seen | None:
         """Return the gradient of a step, which takes the pending ones; None if none was observed.
@@ -220,20 +236,23 @@ class Observed:
         self.pending, self.passing, self.before = [], [], None
 
 
-def change_between(before: Tensor, after: Tensor) -> Change | None:
-    """Return how the gradient of the values was changed: from `before` to `after`, both (nonzeros,).
+def change_between(before: Before, after: Tensor) -> Change | None:
+    """Return how the gradient of the values was changed: from `before` to `after`, (nonzeros,).
 
     The change may be a factor (a loss scale, the clipping of a norm) or the clipping of each entry. Of any other the
     factor that comes closest is taken. None: the two are not finite, or have nothing in common.
     """
-    if torch.equal(before, after) and (not len(after) or torch.stack(after.aminmax()).isfinite().all()):
+    now = Before.of(after)
+    if not math.isfinite(now.largest):
+        return None
+    if torch.equal(before.some, now.some) and before.largest == now.largest:
         return Change()
-    factor = (before.double() @ after.double()) / before.double().square().sum()
+    factor = (before.some.double() @ now.some.double()) / before.some.double().square().sum()
     if not factor.isfinite():
-        return None if before.any() else Change()
-    bound = after.abs().max()
-    if not is_close(before * factor, after) and is_close(before.clamp(-bound, bound), after):
-        return Change(bound=bound.item())
+        return None if before.some.any() else Change()
+    scaled = is_close(before.some * factor, now.some) and abs(factor) * before.largest <= now.largest * 1.0001
+    if not scaled and is_close(before.some.clamp(-now.largest, now.largest), now.some):
+        return Change(bound=now.largest)
     if abs(factor - 1) < 1e-5:
         return Change()
     return Change(factor.item()) if factor != 0 else None

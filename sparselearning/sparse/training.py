@@ -24,7 +24,7 @@ import torch
 from sparselearning.functions import surely_reads
 from sparselearning.grow import momentum_growth
 from sparselearning.layer import SparseLayer
-from sparselearning.native.allocator import give_freed_memory, giving_freed_memory
+from sparselearning.native.allocator import give_freed_memory, lay_large_blocks_apart
 from sparselearning.patterns import UNSTRUCTURED
 from sparselearning.processes import distributed
 from sparselearning.sparse import optimizer_state
@@ -32,7 +32,7 @@ from sparselearning.sparse.growth import growing_forms
 from sparselearning.sparse.layer import CompactLayer
 from sparselearning.sparse.observing import Observing
 from sparselearning.weights.regrowth import draw_new
-from sparselearning.weights.zeros import Layers
+from sparselearning.weights.zeros import Ahead, Layers
 
 
 class SparseTraining(Observing):
@@ -61,7 +61,13 @@ class SparseTraining(Observing):
         for module in self.trained.values():
             module.entries.beyond = None
             optimizer_state.compact(self.optimizer, module)
+        lay_large_blocks_apart()  # what the optimizer begins to keep, and what it frees on the way
         super().before_step(layers, closure)
+
+    def after_step(self, layers: Layers) -> None:
+        """Let the next pass use again what this one has freed, if that is much."""
+        lay_large_blocks_apart(self.outweighs_passes)
+        super().after_step(layers)
 
     def apply(self, layers: Layers) -> None:
         """Let values follow masks that moved; forget what was written where weights are inactive."""
@@ -72,7 +78,7 @@ class SparseTraining(Observing):
             layer.stay()
             layer.entries.beyond = None
         if moving:
-            give_freed_memory()
+            give_freed_memory(self.bytes_held)
         self.carry = True
         super().apply([layer for layer in layers if not layer.compact])
 
@@ -82,7 +88,8 @@ class SparseTraining(Observing):
             optimizer_state.compact(self.optimizer, module)  # it may have been loaded
         super().refuse_update(layers)
         self.share()
-        give_freed_memory()  # of the steps; the update takes other sizes
+        give_freed_memory(self.bytes_held)  # the update takes other sizes
+        lay_large_blocks_apart()
 
     @torch.no_grad()
     def move(self, layer: CompactLayer) -> None:
@@ -109,9 +116,13 @@ class SparseTraining(Observing):
         observed = layer.module.observed
         if (observed.among is None) if function is momentum_growth else (reads_gradient and observed.window != 1):
             return False
-        with giving_freed_memory():
-            layer.grow(form(self.optimizer, layer, number))
+        layer.grow(form(self.optimizer, layer, number))
         return True
+
+    def updated(self, ahead: Ahead) -> None:
+        """End an update of the masks."""
+        super().updated(ahead)
+        lay_large_blocks_apart(self.outweighs_passes)
 
     def moved(self, layers: Layers, before: Sequence[Any]) -> None:
         """Follow masks that have moved; the layers that hold active weights alone follow in `apply`."""

@@ -93,9 +93,11 @@ def use():
 
 assert allocator.keep_freed_memory()
 before = resident()
-with allocator.giving_freed_memory():
-    last = use()
-inside, last = resident(), use()
+allocator.lay_large_blocks_apart()
+last = use()
+inside = resident()
+allocator.lay_large_blocks_apart(False)
+last = use()
 kept = resident()
 allocator.give_freed_memory()
 print(kept - before, resident() - before, inside - before)
@@ -114,5 +116,4 @@ def test_without_kept_memory_nothing_is_given(monkeypatch):
     monkeypatch.setattr(allocator, "_limits", [])
     monkeypatch.setattr(allocator.ctypes, "CDLL", None)
     allocator.give_freed_memory()
-    with allocator.giving_freed_memory():
-        pass
+    allocator.lay_large_blocks_apart()

@@ -12,7 +12,7 @@ from sparselearning.core import CosineDecay, Masking
 from sparselearning.schedules import Updates
 from sparselearning.sparse import available, convert, to_dense
 from sparselearning.sparse.batch_last import trained_to_dense
-from sparselearning.sparse.observed import Observed, Pass
+from sparselearning.sparse.observed import SAMPLE, Before, Change, Observed, Pass, change_between
 from sparselearning.sparse.observing import WINDOW
 from sparselearning.sparse.trained import TrainedLinear
 from sparselearning.sparse.trained_conv import TrainedConv2d
@@ -334,10 +334,25 @@ def test_of_many_observed_gradients_the_early_ones_fade():
     module, observed = model[7], Observed(WINDOW, observing=True)
     for step in range(4 * WINDOW):
         observed.pending = [Pass(dense=torch.full((10, 32), float(step < WINDOW)))]
-        observed.before = module.value.grad = torch.full_like(module.value, float(step < WINDOW))
+        module.value.grad = torch.full_like(module.value, float(step < WINDOW))
+        observed.before = Before.of(module.value.grad)
         observed.count(observed.take(module))
     assert observed.steps == WINDOW
     assert 0 < observed.mean().max() < 0.1
+
+
+@pytest.mark.parametrize("entries", [100, 5 * SAMPLE])
+def test_what_became_of_a_gradient_is_told_from_some_of_its_entries(entries):
+    gradient = torch.randn(entries).clamp_(-3, 3)
+    before = Before.of(gradient)
+    assert len(before.some) <= 2 * SAMPLE
+    assert change_between(before, gradient.clone()) == Change()
+    assert change_between(before, gradient * 0.25).factor == pytest.approx(0.25)
+    assert change_between(before, gradient.clamp(-0.5, 0.5)) == Change(bound=0.5)
+    gradient[1] = 5  # of a long gradient, not among the entries that are kept
+    assert change_between(Before.of(gradient), gradient.clamp(-4, 4)) == Change(bound=4)
+    gradient[1] = torch.nan
+    assert change_between(before, gradient) is None
 
 
 def in_format(memory_format, when):

@@ -27,7 +27,7 @@ from sparselearning.experiments.run.training import NotFinite, seed_generators
 from sparselearning.flags import holds_active_alone
 from sparselearning.flops import Flops, relative_flops
 from sparselearning.functions import FunctionError
-from sparselearning.native.allocator import keep_freed_memory
+from sparselearning.native.allocator import keep_freed_memory, lay_large_blocks_apart
 from sparselearning.processes import distributed
 
 USER_ERRORS = (DataError, CheckpointError, Locked, NotFinite, FunctionError, OSError, ValueError)
@@ -64,6 +64,8 @@ def start(args: argparse.Namespace) -> torch.device:
     device = distributed.start(args.device)
     if device.type == "cpu":
         keep_freed_memory()
+        if holds_active_alone(args):
+            lay_large_blocks_apart()  # until the first step: a dense model is not to be kept
     torch.set_num_threads(min(args.max_threads, _most_threads()))
     seed_generators(args.seed)
     return device

@@ -197,11 +197,12 @@ void input_gradient(const Machine& machine, const Layer<S>& layer) {
     require(layer.order.count == nonzeros && layer.value.count == nonzeros);
     require(layer.dy.count == written_numbers(layer) && layer.result.count == input_numbers(c));
     check_below(layer.order, nonzeros, parallel);
-    std::vector<S> ordered(nonzeros);
+    Pages pages;
+    S* const ordered = static_cast<S*>(pages.at_least(nonzeros * sizeof(S)));
     parallel.only_if(nonzeros > MANY_INDICES).run(nonzeros, [&](int64_t from, int64_t to) {
         for (int64_t k = from; k < to; ++k) ordered[k] = layer.value[layer.order[k]];
     });
-    const Rows<S> rows{planes, layer.start.data, layer.column.data, ordered.data()};
+    const Rows<S> rows{planes, layer.start.data, layer.column.data, ordered};
     if (makes_few_rows(c, c.x_first) && !layer.window.y)
         return multiply_few(machine, c, rows, layer.dy.data, c.out_channels, c.y_first, {}, false, layer.result.data);
     kernels<S>(machine).convolve({input_gradient_grid(c), c.images, c.out_channels, c.groups, c.batch_last != 0,

@@ -68,22 +68,56 @@ struct Parallel {
 // nonzero reads.
 enum Use { OWN, SHARED, READS };
 
-// Memory that a thread keeps from call to call, for each use apart. It lies on huge pages where the system has them,
-// because the kernels read it at random.
+// Memory in pages of its own: on the heap it would lie between blocks that are freed, and keep them from the system. It
+// lies on huge pages where the system has them, because the kernels read it at random.
+class Pages {
+public:
+    Pages() = default;
+    Pages(const Pages&) = delete;
+    ~Pages() { give_back(); }
+
+    void* at_least(size_t need) {
+        if (need > size) {
+            give_back();
+            take(need);
+        }
+        return begin;
+    }
+
+private:
+    static constexpr size_t HUGE_PAGE = size_t(2) << 20;
+    void *begin = nullptr, *mapped = nullptr;
+    size_t size = 0, length = 0;
+
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    void take(size_t need) {
+        const size_t all = need + HUGE_PAGE;
+        void* const got = mmap(nullptr, all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (got == MAP_FAILED) throw std::bad_alloc();
+        mapped = got, length = all, size = need;
+        begin = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(got) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+        madvise(begin, need, MADV_HUGEPAGE);
+    }
+    void give_back() {
+        if (mapped) munmap(mapped, length);
+        begin = mapped = nullptr, size = length = 0;
+    }
+#else
+    void take(size_t need) {
+        need = (need + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+        if (!(begin = std::aligned_alloc(HUGE_PAGE, need))) throw std::bad_alloc();
+        size = need;
+    }
+    void give_back() {
+        std::free(begin);
+        begin = nullptr, size = 0;
+    }
+#endif
+};
+
+// Memory that a thread keeps from call to call, for each use apart.
 template <class S, Use USE>
 S* scratch(int64_t count) {
-    constexpr size_t page = size_t(2) << 20;
-    thread_local std::unique_ptr<void, void (*)(void*)> memory(nullptr, std::free);
-    thread_local size_t size = 0;
-    const size_t need = (size_t(count) * sizeof(S) + page - 1) / page * page;
-    if (need > size) {
-        memory.reset();
-        memory.reset(std::aligned_alloc(page, need));
-        size = memory ? need : 0;
-        if (!memory) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-        madvise(memory.get(), need, MADV_HUGEPAGE);
-#endif
-    }
-    return static_cast<S*>(memory.get());
+    thread_local Pages pages;
+    return static_cast<S*>(pages.at_least(size_t(count) * sizeof(S)));
 }

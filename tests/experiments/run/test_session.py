@@ -230,7 +230,7 @@ def _threads_as_before():
 def test_threads_are_limited_by_the_flag_the_environment_and_the_cores(monkeypatch):
     def threads(limit, before):
         torch.set_num_threads(before)
-        session.start(Namespace(device="cpu", max_threads=limit, seed=0))
+        session.start(Namespace(device="cpu", max_threads=limit, seed=0, sparse_backend=None, inactive="zero"))
         return torch.get_num_threads()
 
     assert threads(limit=1, before=2) == 1
