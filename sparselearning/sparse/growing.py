@@ -109,9 +109,10 @@ def above(limit: float, gradient: Tensor, active: Tensor) -> Tensor:
     parts = gradient.split(CHUNK if gradient.device.type == "cpu" else max(len(gradient), 1))
     ends = torch.arange(len(parts) + 1, device=active.device) * len(parts[0])
     edges = torch.searchsorted(active, ends).tolist()
+    scores = torch.empty_like(parts[0])  # of every part in the same memory
     found = []
     for i, part in enumerate(parts):
-        score, begin = part.abs(), i * len(parts[0])
+        score, begin = torch.abs(part, out=scores[: len(part)]), i * len(parts[0])
         if limit < -1:  # NaN exceeds no other limit, with or without this
             score = without_nan(score)
         score.index_fill_(0, active[edges[i] : edges[i + 1]] - begin, -math.inf)
