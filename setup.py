@@ -9,7 +9,7 @@ root = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (root / "sparselearning/__init__.py").read_text())[1]
 
 scripts = ["torchvision", "scikit-learn", "matplotlib", "tqdm", "tabulate"]
-export = ["onnx", "onnxscript", "safetensors"]
+export = ["onnx", "onnxscript", "onnxruntime", "safetensors"]
 models = ["timm", "transformers", "peft"]  # their tests skip by name without them, as do those of the trainers
 trainers = ["transformers", "lightning", "accelerate"]  # sparselearning.integrations
 test = ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright"]

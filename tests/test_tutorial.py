@@ -3,6 +3,8 @@
 import inspect
 import re
 import shlex
+import subprocess
+import sys
 import textwrap
 import warnings
 from pathlib import Path
@@ -22,6 +24,7 @@ LIBRARIES = {  # document -> the libraries that it needs
     "docs/trainer.md": "transformers accelerate",
     "docs/lightning.md": "lightning",
     "docs/accelerate.md": "accelerate",
+    "docs/serving.md": "onnxscript",
 }
 main = load_main()
 
@@ -73,6 +76,14 @@ def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
     assert blocks
     for line, block in blocks:
         exec(compile("\n" * line + block, ROOT / document, "exec"), namespace)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.export
+def test_a_new_process_serves_what_the_page_saves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made, saved, served = [block for _, block in python_blocks((ROOT / "docs/serving.md").read_text())][:3]
+    exec(made + saved, {"__name__": "document"})
+    subprocess.run([sys.executable, "-c", served], check=True)
 
 
 @pytest.fixture

@@ -14,12 +14,20 @@ from sparselearning.sparse.arguments import (
 from sparselearning.sparse.memory_order import is_batch_last, is_turned, new_output
 
 
-def conv2d(x, value, bias, start, column, t_start, t_column, t_order, *rest):
+def conv2d(x, *rest):
+    return new_output(x, shape_of_conv2d(x, *rest), is_batch_last(x.shape[0]))
+
+
+def conv2d_plain(x, *rest):
+    return x.new_empty(shape_of_conv2d(x, *rest))
+
+
+def shape_of_conv2d(x, value, bias, start, column, t_start, t_column, t_order, *rest):
+    """Return the shape of a convolution's output, after the checks of what it is given."""
     *geometry, _ = rest
     check_tensors(x, value, bias, (start, t_start), (column, t_column, t_order))
     check_images(x)
-    shape = output_shape(x.shape, start.shape[0] - 1, t_start.shape[0] - 1, geometry)
-    return new_output(x, shape, is_batch_last(x.shape[0]))
+    return output_shape(x.shape, start.shape[0] - 1, t_start.shape[0] - 1, geometry)
 
 
 def conv2d_input_gradient(dy, value, t_start, t_column, t_order, input_shape, *geometry):

@@ -133,6 +133,23 @@ def test_converted_models_export():
         torch.testing.assert_close(program.module()(x), converted(x))
 
 
+@needs_kernels
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("always_faster")
+@pytest.mark.parametrize("rows", [2, 8, 16])
+def test_exported_models_take_any_number_of_rows(tmp_path, rows):
+    model = sparsify(Residual(), 0.5)
+    x = torch.randn(rows, 3, 8, 8)
+    converted, _ = convert(model, x)
+    with torch.no_grad():
+        program = torch.export.export(converted, (x,), dynamic_shapes=({0: torch.export.Dim("rows", min=1, max=1024)},))
+        torch.export.save(program, tmp_path / "model.pt2")
+        loaded = torch.export.load(tmp_path / "model.pt2").module()
+        for batch in (1, 3, 11, 12, 16, 40):  # the kernels hold images in another order from 12 on
+            x = torch.randn(batch, 3, 8, 8)
+            torch.testing.assert_close(loaded(x), converted(x))
+
+
 def test_without_kernels_the_model_stays_dense_and_says_so(monkeypatch, caplog):
     monkeypatch.setattr(library, "LIBRARY", None)
     model = nn.Sequential(nn.Linear(4, 4))

@@ -300,3 +300,40 @@ def test_onnx_computes_the_same(tmp_path):
     session = reference.ReferenceEvaluator(str(tmp_path / "model.onnx"))
     (found,) = session.run(None, {session.input_names[0]: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rows", [1, 4])
+def test_onnx_takes_any_number_of_rows(tmp_path, rows):
+    pytest.importorskip("onnxscript")
+    reference = pytest.importorskip("onnx.reference")
+    model = converted_by_hand()
+    export_onnx(model, torch.randn(rows, 3, 8, 8), tmp_path / "model.onnx", dynamic_batch=True)
+    session = reference.ReferenceEvaluator(str(tmp_path / "model.onnx"))
+    for batch in (1, 3, 16):
+        x = torch.randn(batch, 3, 8, 8)
+        (found,) = session.run(None, {session.input_names[0]: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnxruntime_takes_any_number_of_rows(tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model = converted_by_hand()
+    export_onnx(model, torch.randn(2, 3, 8, 8), tmp_path / "model.onnx", dynamic_batch=True)
+    session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
+    for batch in (1, 40):
+        x = torch.randn(batch, 3, 8, 8)
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments", [(torch.ones(2, 3), torch.ones(3, 3)), (torch.ones(0, 3),), (torch.ones(()),), (3,)]
+)
+def test_a_dynamic_batch_needs_one_number_of_rows(tmp_path, arguments):
+    pytest.importorskip("onnxscript")
+    with pytest.raises(ValueError, match="one number of rows"):
+        export_onnx(nn.Linear(3, 2), arguments, tmp_path / "model.onnx", dynamic_batch=True)
+    assert not list(tmp_path.iterdir())
