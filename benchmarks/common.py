@@ -41,7 +41,9 @@ def parse(description: str | None, rounds: int, **more: tuple[Any, str]) -> argp
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--output", help="JSON file to write (default: results/<benchmark>-<device>.json)")
     for name, (default, meaning) in more.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{meaning} (default: %(default)s)")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{meaning} (default: %(default)s)"
+        )
     args = parser.parse_args()
     args.rounds = args.rounds or (2 if args.quick else rounds)
     torch.set_num_threads(args.threads)
@@ -150,7 +152,7 @@ def save(args: argparse.Namespace, benchmark: str, rows: list[dict[str, Any]]) -
     """Write the rows with hardware, versions and load to results/<benchmark>-<device>.json."""
     path = Path(args.output) if args.output else RESULTS / f"{benchmark}-{args.device.partition(':')[0]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {name: value for name, value in vars(args).items() if name != "output"}
+    settings = {name: value for name, value in vars(args).items() if name not in ("output", "data_dir")}
     report = dict(benchmark=benchmark, settings=settings, machine=machine(args.device), rows=rows)
     path.write_text(json.dumps(report, indent=1) + "\n")
     logging.info("Wrote %s", path)

@@ -1,12 +1,13 @@
 """Memory and time of training a multilayer perceptron with three hidden layers of up to a million neurons.
 
     python benchmarks/million.py
+    python benchmarks/million.py --data-dir DIR
     python benchmarks/million.py --quick
 
-Each neuron has 20 links on average; inputs are 3,072 random numbers, as CIFAR-10 has pixels. The network is built on
-the meta device, and trained with SGD: 32 rows a step, an update of the masks after every third. `memory` is the largest
-resident size of the whole process. Each row is a process of its own. Compare Curci et al. 2021, Truly Sparse Neural
-Networks at Scale, https://arxiv.org/abs/2102.01732.
+Each neuron has 20 links on average; inputs are the 3,072 numbers of CIFAR-10's images in DIR, or random ones. The
+network is built on the meta device, and trained with SGD: 32 rows a step, an update of the masks after every third.
+`memory` is the largest resident size of the whole process. Each row is a process of its own. Compare Curci et al. 2021,
+Truly Sparse Neural Networks at Scale, https://arxiv.org/abs/2102.01732.
 """
 
 import itertools
@@ -29,12 +30,13 @@ def main():
         return
     import common
 
-    args = common.parse(__doc__, rounds=1)
+    args = common.parse(__doc__, rounds=1, data_dir=("", "a folder that has CIFAR-10"))
     rows = []
     for method, neurons in itertools.product(METHODS, (1_000, 3_000) if args.quick else (100_000, 300_000, 1_000_000)):
-        settings = dict(method=method, neurons=neurons, threads=args.threads)
+        settings = dict(method=method, neurons=neurons, threads=args.threads, data_dir=args.data_dir)
         command = [sys.executable, __file__, "--measure", json.dumps(settings)]
         found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        settings["data_dir"] = "CIFAR-10" if args.data_dir else ""  # of a folder, no more than that
         rows.append(settings | json.loads(found.stdout.splitlines()[-1]))
         logging.info(
             "%(method)s, %(neurons)d neurons: %(memory).2e bytes, %(step).2f s a step, %(update).2f s with an update",
@@ -43,7 +45,7 @@ def main():
     common.save(args, "million", rows)
 
 
-def measure(method, neurons, threads):
+def measure(method, neurons, threads, data_dir):
     """Return links, the peak of memory in bytes, and the median seconds of a step, without and with an update."""
     import torch
     from torch import nn
@@ -64,8 +66,7 @@ def measure(method, neurons, threads):
     shares = [LINKS / PIXELS, LINKS / neurons, LINKS / neurons, 1.0]
     masking.add_module(model, {f"{2 * i}.weight": min(share, 1.0) for i, share in enumerate(shares)})
     seconds = []
-    for _ in range(STEPS):
-        x, y = torch.randn(BATCH, PIXELS), torch.randint(CLASSES, (BATCH,))
+    for x, y in batches(data_dir):
         started = time.perf_counter()
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
@@ -74,6 +75,22 @@ def measure(method, neurons, threads):
     updates = seconds[EVERY - 1 :: EVERY]
     steps = sorted(set(seconds[1:]) - set(updates))
     return dict(links=masking.total_nonzero, memory=status("VmHWM"), step=steps[len(steps) // 2], update=min(updates))
+
+
+def batches(data_dir):
+    """Yield as many batches as there are steps: images of CIFAR-10 in a row, normalised, or random numbers."""
+    import torch
+
+    if not data_dir:
+        for _ in range(STEPS):
+            yield torch.randn(BATCH, PIXELS), torch.randint(CLASSES, (BATCH,))
+        return
+    from sparselearning.experiments.data import in_memory
+
+    data = in_memory.load("cifar", data_dir)
+    found = in_memory.batches(data.train, BATCH, shuffle=True, mean=data.mean, std=data.std)
+    for images, labels in itertools.islice(found, STEPS):
+        yield images.flatten(1), labels
 
 
 if __name__ == "__main__":
