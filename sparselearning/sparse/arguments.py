@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparselearning.sparse.interface import DTYPES, MOST
 
@@ -170,3 +170,17 @@ def check_indices(start: Tensor, column: Tensor, width: int) -> None:
     inside = bool(((column >= 0) & (column < width)).all())
     if ends != [0, len(column)] or not rising or not inside:
         raise ValueError("The indices of a sparse layer do not fit its shape; load a state_dict of the same layer.")
+
+
+def numeric_padding(conv: nn.Conv1d | nn.Conv2d) -> tuple[int, ...]:
+    """Return the padding of `conv` as numbers."""
+    if conv.padding_mode != "zeros":
+        raise ValueError(f"Sparse convolutions pad with zeros; keep padding_mode={conv.padding_mode!r} dense.")
+    if not isinstance(conv.padding, str):
+        return conv.padding
+    if conv.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        if any(total % 2 for total in totals):
+            raise ValueError("padding='same' with an even kernel pads unevenly; keep this convolution dense.")
+        return tuple(total // 2 for total in totals)
+    return (0,) * len(conv.kernel_size)

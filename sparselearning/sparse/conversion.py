@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparselearning.sparse.arguments import numeric_padding
 from sparselearning.sparse.batch_last import keeping, trained_to_dense
 from sparselearning.sparse.changes import Change, make, replace
 from sparselearning.sparse.dataflow import Dataflow, Seen
@@ -20,7 +21,7 @@ from sparselearning.sparse.folding import Affine, Layer, affine_changes, folded,
 from sparselearning.sparse.gpu import convert_pattern
 from sparselearning.sparse.interface import DTYPES, available
 from sparselearning.sparse.memory_order import in_order, is_batch_last
-from sparselearning.sparse.modules import SparseModule, numeric_padding
+from sparselearning.sparse.modules import SparseModule
 from sparselearning.sparse.report import LayerReport, Report, density_of, layers_of, others_of
 from sparselearning.sparse.trees import alone, copied, fresh, own_copy
 from sparselearning.sparse.verification import Verifier
@@ -87,6 +88,9 @@ def convert_verified(dense: nn.Module, verifier: Verifier) -> tuple[nn.Module, R
         return dense, undone(report, why)
     if report.converted_ms > report.dense_ms:
         return dense, undone(report, "no gain in the whole model")
+    for module in holder.modules():
+        if isinstance(module, SparseModule):
+            module.serve()
     return holder, report
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 MOST = 2**16  # hashes that are kept
+TOGETHER = 2**14  # positions that are hashed at once, in a cache
 
 
 class Explored:
@@ -22,11 +23,13 @@ class Explored:
 
     def add(self, position: Tensor) -> None:
         """Add positions, int64."""
-        new = mixed(position.cpu())
-        if len(self.hashes) == MOST:
-            new = new[new < self.hashes[-1]]
+        new = torch.cat([self.lower(mixed(part)) for part in position.cpu().split(TOGETHER)])
         if len(new):
             self.hashes = torch.cat([self.hashes, new]).unique()[:MOST].clone()
+
+    def lower(self, hashes: Tensor) -> Tensor:
+        """Return those hashes that may be among the smallest."""
+        return hashes if len(self.hashes) < MOST else hashes[hashes < self.hashes[-1]]
 
     @property
     def count(self) -> int:

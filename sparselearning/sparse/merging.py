@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparselearning.compact import rows_of
 
-TOGETHER = 2**17  # entries
+TOGETHER = 2**14  # entries
 
 
 class Merged(NamedTuple):

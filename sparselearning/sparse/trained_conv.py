@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from sparselearning.sparse import ops
+from sparselearning.sparse.arguments import numeric_padding
 from sparselearning.sparse.dispatch import is_plain
 from sparselearning.sparse.held import Held
 from sparselearning.sparse.interface import conv_shape
 from sparselearning.sparse.memory_order import is_batch_last, to_batch_first
-from sparselearning.sparse.modules import numeric_padding
 from sparselearning.sparse.pooling import PooledConv2d
 from sparselearning.sparse.trained import Single, in_autocast
 

@@ -150,6 +150,50 @@ def test_exported_models_take_any_number_of_rows(tmp_path, rows):
             torch.testing.assert_close(loaded(x), converted(x))
 
 
+def bytes_in_memory(model):
+    """Return the bytes of all tensors of a model, each piece of memory once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    pieces = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(pieces.values())
+
+
+@needs_kernels
+@pytest.mark.usefixtures("always_faster")
+def test_a_converted_model_holds_no_order_of_gradients_until_it_trains():
+    dense = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256))
+    sparsify(dense, 0.1)
+    x = torch.randn(4, 256)
+    converted, _ = convert(dense, x)
+    values = sum(len(layer.value) for layer in converted if isinstance(layer, SparseLinear))
+    with torch.no_grad():
+        converted(x)
+    assert bytes_in_memory(converted) < 8 * values + 8000  # a value and a column; starts and biases
+    copy.deepcopy(converted)(x).square().sum().backward()  # the first pass with gradients makes the order
+    for model in (dense, converted):
+        model.zero_grad()
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for model, given in zip((dense, converted), inputs, strict=True):
+        model(given).square().sum().backward()
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+    assert bytes_in_memory(converted) > 16 * values
+    converted.load_state_dict(converted.state_dict())
+    torch.testing.assert_close(converted(x), dense(x))
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("always_faster")
+def test_a_converted_model_that_is_compiled_has_gradients():
+    dense = sparsify(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)), 0.2)
+    x = torch.randn(4, 64)
+    converted, _ = convert(dense, x)
+    compiled = torch.compile(converted, backend="aot_eager", fullgraph=True)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for model, given in zip((dense, compiled), inputs, strict=True):
+        model(given).square().sum().backward()
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+
+
 def test_without_kernels_the_model_stays_dense_and_says_so(monkeypatch, caplog):
     monkeypatch.setattr(library, "LIBRARY", None)
     model = nn.Sequential(nn.Linear(4, 4))

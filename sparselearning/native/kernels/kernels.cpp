@@ -197,8 +197,8 @@ void input_gradient(const Machine& machine, const Layer<S>& layer) {
     require(layer.order.count == nonzeros && layer.value.count == nonzeros);
     require(layer.dy.count == written_numbers(layer) && layer.result.count == input_numbers(c));
     check_below(layer.order, nonzeros, parallel);
-    Pages pages;
-    S* const ordered = static_cast<S*>(pages.at_least(nonzeros * sizeof(S)));
+    Memory memory;
+    S* const ordered = static_cast<S*>(memory.at_least(nonzeros * sizeof(S)));
     parallel.only_if(nonzeros > MANY_INDICES).run(nonzeros, [&](int64_t from, int64_t to) {
         for (int64_t k = from; k < to; ++k) ordered[k] = layer.value[layer.order[k]];
     });

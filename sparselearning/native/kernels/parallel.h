@@ -68,13 +68,13 @@ struct Parallel {
 // nonzero reads.
 enum Use { OWN, SHARED, READS };
 
-// Memory in pages of its own: on the heap it would lie between blocks that are freed, and keep them from the system. It
-// lies on huge pages where the system has them, because the kernels read it at random.
-class Pages {
+// Memory, which is in pages of its own where it is large: on the heap it would lie between blocks that are freed, and
+// keep them from the system. It lies on huge pages where the system has them, because the kernels read it at random.
+class Memory {
 public:
-    Pages() = default;
-    Pages(const Pages&) = delete;
-    ~Pages() { give_back(); }
+    Memory() = default;
+    Memory(const Memory&) = delete;
+    ~Memory() { give_back(); }
 
     void* at_least(size_t need) {
         if (need > size) {
@@ -85,12 +85,22 @@ public:
     }
 
 private:
-    static constexpr size_t HUGE_PAGE = size_t(2) << 20;
+    static constexpr size_t LINE = 64, LARGE = size_t(256) << 10, HUGE_PAGE = size_t(2) << 20;
     void *begin = nullptr, *mapped = nullptr;
     size_t size = 0, length = 0;
 
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
     void take(size_t need) {
+#ifdef MADV_HUGEPAGE
+        if (need >= LARGE) return map(need);
+#endif
+        begin = std::aligned_alloc(LINE, (need + LINE - 1) / LINE * LINE);
+        if (!begin) throw std::bad_alloc();
+        size = need;
+    }
+
+#ifdef MADV_HUGEPAGE
+    void map(size_t need) {
+        need = (need + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
         const size_t all = need + HUGE_PAGE;
         void* const got = mmap(nullptr, all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (got == MAP_FAILED) throw std::bad_alloc();
@@ -98,26 +108,20 @@ private:
         begin = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(got) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
         madvise(begin, need, MADV_HUGEPAGE);
     }
+#endif
+
     void give_back() {
+#ifdef MADV_HUGEPAGE
         if (mapped) munmap(mapped, length);
+#endif
+        if (!mapped) std::free(begin);
         begin = mapped = nullptr, size = length = 0;
     }
-#else
-    void take(size_t need) {
-        need = (need + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-        if (!(begin = std::aligned_alloc(HUGE_PAGE, need))) throw std::bad_alloc();
-        size = need;
-    }
-    void give_back() {
-        std::free(begin);
-        begin = nullptr, size = 0;
-    }
-#endif
 };
 
 // Memory that a thread keeps from call to call, for each use apart.
 template <class S, Use USE>
 S* scratch(int64_t count) {
-    thread_local Pages pages;
-    return static_cast<S*>(pages.at_least(size_t(count) * sizeof(S)));
+    thread_local Memory memory;
+    return static_cast<S*>(memory.at_least(size_t(count) * sizeof(S)));
 }
