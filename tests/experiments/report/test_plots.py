@@ -119,3 +119,15 @@ def test_pyplot_is_not_imported(tmp_path):
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("accuracies", [(0.9909, 0.9925), (0.9, 0.99), (0.97, 0.9701)])
+def test_an_axis_of_accuracies_has_numbers(tmp_path, monkeypatch, accuracies):
+    drawn = []
+    monkeypatch.setattr(plots, "_write", lambda figure, path: drawn.append(figure))
+    row = dict(label="RigL", interval=None, training_flops=1.0)
+    rows = [row | dict(density=0.01 * (i + 1), accuracy=accuracy) for i, accuracy in enumerate(accuracies)]
+    plots.plot_accuracy_density(rows, tmp_path / "a.png", by_error=True)
+    (axes,) = drawn[0].axes
+    bottom, top = axes.get_ylim()
+    assert sum(bottom <= tick <= top for tick in axes.get_yticks()) >= 2
