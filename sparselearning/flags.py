@@ -15,7 +15,8 @@ from functools import partial
 from typing import Any
 
 from sparselearning.defaults import defaults_from
-from sparselearning.methods import DECAYS, DENSITY_SCHEDULES, FUNCTIONS, METHODS, PARTS, WEIGHTS, Method, find_method
+from sparselearning.method import DECAYS, DENSITY_SCHEDULES, WEIGHTS, Method
+from sparselearning.methods import FUNCTIONS, METHODS, PARTS, find_method
 from sparselearning.own_functions import find_mode
 from sparselearning.patterns import check_names
 from sparselearning.start.distributions import DISTRIBUTIONS

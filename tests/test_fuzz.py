@@ -12,7 +12,8 @@ from torch import nn
 from sparselearning import CosineDecay, LinearDecay, Masking, Updates
 from sparselearning.functions import FunctionError
 from sparselearning.grow import GROWTH_FUNCTIONS
-from sparselearning.methods import METHODS, WEIGHTS
+from sparselearning.method import WEIGHTS
+from sparselearning.methods import METHODS
 from sparselearning.prune import PRUNE_FUNCTIONS
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
 from sparselearning.schedules import CubicDensity, SoftDensity, StepDensity
