@@ -174,6 +174,10 @@ FLAGS: dict[str, dict[str, Any]] = {
         help="set the optimizer's state of a weight that grows to zero"),
     "regrown": dict(choices=START_VALUES,
         help="value of a weight when it grows; random: as torch initialises the layer"),
+    "regrown_warm_up": dict(type=whole_number, metavar="STEPS",
+        help="steps over which the learning rate of a weight that has grown rises to its value, with Adam and AdamW"),
+    "lr_by_density": dict(action=argparse.BooleanOptionalAction,
+        help="divide the learning rate of each sparse layer by the square root of its density, with Adam and AdamW"),
     "rescale": dict(action=argparse.BooleanOptionalAction,
         help="enlarge the weights at the start until every layer has the norm it had without masks, for networks of a "
         "few percent that do not begin to learn"),
@@ -217,8 +221,9 @@ def add_sparse_args(
         type=start_state,
         metavar=f"{{{','.join(START_STATES)}}}",
         default=parts["reset_state"],
-        help="what the optimizer's state of a weight that grows is set to: zero, as by --reset-state, or the mean over "
-        "the active weights of its layer (default: that of --reset-state)",
+        help="what the optimizer's state of a weight that grows is set to: zero, as by --reset-state, the mean over "
+        "the active weights of its layer, or restart, zero with a time step of Adam's own for each weight (default: "
+        "that of --reset-state)",
     )
     kind_of_run = group.add_mutually_exclusive_group()
     kind_of_run.add_argument("--dense", action="store_true", help="train the dense model")

@@ -59,7 +59,11 @@ class Method:
     stop_fraction: float = 1.0  # of training, after which the masks stay
     density_schedule: str = "constant"  # from start_fraction to stop_fraction; a key of DENSITY_SCHEDULES
     start_density: float | None = None  # None: the final density
-    reset_state: bool | str = False  # of the optimizer, where a weight becomes active: to zero (True), to the "mean"
+    reset_state: bool | str = (
+        False  # of the optimizer, where a weight becomes active: to zero (True), "mean", "restart"
+    )
+    regrown_warm_up: int = 0  # steps over which the learning rate of a weight that becomes active rises to its value
+    lr_by_density: bool = False  # whether the learning rate of a layer is divided by the square root of its density
     regrown: str = "zero"  # what a weight is when it becomes active
     rescale: bool = False  # at the start, until layers have the norm they had without masks
     pull: float = 0.0  # of active weights towards zero, added to their gradients

@@ -41,6 +41,7 @@ DEEPR = "Bellec et al. 2018, https://arxiv.org/abs/1711.05136"
 TOP_KAST = "Jayakumar et al. 2020, https://arxiv.org/abs/2106.03517"
 MEST = "Yuan et al. 2021, https://arxiv.org/abs/2110.14032"
 GRANET = "Liu et al. 2021, https://arxiv.org/abs/2106.10404"
+SMET = "Xiao et al. 2026, https://arxiv.org/abs/2606.00888"
 CHT = "Zhang et al. 2024, https://openreview.net/forum?id=iayEcORsGd"
 ST3 = "Vanderschueren & De Vleeschouwer 2023, https://arxiv.org/abs/2212.01076"
 SRIGL = "Lasby et al. 2024, https://arxiv.org/abs/2305.02299"
@@ -75,6 +76,9 @@ METHODS: dict[str, Method] = {
                      prune_rate=0.5, prune_every_k_steps=1000, density_schedule="early_cubic", start_density=0.5,
                      reset_state=True),
     "cht": Method("CHT", CHT, "magnitude", "none", "cannistraci_hebb", "linear", prune_rate=0.3),
+    "smet": Method("SMET", SMET, "magnitude", "none", "random",
+                   prune_rate=0.2, prune_every_k_steps=100, reset_state="restart", regrown_warm_up=100,
+                   lr_by_density=True),
     "static": Method("Static random", RIGL, sparse_init=ERK, **STATIC),
     "snip": Method("SNIP", SNIP, sparse_init="snip", **STATIC),
     "grasp": Method("GraSP", GRASP, sparse_init="grasp", **STATIC),
@@ -147,11 +151,13 @@ def hold(
         )
     if hasattr(held, "optimizer"):
         raise ValueError(f"This {type(held).__name__} holds the weights of another Masking. Make one for each.")
-    if len(members_of(optimizer)) > 1 and (held.kind != "zero" or held.pull):
-        kind = f"weights={held.kind!r}{' with a pull' * (held.kind == 'zero')}"
+    if len(members_of(optimizer)) > 1 and (held.kind != "zero" or held.pull or held.own_steps):
+        also = " with a pull" if held.pull else " with steps of single weights" if held.own_steps else ""
+        kind = f"weights={held.kind!r}{also}"
         raise ValueError(f"{kind} needs one optimizer, got several. Make a Masking for each of them.")
     for member in members_of(optimizer):
         refuse_unfit_optimizer(held.start_state, member)
+        held.own_steps.fit(member)
     functions = (prune, grow, measure)
     check_readable(functions, optimizer, held.keeps_inactive)
     held.optimizer = optimizer
@@ -161,6 +167,7 @@ def hold(
     return held
 
 
+OF_WEIGHTS = ("regrown", "reset_state", "pull", "regrown_warm_up", "lr_by_density")
 OF_MASKING = ("verbose", "fp16")
 OF_MODULE = ("remove_param_names", "sparse_embeddings", "dense", "batches", "sparse", "state", "process_group")
 
@@ -198,7 +205,7 @@ def arguments_of(
             last=last if chosen.stop_fraction < 1 else None,
             density=_density_schedule(chosen, chosen.density_at_start(density), density, first, last, decay),
         ),
-        weights=WEIGHTS[chosen.weights](regrown=chosen.regrown, reset_state=chosen.reset_state, pull=chosen.pull),
+        weights=WEIGHTS[chosen.weights](**{part: getattr(chosen, part) for part in OF_WEIGHTS}),
     )
     of_module |= dict(
         density=chosen.density_at_start(density),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from by_method import optimizer_of
 from helpers import mlp
 from torch import nn
 
@@ -73,9 +74,8 @@ def test_a_method_costs_what_its_steps_need(method, share):
     settings = dict(batches=[(torch.randn(8, 20), torch.arange(8))], sparse_init="constant", start_density=None)
     if METHODS[method].density_schedule != "constant":
         settings["density_schedule"] = "constant"
-    masking = Masking.from_method(
-        method, model, torch.optim.SGD(model.parameters(), 0.1, 0.9), 100, 0.2, **settings, prune_every_k_steps=9
-    )
+    optimizer = optimizer_of(method, model.parameters())
+    masking = Masking.from_method(method, model, optimizer, 100, 0.2, **settings, prune_every_k_steps=9)
     flops = forward_flops(model, torch.zeros(1, 20))
     expected = (2 * masking.density + share) / 3
     assert relative_flops(flops, masking, 9)["training_flops"] == pytest.approx(expected, abs=0.003)
