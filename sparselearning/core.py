@@ -197,7 +197,8 @@ class Masking(Steps):
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and found_inf.item():
             return
-        self.held.correct_step(self.layers)
+        if self.held.corrects_steps:
+            self.held.correct_step(self.layers)
         self.apply_mask()
         if getattr(self.optimizer, "behind", None):  # one of several optimizers has stepped, and others have not
             return

@@ -70,6 +70,7 @@ class Zeros:
         self.regrown, self.pull = regrown, pull
         self.reset_state = True if reset_state == "zero" else reset_state
         self.own_steps = OwnSteps(reset_state == "restart", regrown_warm_up, lr_by_density)
+        self.corrects_steps = bool(self.own_steps)  # whether some weights make other steps than the optimizer's
         self.copies = SecondCopies([])  # of the weights; set by Masking
         self.ready = False  # the optimizer was given what it is to step
         self.borrowed: dict[Tensor, dict[str, Tensor]] = {}  # momenta that other processes hold, during an update
@@ -83,7 +84,7 @@ class Zeros:
     @property
     def acts_before_steps(self) -> bool:
         """Whether `before_step` does anything."""
-        return self.exchanges or self.pull > 0 or self.mixes or bool(self.own_steps)
+        return self.exchanges or self.pull > 0 or self.mixes or self.corrects_steps
 
     @property
     def bytes_per_step(self) -> float | None:
@@ -128,7 +129,7 @@ class Zeros:
         """Give the optimizer what it is to step; if it evaluates a closure, that comes after each evaluation."""
         if closure is None and not (self.ready and self.copies.wrapped):  # a wrapper may have evaluated a closure
             self.give(layers)
-        if self.own_steps:
+        if self.corrects_steps:
             self.own_steps.remember(layers, self.stepped_for)
 
     @torch.no_grad()
@@ -168,8 +169,7 @@ class Zeros:
 
     def correct_step(self, layers: Layers) -> None:
         """Make the steps of single weights that are not the optimizer's; not after a step that it skipped."""
-        if self.own_steps:
-            self.own_steps.correct(layers, self.optimizer, self.stepped_for)
+        self.own_steps.correct(layers, self.optimizer, self.stepped_for)
 
     def stepped(self, ahead: Ahead) -> None:
         """Count a step."""
@@ -195,14 +195,14 @@ class Zeros:
     def moved(self, layers: Layers, before: Sequence[Any]) -> None:
         """Follow masks that have moved; `before` is what they were."""
         start_regrown(layers, before, self.optimizer, self.regrown, self.start_state, self.copies.copies)
-        for layer, old in zip(layers, before, strict=True) if self.own_steps else ():
+        for layer, old in zip(layers, before, strict=True) if self.corrects_steps else ():
             self.own_steps.note(layer, layer.mask & ~old, self.steps_of(layer))
         if self.mixes:
             self.optimizer.state.clear()  # the directions that it remembers are those of other weights
 
     def steps_of(self, layer: SparseLayer) -> int:
         """Return how many steps the optimizer has made of a layer, where steps of single weights are asked for."""
-        return int(state_of(self.optimizer, self.stepped_for(layer)).get("step", 0)) if self.own_steps else 0
+        return int(state_of(self.optimizer, self.stepped_for(layer)).get("step", 0)) if self.corrects_steps else 0
 
     def expect(self, steps: int) -> None:
         """Note that an update of the masks ends every so many steps, as at the end of epochs."""
