@@ -20,7 +20,7 @@ from sparselearning.methods import FUNCTIONS, METHODS, PARTS, find_method
 from sparselearning.own_functions import find_mode
 from sparselearning.patterns import check_names
 from sparselearning.start.distributions import DISTRIBUTIONS
-from sparselearning.start.masks import FIRST_DENSE, MAGNITUDE
+from sparselearning.start.masks import FIRST_DENSE, MAGNITUDE, RECEPTIVE
 from sparselearning.start.scores import SCORES
 from sparselearning.weights.regrowth import START_VALUES
 from sparselearning.weights.start_states import START_STATES
@@ -101,7 +101,7 @@ def patterns(text: str) -> str | dict[str, str]:
 
 def sparse_init(text: str) -> str:
     """Parse which weights are active at the start."""
-    names = [*DISTRIBUTIONS, *MAGNITUDE, *FIRST_DENSE, *SCORES, "resume"]
+    names = [*DISTRIBUTIONS, *MAGNITUDE, *RECEPTIVE, *FIRST_DENSE, *SCORES, "resume"]
     if text not in names and not (text.startswith("mask:") and text != "mask:"):
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(names)}, or mask:PATH, got {text!r}")
     return text
@@ -143,7 +143,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "sparse_init": dict(type=sparse_init, metavar="INIT",
         help=f"which weights are active at the start: {', '.join(DISTRIBUTIONS)} divide them among layers, and draw "
         "them at random within a layer; magnitude and magnitude:DISTRIBUTION take each layer's largest magnitudes, "
-        "constant if none is named; uniform and magnitude:uniform are constant and magnitude with the first layer "
+        "and receptive_field and receptive_field:DISTRIBUTION link outputs to inputs near their own place, constant if "
+        "none is named; uniform and magnitude:uniform are constant and magnitude with the first layer "
         f"dense, as RigL's uniform distribution; {', '.join(SCORES)} score the weights on --score-batches; mask:PATH "
         "takes the masks of a checkpoint, or of a dict from names to bool tensors; resume takes the nonzeros of the "
         "checkpoint given to --resume, and zeros at random where the density asks for more"),

@@ -6,7 +6,15 @@ from functools import partial
 from typing import Any
 
 from sparselearning.patterns import check_names
-from sparselearning.schedules import Constant, CosineDecay, CubicDensity, LinearDecay, Schedule, StepDensity
+from sparselearning.schedules import (
+    Constant,
+    CosineDecay,
+    CubicDensity,
+    LinearDecay,
+    Schedule,
+    SigmoidDensity,
+    StepDensity,
+)
 from sparselearning.sparse.training import SparseTraining
 from sparselearning.start.masks import Density, SparseInit
 from sparselearning.weights.dense_copy import DenseCopy
@@ -24,6 +32,7 @@ DENSITY_SCHEDULES: Mapping[str, Any] = {
     "constant": None,
     "cubic": CubicDensity,
     "early_cubic": lambda start, end, begin, finish: CubicDensity(start, end, begin, begin + 3 * (finish - begin) // 4),
+    "sigmoid": SigmoidDensity,
     "step": lambda start, end, begin, finish: StepDensity(start, end, finish),
     "soft": None,  # above the final density by what the next update prunes; see SoftDensity
 }
@@ -86,7 +95,7 @@ class Method:
             raise ValueError(f"Expected a start_density in (0, 1], got {self.start_density}.")
         if self.start_density is not None and self.density_schedule in ("constant", "soft"):
             raise ValueError(
-                "A start_density needs a density_schedule that leaves it: 'cubic', 'early_cubic' or 'step'."
+                "A start_density needs a density_schedule that leaves it: 'cubic', 'early_cubic', 'sigmoid' or 'step'."
             )
         if self.density_schedule == "soft" and self.prune_rate >= 1:
             raise ValueError(f"density_schedule='soft' needs a prune_rate below 1, got {self.prune_rate}.")

@@ -42,7 +42,9 @@ TOP_KAST = "Jayakumar et al. 2020, https://arxiv.org/abs/2106.03517"
 MEST = "Yuan et al. 2021, https://arxiv.org/abs/2110.14032"
 GRANET = "Liu et al. 2021, https://arxiv.org/abs/2106.10404"
 SMET = "Xiao et al. 2026, https://arxiv.org/abs/2606.00888"
+GSE = "Heddes et al. 2024, https://arxiv.org/abs/2401.06898"
 CHT = "Zhang et al. 2024, https://openreview.net/forum?id=iayEcORsGd"
+CHTS = "Zhang et al. 2025, https://arxiv.org/abs/2501.19107"
 ST3 = "Vanderschueren & De Vleeschouwer 2023, https://arxiv.org/abs/2212.01076"
 SRIGL = "Lasby et al. 2024, https://arxiv.org/abs/2305.02299"
 SNIP = "Lee et al. 2019, https://arxiv.org/abs/1810.02340"
@@ -65,6 +67,9 @@ METHODS: dict[str, Method] = {
     "srigl": Method("SRigL", SRIGL, "magnitude", "none", "gradient", ERK,
                     prune_rate=0.3, decay_schedule="cosine_to_zero", prune_every_k_steps=100, stop_fraction=0.75,
                     reset_state=True, pattern="fan-in:0.3"),
+    "guided": Method("GSE", GSE, "magnitude", "none", "guided", "linear",
+                     prune_rate=0.2, decay_schedule="cosine_to_zero", prune_every_k_steps=1000, stop_fraction=0.6,
+                     reset_state=True),
     "deep_rewiring": Method("Deep Rewiring", DEEPR, "sign_flip", "none", "rewiring", "linear",
                             prune_rate=0.0, decay_schedule="constant", prune_every_k_steps=10, pull=1e-4),
     "top_kast": Method("Top-KAST", TOP_KAST, "dense_magnitude", "none", "dense_magnitude", LARGEST,
@@ -76,6 +81,9 @@ METHODS: dict[str, Method] = {
                      prune_rate=0.5, prune_every_k_steps=1000, density_schedule="early_cubic", start_density=0.5,
                      reset_state=True),
     "cht": Method("CHT", CHT, "magnitude", "none", "cannistraci_hebb", "linear", prune_rate=0.3),
+    "cht_soft": Method("CHTs", CHTS, "soft_magnitude", "none", "cannistraci_hebb_soft", "receptive_field",
+                       prune_rate=0.1, decay_schedule="cosine_to_zero", prune_every_k_steps=100, stop_fraction=0.75,
+                       reset_state=True),
     "smet": Method("SMET", SMET, "magnitude", "none", "random",
                    prune_rate=0.2, prune_every_k_steps=100, reset_state="restart", regrown_warm_up=100,
                    lr_by_density=True),

@@ -5,7 +5,7 @@ import random
 from itertools import pairwise
 
 import torch
-from oracles.network import Course, Layer
+from oracles.network import Course, Layer, Move, rounded_up
 from torch import nn
 
 from sparselearning import Masking
@@ -292,3 +292,42 @@ def train_adam(method, seed, oracle):
 def flat(tensor):
     """Return the numbers of a tensor."""
     return tensor.detach().flatten().tolist()
+
+
+def train_soft(method, seed, oracle):
+    """Train a random network by a method that draws what leaves and what comes: numbers, candidates and weights."""
+    case = Case(method, seed, freezes=False)
+    course = case.course
+    optimizer = torch.optim.SGD(case.module.parameters(), lr=0.1, momentum=0.9)
+    masking = Masking.from_method(method, case.module, optimizer, course.steps, course.density, **case.parts)
+    twin, pruned = Twin(case, list(masking.masks.values())), {}
+    assert list(masking.name2nonzeros.values()) == oracle.start(twin.layers(), course), "active weights at the start"
+    prune = masking.prune
+    masking.prune = lambda *given: pruned.setdefault(given[3], prune(*given)).clone()
+    masking.prune.entrywise = masking.prune.single_weights = True
+    for step in range(1, course.steps + 1):
+        where, gradients = f"{method}, seed {seed}, step {step}", case.gradients()
+        for weight, gradient in zip(case.weights, gradients, strict=True):
+            weight.grad = gradient.clone()
+        pruned.clear()
+        optimizer.step()
+        twin.step(gradients, None)
+        if oracle.moves(step, course):
+            moves = []
+            for layer, (name, mask) in zip(twin.layers(), masking.masks.items(), strict=True):
+                kept, k = flat(pruned[name]), rounded_up(oracle.rate(step, course) * layer.active)
+                assert sum(kept) == layer.active - k, f"{where}: {name}"
+                assert all(was or not stays for was, stays in zip(layer.mask, kept, strict=True)), f"{where}: {name}"
+                grown = [active and not stays for active, stays in zip(flat(mask), kept, strict=True)]
+                assert sum(grown) == k, f"{where}: {name}"
+                if len(layer.shape) == 2:
+                    found = [value for row in oracle.scores(kept, *layer.shape) for value in row]
+                    enough = min(k, sum(value > 0 for value in found))  # links that have a path come before others
+                    assert sum(value > 0 for value, new in zip(found, grown, strict=True) if new) == enough, where
+                moves.append(Move(kept, grown, forget=True))
+            twin.move(moves, list(masking.masks.values()), where)
+        for i, (mask, weight) in enumerate(zip(masking.masks.values(), case.weights, strict=True)):
+            assert torch.equal(mask, twin.masks[i]), f"{where}: masks of layer {i}"
+            assert torch.equal(weight, twin.weights[i]), f"{where}: weights of layer {i}"
+            buffer = optimizer.state[weight].get("momentum_buffer", torch.zeros_like(weight))
+            assert torch.equal(buffer, twin.momentum(i)), f"{where}: momenta of layer {i}"

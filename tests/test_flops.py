@@ -17,7 +17,7 @@ from sparselearning.start.maskable import maskable_parameters
 # Of the gradient of the weights of a network of density 0.2, relative to the dense network's: 0.2 but for these.
 SHARES = dict.fromkeys(METHODS, 0.2)
 SHARES |= dict(sparse_momentum=1.0, top_kast=0.4, soft_threshold=1.0)
-SHARES |= dict.fromkeys(["rigl", "srigl", "granet"], 0.9 * 0.2 + 0.1)
+SHARES |= dict.fromkeys(["rigl", "srigl", "granet", "guided"], 0.9 * 0.2 + 0.1)
 LENET5 = {
     "conv1.weight": 2 * 24 * 24 * 20 * 1 * 5 * 5,  # every output pixel and channel: 25 products, 25 sums
     "conv2.weight": 2 * 8 * 8 * 50 * 20 * 5 * 5,
