@@ -87,6 +87,9 @@ def convert_verified(dense: nn.Module, verifier: Verifier) -> tuple[nn.Module, R
         return dense, undone(report, why)
     if report.converted_ms > report.dense_ms:
         return dense, undone(report, "no gain in the whole model")
+    for layer in holder.modules():
+        if isinstance(layer, SparseModule):
+            layer.forget_turned()
     return holder, report
 
 
