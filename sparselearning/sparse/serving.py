@@ -2,7 +2,7 @@
 
 It is a zip archive of three members. `program.json` holds the steps (programs.py) and what the other two contain.
 `tensors` holds the numbers of all tensors, one after another, without the zeros of those that have many. `positions`
-holds where the other numbers are, and the columns of sparse layers: gaps of a byte (files.py), deflated.
+holds where the other numbers are, and the columns of sparse layers: gaps of a byte (packing.py), deflated.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from sparselearning.atomic import write_atomically
 from sparselearning.compact import positions
 from sparselearning.compact import rows_of as indices_of
 from sparselearning.sparse.batch_last import trained_to_dense
-from sparselearning.sparse.files import BYTES_PER_BYTE, ESCAPE, FREE_BYTES, PACKABLE, pack_positions, unpack_positions
+from sparselearning.sparse.files import BYTES_PER_BYTE, FREE_BYTES, PACKABLE
 from sparselearning.sparse.interface import kernels
+from sparselearning.sparse.packing import ESCAPE, pack_positions, unpack_positions
 from sparselearning.sparse.programs import Program, described, rebuilt
 from sparselearning.sparse.tracing import Description, check_state, example_of, rows_of, traced, with_rows
 from sparselearning.sparse.trees import Arguments, alone, own_copy, redrawn
