@@ -81,9 +81,11 @@ def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore")  # of torch.export
 def test_a_new_process_serves_what_the_page_saves(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made, saved, served = [block for _, block in python_blocks((ROOT / "docs/serving.md").read_text())][:3]
-    exec(made + saved, {"__name__": "document"})
-    subprocess.run([sys.executable, "-c", served], check=True)
+    made, saved, served, exported, loaded = [
+        block for _, block in python_blocks((ROOT / "docs/serving.md").read_text())
+    ][:5]
+    exec(made + saved + exported, {"__name__": "document"})
+    subprocess.run([sys.executable, "-c", served + loaded], check=True)
 
 
 @pytest.fixture
