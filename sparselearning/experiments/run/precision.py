@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparselearning.core import Masking
 from sparselearning.loading import check_alike, check_schedule
 
 
@@ -35,6 +36,15 @@ class Precision:
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """Add the gradients of the loss to the present ones; `last` says that a step follows."""
         self.scaler.scale(loss).backward()
+
+    def clip(self, optimizer: Any, max_norm: float) -> None:
+        """Scale the gradients down to this norm where it is larger; `optimizer` is the one to step."""
+        self.scaler.unscale_(optimizer)
+        if isinstance(optimizer, Masking):
+            optimizer.clip_grad_norm_(max_norm)
+        else:
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+            torch.nn.utils.clip_grad_norm_(weights, max_norm)
 
     def step(self, optimizer: Any) -> None:
         """Step with the gradients; an overflow in fp16 skips the step."""
@@ -71,6 +81,10 @@ class ApexPrecision:
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """Add the gradients of the loss to the present ones; the last call also gives them to the master weights."""
         self.optimizer.backward(loss, **({} if last else {"update_master_grads": False}))
+
+    def clip(self, optimizer: Any, max_norm: float) -> None:
+        """Scale the gradients of the master weights down to this norm where it is larger."""
+        self.optimizer.clip_master_grads(max_norm)
 
     def step(self, optimizer: Any) -> None:
         """Step `optimizer`, the FP16_Optimizer or a Masking of it; an overflow skips the step."""
