@@ -91,9 +91,7 @@ class Llama(nn.Module):
         super().__init__()
         check_sizes(width, heads, kv_heads)
         if width // heads % 2:
-            raise ValueError(
-                f"Expected heads of an even size, which rotary positions turn in pairs, got {width // heads}."
-            )
+            raise ValueError(f"Expected heads of an even size, for rotary positions, got {width // heads}.")
         self.tokens = nn.Embedding(vocabulary, width)
         shape = width, heads, kv_heads or heads, dropout
         self.blocks = nn.ModuleList(Block(block, *shape) for block in range(layers))
