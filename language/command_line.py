@@ -82,7 +82,7 @@ def fill_in(args):
         args.eval_every = max((every for every in range(50, 251) if args.steps % every == 0), default=args.steps)
     if args.warmup is None:
         args.warmup = min(100, args.steps // 10)
-    args.epochs = args.steps // args.eval_every
+    args.epochs = max(args.steps // args.eval_every, 1)
     args.layer_density = {PARTS.get(name, name): density for name, density in args.layer_density.items()}
 
 

@@ -20,7 +20,6 @@ import logging
 import math
 import os
 from functools import partial
-from itertools import islice
 
 # Before torch loads: threads that spin for long fight for shared cores, and one that sleeps at once is slow to wake.
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -97,13 +96,12 @@ def train(args, corpus, device, lock):
 
     steps_per_epoch = args.eval_every
 
-    def batches_from(epoch, step=0):
-        steps = range((epoch - 1) * steps_per_epoch + step, epoch * steps_per_epoch)
+    def batches_of(steps):
         cut = dict(batch_size=args.batch_size, parts=args.accumulate, share=share())
         return on(device, data.batches(corpus.train, args.context, steps, args.seed, **cut))
 
     def batches_to_score():
-        return list(islice(batches_from(1), args.score_batches * args.accumulate))
+        return list(batches_of(range(args.score_batches)))
 
     model = build_model(args, corpus.tokens.vocabulary)
     load_first_weights(args, model)
@@ -139,10 +137,11 @@ def train(args, corpus, device, lock):
                 checkpoints.copy(found[0], copies_of(metrics))
             for epoch in range(first_epoch, args.epochs + 1):
                 progress, begun = begun or Progress(), None
-                batches = batches_from(epoch, progress.steps)
+                first = (epoch - 1) * steps_per_epoch
+                batches = batches_of(range(first + progress.steps, first + steps_per_epoch))
                 after_step = partial(checkpoints.after_step, epoch, progress)
                 with session.naming_errors(epoch, folder):
-                    with progress_bar(f"step {(epoch - 1) * steps_per_epoch}", steps_per_epoch) as report:
+                    with progress_bar(f"step {first}", steps_per_epoch) as report:
                         shown = dict(report=report, report_every=args.print_freq)
                         settings = dict(loss_function=loss_of, accumulate=args.accumulate, clip_norm=args.clip)
                         settings |= dict(progress=progress, after_step=after_step, **shown)

@@ -1,6 +1,7 @@
 """The language models of main.py by name: gpt, llama, and those of transformers."""
 
 import argparse
+import inspect
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -70,10 +71,13 @@ class OfTransformers(nn.Module):
         except (ValueError, OSError, KeyError, TypeError) as error:
             raise ValueError(f"--arch transformers:{config} cannot be built: {error}") from error
         self.cache_of = transformers.DynamicCache
+        named = inspect.signature(self.network.forward).parameters
+        self.name_of_cache = "cache" if "cache" in named else "past_key_values"  # before transformers 5.40
 
     def new_cache(self):
         """Return an empty cache for `forward`, which then gets new tokens alone."""
         return self.cache_of()
 
     def forward(self, tokens: Tensor, cache=None) -> Tensor:
-        return self.network(input_ids=tokens, past_key_values=cache, use_cache=cache is not None).logits
+        given = {self.name_of_cache: cache} if cache is not None else {}
+        return self.network(input_ids=tokens, use_cache=cache is not None, **given).logits
