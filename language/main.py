@@ -143,7 +143,7 @@ def train(args, corpus, device, lock):
                 with session.naming_errors(epoch, folder):
                     with progress_bar(f"step {first}", steps_per_epoch) as report:
                         shown = dict(report=report, report_every=args.print_freq)
-                        settings = dict(loss_function=loss_of, accumulate=args.accumulate, clip_norm=args.clip)
+                        settings = dict(loss_function=loss_of, accumulate=args.accumulate)
                         settings |= dict(progress=progress, after_step=after_step, **shown)
                         loss = train_epoch(network, batches, masking or optimizer, scheduler, precision, **settings)
                     training_seconds = progress.seconds

@@ -10,6 +10,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import apex_stand_in
 import pytest
 import torch
 from launch import run as run_processes
@@ -312,6 +313,16 @@ def test_gradients_are_clipped(tmp_path, monkeypatch):
     for precision in ("none", "bf16"):
         clipped = norm_of(["--clip", "0.1", "--amp", precision], tmp_path, monkeypatch)
         assert clipped == pytest.approx(0.1, rel=1e-2)
+
+
+def test_apex_reads_tokens_and_clips_its_master_weights(tmp_path, monkeypatch, caplog):
+    apex_stand_in.install(monkeypatch)
+    clipped = []
+    monkeypatch.setattr(apex_stand_in.FP16Optimizer, "clip_master_grads", lambda _, norm: clipped.append(norm))
+    folder = train(tmp_path, "--fp16", "--clip", "0.5", "--sample", "def ", "--sample-tokens", 3)
+    assert "fp16 by Apex" in caplog.text
+    assert clipped == [0.5] * 6
+    assert checkpoint_of(folder)["model"]["blocks.0.mlp.up.weight"].dtype == torch.float16
 
 
 @pytest.mark.parametrize("kind", ["snip", "grasp"])
