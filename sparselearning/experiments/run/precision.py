@@ -133,7 +133,7 @@ def choose_precision(
 ) -> tuple[Any, Any]:
     """Return the precision that the arguments ask for, and the optimizer to step: Apex puts its own around it."""
     given = vars(args)  # some flags are of one script alone
-    settings = dict(static_loss_scale=given.get("static_loss_scale"), clip_norm=given.get("clip", 0.0))
+    settings: dict[str, Any] = dict(static_loss_scale=given.get("static_loss_scale"), clip_norm=given.get("clip", 0.0))
     if args.amp != "apex":
         return Precision(args.amp, device, **settings), optimizer
     precision = ApexPrecision(model, optimizer, **settings)
