@@ -12,6 +12,7 @@ scripts = ["torchvision", "scikit-learn", "matplotlib", "tqdm", "tabulate"]
 export = ["onnx", "onnxscript", "onnxruntime", "safetensors"]
 models = ["timm", "transformers", "peft"]  # their tests skip by name without them, as do those of the trainers
 trainers = ["transformers", "lightning", "accelerate"]  # sparselearning.integrations
+docs = [*scripts, "mkdocs-material", "mkdocstrings-python"]  # `make docs`; the scripts' parsers are read
 test = ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright"]
 
 # Plain C++ behind a C interface, loaded with ctypes: one build serves every Python and torch. Optional: without a
@@ -45,6 +46,7 @@ setup(
         "trainers": trainers,
         **{trainer: [trainer] for trainer in ("lightning", "accelerate")},
         "transformers": ["transformers", "accelerate"],
-        "test": scripts + export + test,
+        "docs": docs,
+        "test": docs + export + test,
     },
 )
