@@ -15,6 +15,7 @@ export = ["onnx", "onnxscript", "onnxruntime", "safetensors"]
 # Their tests skip by name without them, as do those of the trainers.
 models = ["timm", "transformers", "tokenizers", "peft"]
 trainers = ["transformers", "lightning", "accelerate"]  # sparselearning.integrations
+docs = [*scripts, "mkdocs-material", "mkdocstrings-python"]  # `make docs`; the scripts' parsers are read
 test = ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright"]
 
 # Plain C++ behind a C interface, loaded with ctypes: one build serves every Python and torch. Optional: without a
@@ -65,6 +66,7 @@ setup(
         **{trainer: [trainer] for trainer in ("lightning", "accelerate")},
         "transformers": ["transformers", "accelerate"],
         "language": ["transformers", "tokenizers"],  # --arch transformers:CONFIG, --tokens FILE.json
-        "test": scripts + export + test,
+        "docs": docs,
+        "test": docs + export + test,
     },
 )

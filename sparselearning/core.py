@@ -61,6 +61,7 @@ class Masking(Steps):
             those that step one network, such as [muon, adamw]; the masks move when all have stepped.
         prune_rate_decay: function from the number of optimizer steps to the fraction of active weights that an update
             moves, in [0, 1]; None keeps `prune_rate`.
+        prune_rate: that fraction if `prune_rate_decay` is None; not read otherwise.
         prune_mode, growth_mode, redistribution_mode: a key of the tables in prune.py, grow.py and redistribute.py, or
             a function (see functions.py).
         prune_every_k_steps: move the masks after every k optimizer steps; 0: in `at_end_of_epoch`.

@@ -187,7 +187,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "inactive": dict(choices=[*WEIGHTS], also=["--weights"],
         help="how weights are held: zero sets those that are pruned to zero; kept and soft train them beside the "
         "network; sparse holds active weights alone and trains them on sparse kernels, in time and memory that follow "
-        "their number; docs/sparse.md says how growth differs then"),
+        "their number; docs/always_sparse.md says how growth differs then"),
     "sparse_backend": dict(choices=["cpu"], default=None, help="the same as --weights sparse (default: none)"),
 }
 # fmt: on

@@ -13,15 +13,18 @@ Schedule = Callable[[int], float]
 class Updates:
     """When the masks move, and to which density.
 
-    every: optimizer steps between two updates; 0 for one at the end of every epoch.
-    first, last: steps before and after which the masks stay. At step `last` itself there is always an update, so that
-        a density schedule arrives; if there is no `last` and `every` is not 0, at the step where the schedule ends.
-    density: function from the step to the density that an update leaves, in (0, 1]; or {pattern: function}, for the
-        patterns of `add_module(density={pattern: ...})`; None keeps it.
-
     >>> updates = Updates(every=100, last=250)
     >>> [step for step in range(1, 1000) if updates.after_step(step)]
     [100, 200, 250]
+
+    Args:
+        every: optimizer steps between two updates; 0 for one at the end of every epoch.
+        first: step before which the masks stay.
+        last: step after which the masks stay; None: no such step. At step `last` itself there is always an update, so
+            that a density schedule arrives; if there is no `last` and `every` is not 0, at the step where the schedule
+            ends.
+        density: function from the step to the density that an update leaves, in (0, 1]; or {pattern: function}, for the
+            patterns of `add_module(density={pattern: ...})`; None keeps it.
 
     Raises:
         ValueError: for steps that are negative or not whole numbers.

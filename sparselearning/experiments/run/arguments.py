@@ -22,7 +22,8 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     add("--start-epoch", type=positive_int, default=1, metavar="N", help="number of the first epoch (default: 1)")
     add("--seed", type=seed, default=17, help="random seed (default: 17)")
     add("--device", type=available_device, default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, cuda:1, mps, ...; under torchrun cuda is the process's own GPU (default: %(default)s)")
+        help="cpu, cuda, cuda:1, mps, ...; under torchrun cuda is the process's own GPU (default: cuda if "
+        "there is a GPU, else cpu)")
     add("--max-threads", type=positive_int, default=10, metavar="N",
         help="CPU threads of a process, at most one a core or OMP_NUM_THREADS (default: 10)")
     add("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed precision (default: none)")
