@@ -6,7 +6,8 @@ EXTRAS ?= test
 BIN := .venv/bin
 SOURCES := setup.py $(wildcard sparselearning/native/kernels/*)
 
-.PHONY: demo demo-imagenet test soak coverage mutants lint docs docs-serve bench results-mnist results-cifar clean
+.PHONY: demo demo-imagenet demo-language test soak coverage mutants lint docs docs-serve bench
+.PHONY: results-mnist results-cifar clean
 
 demo: .venv/installed
 	$(BIN)/python mnist_cifar/demo.py
@@ -14,6 +15,10 @@ demo: .venv/installed
 # DIR=folder takes photographs of your own.
 demo-imagenet: .venv/installed
 	$(BIN)/python imagenet/demo.py $(DIR)
+
+# TEXT=file or folder takes a text of your own.
+demo-language: .venv/installed
+	$(BIN)/python language/demo.py $(TEXT)
 
 # One thread a process: two OpenMP pools on the same cores wait for each other.
 test: .venv/installed

@@ -10,7 +10,8 @@ version = re.search(r'__version__ = "(.+)"', (root / "sparselearning/__init__.py
 
 scripts = ["torchvision", "scikit-learn", "matplotlib", "tqdm", "tabulate"]
 export = ["onnx", "onnxscript", "onnxruntime", "safetensors"]
-models = ["timm", "transformers", "peft"]  # their tests skip by name without them, as do those of the trainers
+# Their tests skip by name without them, as do those of the trainers.
+models = ["timm", "transformers", "tokenizers", "peft"]
 trainers = ["transformers", "lightning", "accelerate"]  # sparselearning.integrations
 docs = [*scripts, "mkdocs-material", "mkdocstrings-python"]  # `make docs`; the scripts' parsers are read
 test = ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright"]
@@ -46,6 +47,7 @@ setup(
         "trainers": trainers,
         **{trainer: [trainer] for trainer in ("lightning", "accelerate")},
         "transformers": ["transformers", "accelerate"],
+        "language": ["transformers", "tokenizers"],  # --arch transformers:CONFIG, --tokens FILE.json
         "docs": docs,
         "test": docs + export + test,
     },

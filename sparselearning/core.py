@@ -153,7 +153,7 @@ class Masking(Steps):
                 first that matches a name counts, and weights move among the layers of a pattern (start/names.py).
             sparse_init: 'constant' (one density), 'uniform' (the same, the first layer dense), 'linear' (Erdos-Renyi),
                 'erdos_renyi_kernel' or a function from shape to share; 'magnitude', 'magnitude:linear'...: each layer's
-                largest; scores by name, or 'snip', 'grasp', 'synflow'; masks by name, or 'resume' (start/masks.py).
+                largest; 'receptive_field'; scores by name, or 'snip', 'grasp', 'synflow'; masks by name, or 'resume'.
             remove_param_names: weights whose name contains one of these stay dense; a whole name means that one alone.
             sparse_embeddings: mask embeddings and output layers over their vocabulary too.
             dense: weights that stay dense, as patterns of names; 'first', 'last', 'depthwise' mean those of the module.
@@ -198,6 +198,8 @@ class Masking(Steps):
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and found_inf.item():
             return
+        if self.held.corrects_steps:
+            self.held.correct_step(self.layers)
         self.apply_mask()
         if getattr(self.optimizer, "behind", None):  # one of several optimizers has stepped, and others have not
             return

@@ -20,9 +20,8 @@ class Updates:
     Args:
         every: optimizer steps between two updates; 0 for one at the end of every epoch.
         first: step before which the masks stay.
-        last: step after which the masks stay; None: no such step. At step `last` itself there is always an update, so
-            that a density schedule arrives; if there is no `last` and `every` is not 0, at the step where the schedule
-            ends.
+        last: step after which the masks stay. At step `last` itself there is always an update, so that a density
+            schedule arrives; if there is no `last` and `every` is not 0, at the step where the schedule ends.
         density: function from the step to the density that an update leaves, in (0, 1]; or {pattern: function}, for the
             patterns of `add_module(density={pattern: ...})`; None keeps it.
 
@@ -211,8 +210,7 @@ class CubicDensity:
 
     def __post_init__(self):
         _check_density(start=self.start, end=self.end)
-        if not 0 <= self.begin <= self.finish:
-            raise ValueError(f"Expected steps 0 <= begin <= finish, got begin={self.begin} and finish={self.finish}.")
+        _check_steps(self.begin, self.finish)
 
     def __call__(self, step: int) -> float:
         if step >= self.finish:
@@ -221,6 +219,40 @@ class CubicDensity:
             return self.start
         progress = (step - self.begin) / (self.finish - self.begin)
         return self.end + (self.start - self.end) * (1 - progress) ** 3
+
+
+@dataclass(frozen=True)
+class SigmoidDensity:
+    """Move from the density `start` at step `begin` to `end` at step `finish`, slowly at both ends, and stay there.
+
+    Zhang et al. 2025 (CHTss), https://arxiv.org/abs/2501.19107, section 3.3, with k = 6: 1 / (1 + exp(-k x)) of x from
+    -1 to 1, stretched so that it begins at `start` and arrives at `end`, as in the authors' code.
+
+    >>> density = SigmoidDensity(start=0.5, end=0.1, begin=0, finish=100)
+    >>> density(0), round(density(25), 4), round(density(50), 4), density(100), density(150)
+    (0.5, 0.4819, 0.3, 0.1, 0.1)
+    """
+
+    start: float
+    end: float
+    begin: int
+    finish: int
+    k: float = 6.0
+
+    def __post_init__(self):
+        _check_density(start=self.start, end=self.end)
+        _check_steps(self.begin, self.finish)
+        if not 0 < self.k < 700:
+            raise ValueError(f"Expected a positive k below 700, got {self.k}.")
+
+    def __call__(self, step: int) -> float:
+        if step >= self.finish:
+            return self.end
+        if step <= self.begin:
+            return self.start
+        x = 2 * (step - self.begin) / (self.finish - self.begin) - 1
+        share = 0.5 + math.tanh(self.k * x / 2) / math.tanh(self.k / 2) / 2  # the sigmoid is (1 + tanh(k x / 2)) / 2
+        return self.start + (self.end - self.start) * share
 
 
 @dataclass(frozen=True)
@@ -268,6 +300,11 @@ class SoftDensity:
         if step >= self.finish:
             return self.density
         return min(self.density / (1 - self.decay(step)), 1.0)
+
+
+def _check_steps(begin, finish):
+    if not 0 <= begin <= finish:
+        raise ValueError(f"Expected steps 0 <= begin <= finish, got begin={begin} and finish={finish}.")
 
 
 def _check_density(**densities):

@@ -30,6 +30,7 @@ WITHOUT_COMMANDS = [
 ]
 COMMANDS_ALONE = ["docs/experiments.md", "docs/results.md"]
 RUN_ELSEWHERE = ["docs/processes.md"]  # by tests/processes/test_processes_page.py
+OF_LANGUAGE = ["language/README.md"]
 DOCUMENTS = ["How_to_add_your_own_algorithms.md", "README.md", "docs/patterns.md", "docs/methods.md", *WITHOUT_COMMANDS]
 LIBRARIES = {  # document -> the libraries that it needs
     "docs/models.md": "timm transformers",
@@ -76,7 +77,7 @@ def threads():
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("document", [*DOCUMENTS, *LIBRARIES])
+@pytest.mark.parametrize("document", [*DOCUMENTS, *OF_LANGUAGE, *LIBRARIES])
 def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
     if document in LIBRARIES:
         for library in LIBRARIES[document].split():
@@ -93,15 +94,17 @@ def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
 def test_no_document_with_python_blocks_is_forgotten():
     pages = {path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]}
     with_blocks = {page for page in pages if [*python_blocks((ROOT / page).read_text())]}
-    assert with_blocks == {*DOCUMENTS, *LIBRARIES, *RUN_ELSEWHERE}
+    assert with_blocks == {*DOCUMENTS, *OF_LANGUAGE, *LIBRARIES, *RUN_ELSEWHERE}
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.export
 def test_a_new_process_serves_what_the_page_saves(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made, saved, served = [block for _, block in python_blocks((ROOT / "docs/serving.md").read_text())][:3]
-    exec(made + saved, {"__name__": "document"})
-    subprocess.run([sys.executable, "-c", served], check=True)
+    made, saved, served, exported, loaded = [
+        block for _, block in python_blocks((ROOT / "docs/serving.md").read_text())
+    ][:5]
+    exec(made + saved + exported, {"__name__": "document"})
+    subprocess.run([sys.executable, "-c", served + loaded], check=True)
 
 
 @pytest.fixture
@@ -139,6 +142,17 @@ def test_commands_of_imagenet_are_understood():
     for command in shown:
         one_of_many = re.sub(r"\|\S+", "", command).removesuffix("...")
         assert script.parse_arguments(shlex.split(one_of_many)).data_dir == "DIR"
+
+
+def test_commands_of_language_are_understood(tmp_path):
+    script = load_main("language")
+    (tmp_path / "text").write_text("To be, or not to be")
+    shown = commands("language/README.md", r"(?:python|torchrun [^\n]*?) *main\.py")
+    assert len(shown) >= 4
+    for command in shown:
+        argv = shlex.split(command.replace("FILE", str(tmp_path / "text")))
+        if "--resume" not in argv:
+            script.parse_arguments(argv)
 
 
 def test_the_documents_show_commands():

@@ -104,6 +104,7 @@ class SparseTraining(Observing):
             mean = module.observed.mean_at(module, merged.new)
             settings = self.start_state, self.copies.copies
             optimizer_state.carry_over(self.optimizer, module, merged.origin, mean, *settings)
+            self.own_steps.follow(layer, merged.origin, self.steps_of(layer))
         else:  # the optimizer's state comes from the same file, and belongs to these entries
             optimizer_state.compact(self.optimizer, module)
         module.value.grad = None

@@ -155,7 +155,7 @@ def _of_functions(args: argparse.Namespace, method: Method) -> list[Condition]:
             "--redistribution nonzeros",
         ),
         (
-            read("second_moment") and optimizer != "adam",
+            read("second_moment") and optimizer not in ("adam", "adamw"),
             "variance functions need Adam's second moment: add --optimizer adam --lr 0.001",
         ),
         (
