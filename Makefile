@@ -6,8 +6,8 @@ EXTRAS ?= test
 BIN := .venv/bin
 SOURCES := setup.py $(wildcard sparselearning/native/kernels/*)
 
-.PHONY: demo demo-imagenet demo-language test soak coverage mutants lint docs docs-serve bench
-.PHONY: results-mnist results-cifar clean
+.PHONY: demo demo-imagenet demo-language test soak coverage mutants lint docs docs-serve bench results-mnist \
+	results-cifar clean
 
 demo: .venv/installed
 	$(BIN)/python mnist_cifar/demo.py

@@ -1,9 +1,11 @@
 """Package metadata of sparselearning; tool settings live in pyproject.toml."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_py import build_py
 
 root = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (root / "sparselearning/__init__.py").read_text())[1]
@@ -28,6 +30,20 @@ native = Extension(
     optional=True,
 )
 
+
+class BuildWithScripts(build_py):
+    """Puts the folders of the scripts into the package, where `sparselearning train` finds them."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:  # there the command runs the scripts of the repository
+            return
+        for main in root.glob("*/main.py"):
+            target = Path(self.build_lib, "sparselearning/scripts", main.parent.name)
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(main.parent, target, ignore=lambda _, names: [n for n in names if not n.endswith(".py")])
+
+
 setup(
     name="sparselearning",
     version=version,
@@ -38,6 +54,8 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["sparselearning", "sparselearning.*"]),
     ext_modules=[native],
+    cmdclass={"build_py": BuildWithScripts},
+    entry_points={"console_scripts": ["sparselearning = sparselearning.commands:main"]},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
     install_requires=["torch>=2.6", "numpy"],
     extras_require={

@@ -6,10 +6,11 @@ import os
 from networks import FAN, WITHOUT_BOTTLENECK, architecture
 
 from sparselearning.core import add_sparse_args
-from sparselearning.experiments.run.arguments import ArgumentParser, add_run_args, processes
+from sparselearning.experiments.run.arguments import add_run_args, processes
 from sparselearning.experiments.run.folder import defaults_of_run
 from sparselearning.flags import defaults_from, fraction, non_negative, positive_int, whole_number
 from sparselearning.models.resnet import RESNETS
+from sparselearning.parser import ArgumentParser
 
 # Defaults of the arguments below. With other --epochs, warm-up and decay keep their place in the run.
 RECIPES = {

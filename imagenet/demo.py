@@ -19,6 +19,7 @@ from tabulate import tabulate
 
 from sparselearning.experiments.report.plots import plot_demo
 from sparselearning.flags import positive_int
+from sparselearning.parser import ArgumentParser
 
 COMMON = "--recipe tuned --arch resnet18 --lr 0.4 --workers 1"
 CLASSES = 10
@@ -72,7 +73,7 @@ def row(label, metrics):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser("demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", metavar="DIR", help="photographs (default: generated ones)")
     parser.add_argument("--pictures", type=positive_int, default=60, help="generated ones per class (default: 60)")
     parser.add_argument("--epochs", type=positive_int, default=8, help="epochs per run (default: 8)")

@@ -15,6 +15,7 @@ from tabulate import tabulate
 
 from sparselearning.experiments.report.plots import plot_demo
 from sparselearning.flags import positive_int
+from sparselearning.parser import ArgumentParser
 
 COMMON = "--data digits --model lenet300-100 --decay_frequency 900 --max-threads 1"
 
@@ -38,7 +39,7 @@ def row(label, metrics):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser("demo.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--epochs", type=positive_int, default=100, help="epochs per run (default: 100)")
     parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="where to write (default: runs)")
     args = parser.parse_args()

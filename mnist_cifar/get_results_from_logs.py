@@ -22,12 +22,14 @@ from tabulate import tabulate
 from sparselearning import checkpoint
 from sparselearning.experiments.report import plots
 from sparselearning.experiments.report.results import OLD_NAMES, ResultsError, find, group, mean_costs, read, summarise
+from sparselearning.parser import ArgumentParser, fail
 
 ALWAYS_SHOWN = ["data", "model", "density"]
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser("get_results_from_logs.py", description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("--folder-path", type=Path, default=Path("runs"), help="folder of runs or log files (default: ./runs)")
     add("--recursive", action="store_true", help="also search the folders below")
@@ -190,8 +192,7 @@ def main(argv=None):
     try:
         report(parse_arguments(argv))
     except (ResultsError, OSError) as error:
-        print(f"get_results_from_logs.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail("get_results_from_logs.py", error)
 
 
 if __name__ == "__main__":

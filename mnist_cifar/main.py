@@ -36,7 +36,7 @@ from sparselearning.experiments.data import in_memory as datasets
 from sparselearning.experiments.report import features
 from sparselearning.experiments.report.bench import LayerBench
 from sparselearning.experiments.run import resuming, session
-from sparselearning.experiments.run.arguments import ArgumentParser, add_run_args, check, goes_on, processes
+from sparselearning.experiments.run.arguments import add_run_args, check, goes_on, processes
 from sparselearning.experiments.run.chance import at_chance, warn_at_chance
 from sparselearning.experiments.run.costs import describe, flops_of_run
 from sparselearning.experiments.run.folder import RunFolder, defaults_of_run, place
@@ -47,6 +47,7 @@ from sparselearning.experiments.run.stopping import StopRequests
 from sparselearning.experiments.run.training import Progress, evaluate, progress_bar, train_epoch
 from sparselearning.flags import defaults_from, fraction, non_negative, positive_int, proper_fraction
 from sparselearning.flops import forward_flops
+from sparselearning.parser import ArgumentParser
 from sparselearning.processes import distributed
 from sparselearning.sparse import convert, to_dense
 from sparselearning.start.maskable import maskable_parameters

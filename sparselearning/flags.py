@@ -267,9 +267,13 @@ class _ListMethods(argparse.Action):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **settings)
 
     def __call__(self, parser, namespace, values, option_string=None):
-        for name, method in METHODS.items():
-            print(f"{name}: {method.name}. {method.paper}\n    {flags_of(name)}")
+        print(list_of_methods())
         parser.exit()
+
+
+def list_of_methods() -> str:
+    """Return the methods, each with its paper and the flags that make it."""
+    return "\n".join(f"{name}: {method.name}. {method.paper}\n    {flags_of(name)}" for name, method in METHODS.items())
 
 
 def flags_of(method: str) -> str:

@@ -20,7 +20,7 @@ class Updates:
     Args:
         every: optimizer steps between two updates; 0 for one at the end of every epoch.
         first: step before which the masks stay.
-        last: step after which the masks stay. At step `last` itself there is always an update, so that a density
+        last: step after which the masks stay; None: none. At `last` itself there is always an update, so that a density
             schedule arrives; if there is no `last` and `every` is not 0, at the step where the schedule ends.
         density: function from the step to the density that an update leaves, in (0, 1]; or {pattern: function}, for the
             patterns of `add_module(density={pattern: ...})`; None keeps it.

@@ -7,9 +7,9 @@ import pytest
 
 from sparselearning import core, flags
 from sparselearning.experiments.run import arguments
-from sparselearning.experiments.run.arguments import ArgumentParser
 from sparselearning.flags import DEST, FLAGS, add_sparse_args, chosen_method, find_mode, flags_of
 from sparselearning.methods import METHODS, PARTS
+from sparselearning.parser import ArgumentParser
 from sparselearning.prune import magnitude_prune
 
 EXTENSIONS = {"prune_mode": {"mine": magnitude_prune}}

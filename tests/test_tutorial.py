@@ -14,6 +14,7 @@ import torch
 from script import load_main, run_folder
 from torch import nn
 
+from sparselearning.commands import SCRIPTS
 from sparselearning.experiments.report import plots
 
 ROOT = Path(__file__).parent.parent
@@ -142,6 +143,19 @@ def test_commands_of_imagenet_are_understood():
     for command in shown:
         one_of_many = re.sub(r"\|\S+", "", command).removesuffix("...")
         assert script.parse_arguments(shlex.split(one_of_many)).data_dir == "DIR"
+
+
+def test_installed_commands_are_understood():
+    shown = [
+        (words, arguments)
+        for document in (*DOCUMENTS, *COMMANDS_ALONE)
+        for words in ("train mnist", "train cifar", "train digits")
+        for arguments in commands(document, f"sparselearning {words}")
+    ]
+    assert len(shown) >= 2
+    for words, arguments in shown:
+        _, *first = SCRIPTS[words]
+        main.parse_arguments([*first, *shlex.split(arguments)])
 
 
 def test_commands_of_language_are_understood(tmp_path):

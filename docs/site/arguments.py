@@ -13,7 +13,7 @@ from equations import DENSITY, RATE, START, WEIGHTS
 from gallery import first_line
 from links import ROOT
 
-from sparselearning import Masking, Updates
+from sparselearning import Masking, Updates, commands
 from sparselearning.flags import FLAGS
 from sparselearning.functions import READABLE, is_marked, surely_reads
 from sparselearning.methods import DECAYS, DENSITY_SCHEDULES, FUNCTIONS, METHODS, PARTS
@@ -81,7 +81,13 @@ def page() -> str:
             "## Schedules in Python",
             "",
             *schedules(),
+            "## The command sparselearning",
+            "",
+            *(commands.__doc__ or "").splitlines()[2:],
+            "",
             "## Flags of mnist_cifar/main.py",
+            "",
+            "Those of `sparselearning train mnist`, `cifar` and `digits`, too.",
             "",
             *flags("mnist_cifar/main.py"),
             "## Flags of imagenet/main.py",

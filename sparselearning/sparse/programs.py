@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sparselearning.sparse import ops
+from sparselearning.sparse.fusing import ADDED, fused, steps_in
 from sparselearning.sparse.memory_order import is_turned, to_batch_first
 from sparselearning.sparse.pooling import BatchLastAvgPool2d, BatchLastMaxPool2d
 
@@ -126,16 +127,19 @@ class Program:
         self.size = sum(tensor.nbytes for tensor in [*tensors, *(part for layer in layers for part in layer)])
         steps = description["steps"]
         any_order = not any(part in name for name, _, _ in steps for part in READ_ORDER)
-        last_use = {index: number for number, (_, *given) in enumerate(steps) for index in steps_in(given)}
-        done: list[list[int]] = [[] for _ in steps]
+        numbered = enumerate(fused(steps, description["results"]) if any_order else steps)
+        left = [(number, *step) for number, step in numbered if step is not None]
+        last_use = {index: number for number, _, *given in left for index in steps_in(given)}
+        done: dict[int, list[int]] = {number: [] for number, *_ in left}
         for index in last_use.keys() - set(steps_in(description["results"])):
             done[last_use[index]].append(index)
         self.steps = []
-        for (name, args, named), finished in zip(steps, done, strict=True):
-            step = operator_of(name)
+        for number, name, args, named in left:
+            step = ops.conv2d_added if name == ADDED and any_order else operator_of(name)
             if any_order and args and not named:
                 step, args = in_any_order(name, step, args)
-            self.steps.append((step, self.prepared(args), {key: self.prepared(part) for key, part in named}, finished))
+            given = self.prepared(args), {key: self.prepared(part) for key, part in named}
+            self.steps.append((number, step, *given, done[number]))
         self.results = self.prepared(description["results"])
 
     def __repr__(self) -> str:
@@ -154,7 +158,7 @@ class Program:
         """
         values: dict[Any, Any] = {}
         self.take(values, args, kwargs)
-        for number, (step, given, named, done) in enumerate(self.steps):
+        for number, step, given, named, done in self.steps:
             values[number] = step(*filled(given, values), **{key: filled(each, values) for key, each in named.items()})
             for index in done:
                 del values[index]
@@ -233,13 +237,6 @@ def filled(given: Any, values: dict[Any, Any]) -> Any:
     if type(given) is Slot:
         return values[given.key]
     return [filled(part, values) for part in given] if type(given) is list else given
-
-
-def steps_in(given: Any) -> list[int]:
-    """Return the steps whose results arguments refer to."""
-    if is_reference(given):
-        return [given["step"]] if "step" in given else []
-    return [index for part in given for index in steps_in(part)] if isinstance(given, list) else []
 
 
 def in_one_order(description: dict[str, Any]) -> Any:

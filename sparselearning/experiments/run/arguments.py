@@ -3,9 +3,7 @@
 import argparse
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import NoReturn
 
 import torch
 
@@ -15,19 +13,6 @@ from sparselearning.functions import surely_reads
 from sparselearning.methods import Method, find_function
 
 Condition = tuple[bool, str]  # whether the arguments exclude each other, and what to say then
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """A parser that ends on a mistake with one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(self.prog, message)
-
-
-def fail(program: str, message: object, status: int = 2) -> NoReturn:
-    """Print the message of an error as one line on stderr, and exit; status 2 is a user's mistake."""
-    print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(status)
 
 
 def add_run_args(parser: argparse.ArgumentParser) -> None:

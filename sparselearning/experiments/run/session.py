@@ -18,7 +18,6 @@ from sparselearning.core import Masking
 from sparselearning.experiments.data.files import DataError
 from sparselearning.experiments.report import plots
 from sparselearning.experiments.run import stopping
-from sparselearning.experiments.run.arguments import fail
 from sparselearning.experiments.run.costs import describe
 from sparselearning.experiments.run.folder import RunFolder
 from sparselearning.experiments.run.lock import Locked
@@ -28,6 +27,7 @@ from sparselearning.flags import holds_active_alone
 from sparselearning.flops import Flops, relative_flops
 from sparselearning.functions import FunctionError
 from sparselearning.native.allocator import keep_freed_memory, lay_large_blocks_apart
+from sparselearning.parser import fail
 from sparselearning.processes import distributed
 
 USER_ERRORS = (DataError, CheckpointError, Locked, NotFinite, FunctionError, OSError, ValueError)
