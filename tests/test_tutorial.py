@@ -14,6 +14,7 @@ import torch
 from script import load_main, run_folder
 from torch import nn
 
+from sparselearning.commands import SCRIPTS
 from sparselearning.experiments.report import plots
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +31,7 @@ WITHOUT_COMMANDS = [
 ]
 COMMANDS_ALONE = ["docs/experiments.md", "docs/results.md"]
 RUN_ELSEWHERE = ["docs/processes.md"]  # by tests/processes/test_processes_page.py
+OF_LANGUAGE = ["language/README.md"]
 DOCUMENTS = ["How_to_add_your_own_algorithms.md", "README.md", "docs/patterns.md", "docs/methods.md", *WITHOUT_COMMANDS]
 LIBRARIES = {  # document -> the libraries that it needs
     "docs/models.md": "timm transformers",
@@ -76,7 +78,7 @@ def threads():
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("document", [*DOCUMENTS, *LIBRARIES])
+@pytest.mark.parametrize("document", [*DOCUMENTS, *OF_LANGUAGE, *LIBRARIES])
 def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
     if document in LIBRARIES:
         for library in LIBRARIES[document].split():
@@ -93,7 +95,7 @@ def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
 def test_no_document_with_python_blocks_is_forgotten():
     pages = {path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]}
     with_blocks = {page for page in pages if [*python_blocks((ROOT / page).read_text())]}
-    assert with_blocks == {*DOCUMENTS, *LIBRARIES, *RUN_ELSEWHERE}
+    assert with_blocks == {*DOCUMENTS, *OF_LANGUAGE, *LIBRARIES, *RUN_ELSEWHERE}
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.export
@@ -141,6 +143,30 @@ def test_commands_of_imagenet_are_understood():
     for command in shown:
         one_of_many = re.sub(r"\|\S+", "", command).removesuffix("...")
         assert script.parse_arguments(shlex.split(one_of_many)).data_dir == "DIR"
+
+
+def test_installed_commands_are_understood():
+    shown = [
+        (words, arguments)
+        for document in (*DOCUMENTS, *COMMANDS_ALONE)
+        for words in ("train mnist", "train cifar", "train digits")
+        for arguments in commands(document, f"sparselearning {words}")
+    ]
+    assert len(shown) >= 2
+    for words, arguments in shown:
+        _, *first = SCRIPTS[words]
+        main.parse_arguments([*first, *shlex.split(arguments)])
+
+
+def test_commands_of_language_are_understood(tmp_path):
+    script = load_main("language")
+    (tmp_path / "text").write_text("To be, or not to be")
+    shown = commands("language/README.md", r"(?:python|torchrun [^\n]*?) *main\.py")
+    assert len(shown) >= 4
+    for command in shown:
+        argv = shlex.split(command.replace("FILE", str(tmp_path / "text")))
+        if "--resume" not in argv:
+            script.parse_arguments(argv)
 
 
 def test_the_documents_show_commands():

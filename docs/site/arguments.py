@@ -13,18 +13,18 @@ from equations import DENSITY, RATE, START, WEIGHTS
 from gallery import first_line
 from links import ROOT
 
-from sparselearning import Masking, Updates
+from sparselearning import Masking, Updates, commands
 from sparselearning.flags import FLAGS
 from sparselearning.functions import READABLE, is_marked, surely_reads
 from sparselearning.methods import DECAYS, DENSITY_SCHEDULES, FUNCTIONS, METHODS, PARTS
 from sparselearning.methods import WEIGHTS as HELD
-from sparselearning.schedules import CosineDecay, CubicDensity, LinearDecay, SoftDensity, StepDensity
+from sparselearning.schedules import CosineDecay, CubicDensity, LinearDecay, SigmoidDensity, SoftDensity, StepDensity
 from sparselearning.start.distributions import DISTRIBUTIONS
-from sparselearning.start.masks import FIRST_DENSE, MAGNITUDE
+from sparselearning.start.masks import FIRST_DENSE, MAGNITUDE, RECEPTIVE
 from sparselearning.start.scores import SCORES
 from sparselearning.weights.zeros import Zeros
 
-INITS = [*DISTRIBUTIONS, *FIRST_DENSE, *MAGNITUDE, *SCORES, "resume"]
+INITS = [*DISTRIBUTIONS, *FIRST_DENSE, *MAGNITUDE, *RECEPTIVE, *SCORES, "resume"]
 PATTERNS = {
     "unstructured": "Single weights, no limit.",
     "N:M": "Single weights, at most N of every M inputs in a row: 2:4.",
@@ -38,6 +38,7 @@ LENGTH = {"p0": "p0", "end": "T", "D0": "D0"}
 
 def page() -> str:
     """Return the page."""
+    language = parser_of("language/command_line.py")
     return "\n".join(
         [
             "# Modes and arguments",
@@ -80,12 +81,25 @@ def page() -> str:
             "## Schedules in Python",
             "",
             *schedules(),
+            "## The command sparselearning",
+            "",
+            *(commands.__doc__ or "").splitlines()[2:],
+            "",
             "## Flags of mnist_cifar/main.py",
+            "",
+            "Those of `sparselearning train mnist`, `cifar` and `digits`, too.",
             "",
             *flags("mnist_cifar/main.py"),
             "## Flags of imagenet/main.py",
             "",
+            "And the flags of sparse training above.",
+            "",
             *flags("imagenet/command_line.py", without=FLAGS),
+            "## Flags of language/main.py",
+            "",
+            f"And the flags of sparse training above, with `--density {language.get_default('density')}`.",
+            "",
+            *flags("language/command_line.py", without=FLAGS),
         ]
     )
 
@@ -179,7 +193,7 @@ def density(name: str) -> str:
 def schedules() -> Iterator[str]:
     """Yield a table of the schedules in schedules.py."""
     yield from ["| schedule | what it gives |", "|---|---|"]
-    for kind in (CosineDecay, LinearDecay, CubicDensity, StepDensity, SoftDensity):
+    for kind in (CosineDecay, LinearDecay, CubicDensity, SigmoidDensity, StepDensity, SoftDensity):
         fields = ", ".join(
             field.name if field.default is dataclasses.MISSING else f"{field.name}={field.default!r}"
             for field in dataclasses.fields(kind)
@@ -195,11 +209,17 @@ def parser_of(script: str) -> argparse.ArgumentParser:
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(place.parent))  # where Python looks for the modules beside a script
+    # Scripts have modules of the same names beside them.
+    neighbours = [path.stem for path in place.parent.glob("*.py")]
+    others = {name: sys.modules.pop(name) for name in neighbours if name in sys.modules}
+    sys.path.insert(0, str(place.parent))  # where Python looks for them when it runs the script
     try:
         spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(place.parent))
+        for name in neighbours:
+            sys.modules.pop(name, None)
+        sys.modules.update(others)
     return module.build_parser()
 
 

@@ -10,6 +10,10 @@ COUNTS = "k    = sum_i ceil(p n_i)"
 
 PRUNE = {
     "magnitude": [COUNT, "m_i <- drop_lowest(|W_i|, m_i, k_i)"],
+    "soft_magnitude": [
+        COUNT,
+        "m_i <- keep n_i - k_i, drawn in proportion to |W_i|^(d / (1 - d)); d goes from 0.5 to 0.9",
+    ],
     "SET": [
         f"{COUNT}, divided between the signs as the active weights are",
         "m_i <- drop the smallest positive and the largest negative W_i",
@@ -69,6 +73,10 @@ GROWTH = {
         "S_uv = sum over paths u - z1 - z2 - v of 1 / sqrt((1 + e(z1)) (1 + e(z2)))    linear layers",
         "m_i <- add_highest(S, m_i, g_i)    other layers: at random",
     ],
+    "cannistraci_hebb_soft": [
+        "S_uv = sum over the nodes z of paths u - z1 - z2 - v of (1 + i(z)) / (1 + e(z))    linear layers",
+        "m_i <- add g_i, drawn in proportion to S    other layers: at random",
+    ],
     "dense_magnitude": ["m_i <- add_highest(|W_i|, m_i, g_i), with the values of inactive weights"],
     "global_dense_magnitude": ["m   <- add_highest(|W|, m, what n lacks), with the values of inactive weights"],
 }
@@ -82,6 +90,10 @@ START = {
     "magnitude:uniform": "the largest |W_i| of each layer, the first layer dense",
     "magnitude:linear": "the largest |W_i| of each layer, with the densities of linear",
     "magnitude:erdos_renyi_kernel": "the largest |W_i| of each layer, with the densities of erdos_renyi_kernel",
+    "receptive_field": "inputs near the place of each output, the same density in every layer",
+    "receptive_field:constant": "the same as receptive_field",
+    "receptive_field:linear": "inputs near the place of each output, with the densities of linear",
+    "receptive_field:erdos_renyi_kernel": "inputs near each output's place, with the densities of erdos_renyi_kernel",
     "snip": "the largest |w dL/dw| of the network, on one batch or several",
     "grasp": "the largest w (H g) of the network, on one batch or several",
     "synflow": "the largest |w dR/dw| of the network in 100 rounds, without data",
@@ -97,8 +109,15 @@ DENSITY = {  # from D0 to D
     "constant": "",
     "cubic": "D(t) = D + ({D0} - D) (1 - t / {end})^3",
     "early_cubic": "D(t) = D + ({D0} - D) (1 - t / (0.75 {end}))^3, then D",
+    "sigmoid": "D(t) = D + ({D0} - D) s(t / {end}), with a sigmoid s that falls from 1 to 0",
     "step": "D(t) = D",
     "soft": "D(t) = D / (1 - p)    after the update; D after the last one",
+}
+STATE = {
+    False: "",
+    True: "The optimizer's state of a weight that grows is set to zero.",
+    "mean": "The optimizer's state of a weight that grows is set to the mean over the active weights of its layer.",
+    "restart": "The optimizer's state of a weight that grows is set to zero, and Adam's time step begins anew for it.",
 }
 WEIGHTS = {
     "zero": "Inactive weights are zero.",

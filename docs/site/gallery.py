@@ -3,7 +3,7 @@
 import re
 from functools import cache
 
-from equations import COUNT, COUNTS, DENSITY, GROWTH, PRUNE, RATE, REDISTRIBUTION, START, WEIGHTS
+from equations import COUNT, COUNTS, DENSITY, GROWTH, PRUNE, RATE, REDISTRIBUTION, START, STATE, WEIGHTS
 from links import ROOT
 
 from sparselearning.flags import flags_of
@@ -14,6 +14,7 @@ DIFFERENCES = "## Where we differ from the papers\n"
 FULL_NAMES = {  # of methods that docs/methods.md calls otherwise
     "GMP": "Gradual magnitude pruning",
     "One-shot": "One-shot magnitude pruning",
+    "Guided stochastic exploration": "GSE",
     "Soft threshold": "Soft threshold (ST-3)",
 }
 INTRODUCTION = f"""# Gallery of methods
@@ -146,7 +147,12 @@ def table_of_parts(method: Method) -> str:
     rows.append(f"| start | `{method.sparse_init}` | {START[str(method.sparse_init)].replace('|', chr(92) + '|')} |")
     rows.append(f"| weights | `{method.weights}` | {WEIGHTS[method.weights]} |")
     if method.reset_state:
-        rows.append("| state | `True` | The optimizer's state of a weight that grows is set to zero. |")
+        rows.append(f"| state | `{method.reset_state}` | {STATE[method.reset_state]} |")
+    if method.regrown_warm_up:
+        meaning = "The learning rate of a weight that grows rises to its value over its first steps."
+        rows.append(f"| warm-up | {method.regrown_warm_up} | {meaning} |")
+    if method.lr_by_density:
+        rows.append("| learning rate | by density | That of a layer is divided by the square root of its density. |")
     if method.pull:
         rows.append(f"| pull | {method.pull:g} | Active weights are pulled to zero: an L1 term. |")
     return "\n".join(rows)
@@ -176,7 +182,7 @@ def without_differences(text: str) -> str:
     """Return docs/methods.md for the site: what is in the gallery, method by method, is left out."""
     head, title, rest = text.partition(DIFFERENCES)
     section, more, tail = rest.partition("\n## ")
-    kept = {"Guided growth", "Rounding"}
+    kept = {"Rounding"}
     first, *items = re.split(r"(?m)^(?=- \*\*)", section)
     general = [first, *(item for item in items if item.split("**")[1].rstrip(".") in kept)]
     here = "Each method's own differences stand beside it in the [gallery](gallery.md).\n\n"
@@ -193,7 +199,7 @@ def results(name: str) -> str:
                 label = network if row[0] == name else f"{network.partition(',')[0]}, published"
                 rows.append([label, *row[1:]])
     if not rows:
-        return "No results were measured."
+        return "No errors on MNIST were measured."
     head = ["test error in %", *densities[1:]]
     keep = [0, *(i for i in range(1, len(head)) if any(row[i] for row in rows))]
     lines = [head, ["---"] * len(head), *rows]

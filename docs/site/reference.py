@@ -34,6 +34,7 @@ PUBLIC: dict[str, tuple[str, str, dict[str, Sequence[str] | None]]] = {
                 "LinearDecay",
                 "Constant",
                 "CubicDensity",
+                "SigmoidDensity",
                 "StepDensity",
                 "SoftDensity",
             )
@@ -43,7 +44,7 @@ PUBLIC: dict[str, tuple[str, str, dict[str, Sequence[str] | None]]] = {
         "Methods and flags",
         "A row of the table `METHODS`, how it becomes a Masking, and flags for a command line of your own.",
         {
-            "sparselearning.methods.Method": None,
+            "sparselearning.method.Method": None,
             "sparselearning.methods.find_method": None,
             "sparselearning.methods.arguments_of": None,
             "sparselearning.flags.add_sparse_args": None,
@@ -112,6 +113,8 @@ PUBLIC: dict[str, tuple[str, str, dict[str, Sequence[str] | None]]] = {
         {
             "sparselearning.sparse.conversion.convert": None,
             "sparselearning.sparse.shrink.remove_dead_units": None,
+            "sparselearning.sparse.serving.save": None,
+            "sparselearning.sparse.serving.load": None,
             "sparselearning.sparse.files.save_compressed": None,
             "sparselearning.sparse.files.load_compressed": None,
             "sparselearning.sparse.files.export_onnx": None,

@@ -17,6 +17,7 @@ from torch import nn
 import sparselearning
 from sparselearning import Masking
 from sparselearning.methods import DECAYS, DENSITY_SCHEDULES, FUNCTIONS, METHODS, WEIGHTS
+from sparselearning.weights.start_states import START_STATES
 
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "docs/site"
@@ -47,7 +48,7 @@ def test_examples_of_the_site_s_modules_hold(site):
 
 
 def test_every_document_is_on_the_site(site):
-    folders = (ROOT, ROOT / "docs", ROOT / "imagenet", ROOT / "benchmarks", ROOT / "benchmarks/results")
+    folders = [ROOT, *(ROOT / name for name in ("docs", "imagenet", "language", "benchmarks", "benchmarks/results"))]
     documents = {path.relative_to(ROOT).as_posix() for folder in folders for path in folder.glob("*.md")}
     assert documents - NOT_PAGES == set(site.build.pages()) - set(site.build.GENERATED)
     assert len(site.build.pages()) == len(set(site.build.pages()))
@@ -85,6 +86,7 @@ def test_equations_know_every_part_and_no_other(site):
     assert written.RATE.keys() == DECAYS.keys()
     assert written.DENSITY.keys() == DENSITY_SCHEDULES.keys()
     assert written.WEIGHTS.keys() == WEIGHTS.keys()
+    assert written.STATE.keys() == {False, True, *START_STATES} - {"zero"}
     assert written.START.keys() == {*site.arguments.INITS}
 
 
@@ -96,8 +98,8 @@ def test_the_gallery_has_every_method_with_paper_equation_parts_and_results(site
         assert method.paper.rpartition(", ")[2] in section
         assert "```text\nAt the start: " in section
         assert "| start | " in section
-        assert "| LeNet-300-100, 20 epochs |" in section
-        assert "| LeNet-5, 5 epochs |" in section
+        measured = f"| {method.name} " in (ROOT / site.gallery.RESULTS).read_text()
+        assert ("| LeNet-300-100, 20 epochs |" in section) == ("| LeNet-5, 5 epochs |" in section) == measured
 
 
 def test_the_gallery_says_where_a_method_differs(site):
@@ -136,8 +138,11 @@ def test_a_method_grows_weights_if_its_equation_says_so(name, site):
     """By training: a weight that becomes active in an update was not before."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 5))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     method = METHODS[name]
+    if method.reset_state == "restart":
+        optimizer = torch.optim.AdamW(model.parameters())
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     batches = [(torch.randn(50, 20), torch.randint(5, (50,)))]
     every = {"prune_every_k_steps": 5} if method.prune_every_k_steps else {}
     masking = Masking.from_method(name, model, optimizer, total_steps=40, density=0.2, batches=batches, **every)
@@ -170,7 +175,7 @@ def test_every_argument_and_flag_has_a_default_and_a_meaning(site):
     named = {name for cell, _ in rows for name in re.findall(r"`([^`]+)`", cell)}
     for called in (Masking.__init__, Masking.add_module, Masking.from_method, sparselearning.Updates.__init__):
         assert {*inspect.signature(called).parameters} - {"self", "cls"} <= named
-    for script in ("mnist_cifar/main.py", "imagenet/command_line.py"):
+    for script in ("mnist_cifar/main.py", "imagenet/command_line.py", "language/command_line.py"):
         actions = [action for action in site.arguments.parser_of(script)._actions if action.dest != "help"]
         assert {flag for action in actions for flag in action.option_strings} <= named
         assert all(action.help for action in actions)
