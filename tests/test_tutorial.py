@@ -17,7 +17,7 @@ from torch import nn
 from sparselearning.experiments.report import plots
 
 ROOT = Path(__file__).parent.parent
-WITHOUT_COMMANDS = ["docs/sparse.md", "docs/weight_norm.md"]
+WITHOUT_COMMANDS = ["docs/sparse.md", "docs/weight_norm.md", "docs/migration.md"]
 DOCUMENTS = ["How_to_add_your_own_algorithms.md", "README.md", "docs/patterns.md", "docs/methods.md", *WITHOUT_COMMANDS]
 LIBRARIES = {  # document -> the libraries that it needs
     "docs/models.md": "timm transformers",
