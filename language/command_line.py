@@ -5,9 +5,10 @@ import argparse
 from networks import NETWORKS, PARTS, architecture
 
 from sparselearning.core import add_sparse_args
-from sparselearning.experiments.run.arguments import ArgumentParser, add_run_args
+from sparselearning.experiments.run.arguments import add_run_args
 from sparselearning.experiments.run.folder import defaults_of_run
 from sparselearning.flags import defaults_from, non_negative, positive_int, proper_fraction, whole_number
+from sparselearning.parser import ArgumentParser
 
 SIZES = dict(layers=6, width=384, heads=6, dropout=0.0)  # of gpt and llama
 

@@ -18,6 +18,7 @@ from tabulate import tabulate
 from sparselearning.experiments.report.held_bytes import bytes_held
 from sparselearning.experiments.report.text_plots import plot_runs
 from sparselearning.flags import positive_int
+from sparselearning.parser import ArgumentParser
 
 COMMON = "--layers 2 --width 256 --heads 4 --context 64 --batch-size 8 --lr 0.002 --eval-windows 128"
 RUNS = {"dense": "--dense", "sparse": "--method rigl --layer-density attention=0.2,mlp=0.1 --weights sparse"}
@@ -67,7 +68,7 @@ def row(label, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser("demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", nargs="?", default="python", metavar="TEXT", help="text (default: this Python's)")
     parser.add_argument("--steps", type=positive_int, default=400, help="steps per run (default: 400)")
     parser.add_argument("--prompt", default="def ", help="what the texts go on from (default: 'def ')")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparselearning.models.attention import Cache, attend, check_sizes, join_heads, split_heads
+from sparselearning.models.dropout import Dropout
 
 
 class Attention(nn.Module):
@@ -49,7 +50,7 @@ class Block(nn.Module):
         self.attention = Attention(block, width, heads, dropout)
         self.norm2 = nn.LayerNorm(width, bias=False)
         self.mlp = MLP(width)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
 
     def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
         x = x + self.drop(self.attention(self.norm1(x), cache))
@@ -82,7 +83,7 @@ class GPT(nn.Module):
         check_sizes(width, heads)
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(context, width)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.blocks = nn.ModuleList(Block(block, width, heads, dropout) for block in range(layers))
         self.norm = nn.LayerNorm(width, bias=False)
         self.head = nn.Linear(width, vocabulary, bias=False)

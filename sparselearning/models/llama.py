@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparselearning.models.attention import Cache, attend, check_sizes, join_heads, split_heads
+from sparselearning.models.dropout import Dropout
 
 
 class Attention(nn.Module):
@@ -65,7 +66,7 @@ class Block(nn.Module):
         self.attention = Attention(block, width, heads, kv_heads, dropout)
         self.norm2 = nn.RMSNorm(width, eps=1e-6)
         self.mlp = MLP(width, -(-8 * width // 24) * 8)  # 8/3 of the width, a multiple of 8
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
 
     def forward(self, x: Tensor, turns: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
         x = x + self.drop(self.attention(self.norm1(x), turns, cache))
