@@ -6,7 +6,8 @@ EXTRAS ?= test
 BIN := .venv/bin
 SOURCES := setup.py $(wildcard sparselearning/native/kernels/*)
 
-.PHONY: demo demo-imagenet test soak coverage mutants lint bench results-mnist results-cifar clean
+.PHONY: demo demo-imagenet demo-language test soak coverage mutants lint docs docs-serve bench results-mnist \
+	results-cifar clean
 
 demo: .venv/installed
 	$(BIN)/python mnist_cifar/demo.py
@@ -14,6 +15,10 @@ demo: .venv/installed
 # DIR=folder takes photographs of your own.
 demo-imagenet: .venv/installed
 	$(BIN)/python imagenet/demo.py $(DIR)
+
+# TEXT=file or folder takes a text of your own.
+demo-language: .venv/installed
+	$(BIN)/python language/demo.py $(TEXT)
 
 # One thread a process: two OpenMP pools on the same cores wait for each other.
 test: .venv/installed
@@ -43,6 +48,18 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+# The documentation, build/site/index.html; warnings are errors.
+docs: .venv/docs
+	$(BIN)/python docs/site/build.py
+
+# The same at http://127.0.0.1:8000, where the search works, too.
+docs-serve: docs
+	$(BIN)/python -m http.server 8000 --bind 127.0.0.1 --directory build/site
+
+.venv/docs: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	touch $@
 
 # Sparse kernels against dense ones on this machine: a quarter of an hour, table and bar chart in benchmarks/results.
 bench: .venv/installed

@@ -12,8 +12,10 @@ version = re.search(r'__version__ = "(.+)"', (root / "sparselearning/__init__.py
 
 scripts = ["torchvision", "scikit-learn", "matplotlib", "tqdm", "tabulate"]
 export = ["onnx", "onnxscript", "onnxruntime", "safetensors"]
-models = ["timm", "transformers", "peft"]  # their tests skip by name without them, as do those of the trainers
+# Their tests skip by name without them, as do those of the trainers.
+models = ["timm", "transformers", "tokenizers", "peft"]
 trainers = ["transformers", "lightning", "accelerate"]  # sparselearning.integrations
+docs = [*scripts, "mkdocs-material", "mkdocstrings-python"]  # `make docs`; the scripts' parsers are read
 test = ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright"]
 
 # Plain C++ behind a C interface, loaded with ctypes: one build serves every Python and torch. Optional: without a
@@ -51,6 +53,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["sparselearning", "sparselearning.*"]),
+    package_data={"sparselearning": ["py.typed"]},
     ext_modules=[native],
     cmdclass={"build_py": BuildWithScripts},
     entry_points={"console_scripts": ["sparselearning = sparselearning.commands:main"]},
@@ -63,6 +66,8 @@ setup(
         "trainers": trainers,
         **{trainer: [trainer] for trainer in ("lightning", "accelerate")},
         "transformers": ["transformers", "accelerate"],
-        "test": scripts + export + test,
+        "language": ["transformers", "tokenizers"],  # --arch transformers:CONFIG, --tokens FILE.json
+        "docs": docs,
+        "test": docs + export + test,
     },
 )

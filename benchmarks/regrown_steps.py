@@ -16,7 +16,13 @@ from torch.nn.functional import cross_entropy
 from sparselearning import Masking, models
 from sparselearning.experiments.data import in_memory
 
-STARTS = {"as it is": False, "zero": True, "mean": "mean"}
+STARTS = {
+    "as it is": dict(reset_state=False),
+    "zero": dict(reset_state=True),
+    "mean": dict(reset_state="mean"),
+    "restart": dict(reset_state="restart"),
+    "restart, warm-up of 100 steps": dict(reset_state="restart", regrown_warm_up=100),
+}
 EVERY, FIRST, COUNTED = 100, 1000, 10
 
 
@@ -41,8 +47,7 @@ def sizes_of_steps(data, start, seed, args):
     model = models.build("lenet300-100")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     total = args.epochs * in_memory.count_batches(data.train, 100)
-    parts = dict(prune_every_k_steps=EVERY, reset_state=start, density=0.05)
-    masking = Masking.from_method("rigl", model, optimizer, total, **parts)
+    masking = Masking.from_method("rigl", model, optimizer, total, 0.05, prune_every_k_steps=EVERY, **start)
     sizes, grown, before = [[] for _ in range(COUNTED)], [], {}
     for _ in range(args.epochs):
         for images, labels in in_memory.batches(data.train, 100, mean=data.mean, std=data.std, shuffle=True):

@@ -30,6 +30,8 @@ def flags(model: str, method: str, epochs: int) -> list[str]:
     """Return the flags of a run beside model, method, density, seed and epochs."""
     drawn = method != DENSE and METHODS[method].sparse_init in DISTRIBUTIONS and METHODS[method].weights == "zero"
     of_model = [flag for flag in FLAGS[model] if drawn or flag not in OF_DRAWN]
+    if method != DENSE and METHODS[method].reset_state == "restart":  # its time steps are Adam's
+        of_model = ["--optimizer", "adam", *of_model, "--lr", "0.001"]
     return ["--decay_frequency", str(DECAY_STEPS * epochs // EPOCHS), *of_model]
 
 

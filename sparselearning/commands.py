@@ -3,6 +3,7 @@
     sparselearning train mnist --model lenet5 --density 0.05
     sparselearning train cifar --model wrn-16-8 --method rigl
     sparselearning train imagenet DIR --recipe tuned --density 0.1
+    sparselearning train language --data FILE --method rigl
     sparselearning results --folder-path runs
     sparselearning methods
     sparselearning describe resnet50 --density 0.1
@@ -37,8 +38,10 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "train cifar": ("mnist_cifar/main.py", "--data", "cifar"),
     "train digits": ("mnist_cifar/main.py", "--data", "digits"),
     "train imagenet": ("imagenet/main.py",),
+    "train language": ("language/main.py",),
     "results": ("mnist_cifar/get_results_from_logs.py",),
     "demo imagenet": ("imagenet/demo.py",),
+    "demo language": ("language/demo.py",),
     "demo": ("mnist_cifar/demo.py",),
 }
 OF_SCRIPTS = ("torchvision", "sklearn", "matplotlib", "tqdm", "tabulate")  # the extra `scripts`, by import names

@@ -10,7 +10,6 @@ One update (sparse momentum, Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/
     W_i <- W_i * m_i                             apply
 """
 
-import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -62,6 +61,7 @@ class Masking(Steps, OldNames):
             those that step one network, such as [muon, adamw]; the masks move when all have stepped.
         prune_rate_decay: function from the number of optimizer steps to the fraction of active weights that an update
             moves, in [0, 1]; None keeps `prune_rate`.
+        prune_rate: that fraction if `prune_rate_decay` is None; not read otherwise.
         prune_mode, growth_mode, redistribution_mode: a key of the tables in prune.py, grow.py and redistribute.py, or
             a function (see functions.py).
         prune_every_k_steps: move the masks after every k optimizer steps; 0: in `at_end_of_epoch`.
@@ -84,9 +84,9 @@ class Masking(Steps, OldNames):
         optimizer: Any,
         prune_rate_decay: Schedule | None,
         prune_rate: float = 0.5,
-        prune_mode: str | Callable = "magnitude",
-        growth_mode: str | Callable = "momentum",
-        redistribution_mode: str | Callable = "momentum",
+        prune_mode: str | Callable[..., Any] = "magnitude",
+        growth_mode: str | Callable[..., Any] = "momentum",
+        redistribution_mode: str | Callable[..., Any] = "momentum",
         prune_every_k_steps: int = 0,
         verbose: bool = False,
         fp16: bool = False,
@@ -104,7 +104,6 @@ class Masking(Steps, OldNames):
         self.grow = find_function("growth_mode", growth_mode)
         self.measure = find_function("redistribution_mode", redistribution_mode)
         self.verbose, self.steps, self.steps_of_last_epoch = verbose, 0, 0
-        self.tolerance = 0.02  # of prune_mode="threshold"
         self._masters = master_weights(optimizer, required=fp16)
         self._gradients_read: list[tuple[Tensor, Tensor]] | None = None  # (weight, gradient) during an update
         self.held = hold(weights, self.optimizer, self.prune, self.grow, self.measure)
@@ -112,7 +111,13 @@ class Masking(Steps, OldNames):
 
     @classmethod
     def from_method(
-        cls, method: str | Method, module: nn.Module, optimizer: Any, total_steps: int, density: Density = 0.05, **parts
+        cls,
+        method: str | Method,
+        module: nn.Module,
+        optimizer: Any,
+        total_steps: int,
+        density: Density = 0.05,
+        **parts: Any,
     ) -> "Masking":
         """Return the masks of a published method on `module`, ready to train for `total_steps` optimizer steps.
 
@@ -153,7 +158,7 @@ class Masking(Steps, OldNames):
                 first that matches a name counts, and weights move among the layers of a pattern (start/names.py).
             sparse_init: 'constant' (one density), 'uniform' (the same, the first layer dense), 'linear' (Erdos-Renyi),
                 'erdos_renyi_kernel' or a function from shape to share; 'magnitude', 'magnitude:linear'...: each layer's
-                largest; scores by name, or 'snip', 'grasp', 'synflow'; masks by name, or 'resume' (start/masks.py).
+                largest; 'receptive_field'; scores by name, or 'snip', 'grasp', 'synflow'; masks by name, or 'resume'.
             remove_param_names: weights whose name contains one of these stay dense; a whole name means that one alone.
             sparse_embeddings: mask embeddings and output layers over their vocabulary too.
             dense: weights that stay dense, as patterns of names; 'first', 'last', 'depthwise' mean those of the module.
@@ -198,6 +203,8 @@ class Masking(Steps, OldNames):
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and found_inf.item():
             return
+        if self.held.corrects_steps:
+            self.held.correct_step(self.layers)
         self.apply_mask()
         if getattr(self.optimizer, "behind", None):  # one of several optimizers has stepped, and others have not
             return
@@ -267,7 +274,7 @@ class Masking(Steps, OldNames):
         self.held.updated(self.updates.ahead(self.steps))
 
     def _set_prune_rates(self):
-        rate = schedules.rate_at(self.prune_rate_decay, self.steps)
+        rate = budget.rate_at(self.prune_rate_decay, self.steps)
         after_pruning = functions.is_marked(self.measure, "after_pruning")
         for layer, own in zip(self.layers, budget.prune_rates(rate, self.layers, after_pruning), strict=True):
             layer.prune_rate = own
@@ -313,15 +320,6 @@ class Masking(Steps, OldNames):
     def prune_rate(self) -> float:
         """The fraction of active weights that an update would move now."""
         return self.prune_rate_decay(self.steps)
-
-    @property
-    def prune_every_k_steps(self) -> int:
-        """Optimizer steps between two updates; 0 for one at the end of every epoch."""
-        return self.updates.every
-
-    @prune_every_k_steps.setter
-    def prune_every_k_steps(self, steps: int) -> None:
-        self.updates = dataclasses.replace(self.updates, every=steps or 0)
 
     apply_to, clip_grad_norm_ = copies.apply_to, clipping.clip_grad_norm_
     summary = reports.summary

@@ -15,14 +15,17 @@ from functools import partial
 from typing import Any
 
 from sparselearning.defaults import defaults_from
-from sparselearning.methods import DECAYS, DENSITY_SCHEDULES, FUNCTIONS, METHODS, PARTS, WEIGHTS, Method, find_method
+from sparselearning.method import DECAYS, DENSITY_SCHEDULES, WEIGHTS, Method
+from sparselearning.methods import FUNCTIONS, METHODS, PARTS, find_method
 from sparselearning.own_functions import find_mode
 from sparselearning.patterns import check_names
 from sparselearning.start.distributions import DISTRIBUTIONS
-from sparselearning.start.masks import FIRST_DENSE, MAGNITUDE
+from sparselearning.start.masks import FIRST_DENSE, MAGNITUDE, RECEPTIVE
 from sparselearning.start.scores import SCORES
 from sparselearning.weights.regrowth import START_VALUES
 from sparselearning.weights.start_states import START_STATES
+
+Extensions = Mapping[str, Mapping[str, Callable[..., Any]]]  # argument -> name -> function
 
 
 def parse_value(text: str, convert: Callable[[str], Any], holds: Callable[[Any], bool], expected: str) -> Any:
@@ -100,7 +103,7 @@ def patterns(text: str) -> str | dict[str, str]:
 
 def sparse_init(text: str) -> str:
     """Parse which weights are active at the start."""
-    names = [*DISTRIBUTIONS, *MAGNITUDE, *FIRST_DENSE, *SCORES, "resume"]
+    names = [*DISTRIBUTIONS, *MAGNITUDE, *RECEPTIVE, *FIRST_DENSE, *SCORES, "resume"]
     if text not in names and not (text.startswith("mask:") and text != "mask:"):
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(names)}, or mask:PATH, got {text!r}")
     return text
@@ -142,7 +145,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "sparse_init": dict(type=sparse_init, metavar="INIT",
         help=f"which weights are active at the start: {', '.join(DISTRIBUTIONS)} divide them among layers, and draw "
         "them at random within a layer; magnitude and magnitude:DISTRIBUTION take each layer's largest magnitudes, "
-        "constant if none is named; uniform and magnitude:uniform are constant and magnitude with the first layer "
+        "and receptive_field and receptive_field:DISTRIBUTION link outputs to inputs near their own place, constant if "
+        "none is named; uniform and magnitude:uniform are constant and magnitude with the first layer "
         f"dense, as RigL's uniform distribution; {', '.join(SCORES)} score the weights on --score-batches; mask:PATH "
         "takes the masks of a checkpoint, or of a dict from names to bool tensors; resume takes the nonzeros of the "
         "checkpoint given to --resume, and zeros at random where the density asks for more"),
@@ -173,6 +177,10 @@ FLAGS: dict[str, dict[str, Any]] = {
         help="set the optimizer's state of a weight that grows to zero"),
     "regrown": dict(choices=START_VALUES,
         help="value of a weight when it grows; random: as torch initialises the layer"),
+    "regrown_warm_up": dict(type=whole_number, metavar="STEPS",
+        help="steps over which the learning rate of a weight that has grown rises to its value, with Adam and AdamW"),
+    "lr_by_density": dict(action=argparse.BooleanOptionalAction,
+        help="divide the learning rate of each sparse layer by the square root of its density, with Adam and AdamW"),
     "rescale": dict(action=argparse.BooleanOptionalAction,
         help="enlarge the weights at the start until every layer has the norm it had without masks, for networks of a "
         "few percent that do not begin to learn"),
@@ -181,7 +189,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "inactive": dict(choices=[*WEIGHTS], also=["--weights"],
         help="how weights are held: zero sets those that are pruned to zero; kept and soft train them beside the "
         "network; sparse holds active weights alone and trains them on sparse kernels, in time and memory that follow "
-        "their number; docs/sparse.md says how growth differs then"),
+        "their number; docs/always_sparse.md says how growth differs then"),
     "sparse_backend": dict(choices=["cpu"], default=None, help="the same as --weights sparse (default: none)"),
 }
 # fmt: on
@@ -189,9 +197,7 @@ DEST = {"weights": "inactive"}  # of a part whose flag has another name
 STATE = "--state-of-regrown"  # names a start of START_STATES
 
 
-def add_sparse_args(
-    parser: argparse.ArgumentParser, extensions: Mapping[str, Mapping[str, Callable]] | None = None
-) -> None:
+def add_sparse_args(parser: argparse.ArgumentParser, extensions: Extensions | None = None) -> None:
     """Add the flags of sparse training: how to prune, redistribute and grow, how much, and how dense.
 
     `--method NAME` sets the defaults of the others to the parts of that method. `extensions` holds more functions by
@@ -218,8 +224,9 @@ def add_sparse_args(
         type=start_state,
         metavar=f"{{{','.join(START_STATES)}}}",
         default=parts["reset_state"],
-        help="what the optimizer's state of a weight that grows is set to: zero, as by --reset-state, or the mean over "
-        "the active weights of its layer (default: that of --reset-state)",
+        help="what the optimizer's state of a weight that grows is set to: zero, as by --reset-state, the mean over "
+        "the active weights of its layer, or restart, zero with a time step of Adam's own for each weight (default: "
+        "that of --reset-state)",
     )
     kind_of_run = group.add_mutually_exclusive_group()
     kind_of_run.add_argument("--dense", action="store_true", help="train the dense model")
@@ -292,7 +299,7 @@ def holds_active_alone(args: argparse.Namespace) -> bool:
     return args.sparse_backend is not None or args.inactive == "sparse"
 
 
-def chosen_method(args: argparse.Namespace, extensions: Mapping[str, Mapping[str, Callable]] | None = None) -> Method:
+def chosen_method(args: argparse.Namespace, extensions: Extensions | None = None) -> Method:
     """Return the method that the arguments of `add_sparse_args` describe, for `Masking.from_method`.
 
     Raises:

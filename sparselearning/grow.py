@@ -141,13 +141,34 @@ def cannistraci_hebb_growth(masking, name: str, new_mask: Tensor, total_regrowth
     """
     if new_mask.dim() != 2:
         return random_growth(masking, name, new_mask, total_regrowth, weight)
-    if is_sharded(new_mask):
-        raise FunctionError(
-            "growth_mode='cannistraci_hebb' follows paths through whole layers, and sharded weights are parts of them. "
-            "Use growth_mode='gradient', or DistributedDataParallel."
-        )
+    _refuse_parts(new_mask, "cannistraci_hebb")
     score = path_scores(new_mask)
     return add_highest(torch.where(score > 0, score, -uniform_like(new_mask)), new_mask, total_regrowth)
+
+
+@reads("nothing")
+def cannistraci_hebb_soft_growth(masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor) -> Tensor:
+    """Draw the links of a linear layer in proportion to what its nodes speak for them; random ones elsewhere.
+
+    Zhang et al. 2025, Brain network science modelling of sparse neural networks enables Transformers and LLMs to
+    perform as fully connected, NeurIPS, https://arxiv.org/abs/2501.19107 (CHTs), section 3.1. The score is CH2-L3n,
+    see `node_scores`. Links are drawn without replacement, which is the same as to take the highest score / E with a
+    random E of the exponential distribution for each. Links of score zero come after all others, at random. Neurons
+    that have links on one side alone keep them, as in `cannistraci_hebb_growth`; the paper removes these links.
+    """
+    if new_mask.dim() != 2:
+        return random_growth(masking, name, new_mask, total_regrowth, weight)
+    _refuse_parts(new_mask, "cannistraci_hebb_soft")
+    score, drawn = node_scores(new_mask), uniform_like(new_mask)
+    return add_highest(torch.where(score > 0, score / -drawn.log(), -drawn), new_mask, total_regrowth)
+
+
+def _refuse_parts(mask, mode):
+    if is_sharded(mask):
+        raise FunctionError(
+            f"growth_mode={mode!r} follows paths through whole layers, and sharded weights are parts of them. "
+            "Use growth_mode='gradient', or DistributedDataParallel."
+        )
 
 
 def path_scores(mask: Tensor) -> Tensor:
@@ -168,6 +189,25 @@ def path_scores(mask: Tensor) -> Tensor:
         paths = (links[:, z2] * outputs[:, v : v + 1]).T @ links  # [z2, u], summed over z1
         scores[v] = (paths * inputs[z2]).sum(dim=0)
     return scores.masked_fill_(mask, 0)
+
+
+def node_scores(mask: Tensor) -> Tensor:
+    """Return the CH2-L3n score of every link of a layer that is absent from its mask (outputs, inputs), float32.
+
+    For an output v and an input u it is the sum of (1 + i(z)) / (1 + e(z)) over all nodes z between them, outputs z1
+    and inputs z2 of paths u - z1 - z2 - v: i(z) are the links of z to other such nodes, and e(z) those to nodes that
+    are neither such nor u or v. For z1, i = P[v, z1] with P = M M^T, how many inputs two outputs share, and 1 + e =
+    k(z1) - i with the degree k; for z2 likewise with M^T M. Takes 2 outputs inputs (outputs + inputs) multiplications,
+    and memory for several tables of inputs^2, outputs^2 and outputs inputs numbers.
+    """
+    links = mask.float()
+    return (_between(links) @ links + (_between(links.T) @ links.T).T).masked_fill_(mask, 0)
+
+
+def _between(links):
+    """Return [v, z]: (1 + i(z)) / (1 + e(z)) of a node z on the side of v, or 0 where the two share no neighbour."""
+    shared = links @ links.T
+    return torch.where(shared > 0, (1 + shared) / (links.sum(dim=1) - shared).clamp(min=1), 0)
 
 
 @network_wide
@@ -192,6 +232,7 @@ GROWTH_FUNCTIONS = {
     "global_momentum_growth": global_momentum_growth,
     "rewiring": rewiring_growth,
     "cannistraci_hebb": cannistraci_hebb_growth,
+    "cannistraci_hebb_soft": cannistraci_hebb_soft_growth,
     "dense_magnitude": dense_magnitude_growth,
     "global_dense_magnitude": global_dense_magnitude_growth,
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparselearning.budgets import Budget
-from sparselearning.compact import expanded
+from sparselearning.compact import expanded, in_dense_form, is_compact
 from sparselearning.orientation import PLAIN, Orientation
 from sparselearning.patterns import Pattern, pattern_of, with_most, with_pattern, without_pattern
 from sparselearning.processes.sharded import count_active, fetch, local_part, placed_like
@@ -175,6 +175,8 @@ class SparseLayer:
         self.mask.copy_(placed_like(self.mask, mask))
         self.ever_active.copy_(placed_like(self.mask, state.get("ever_active", mask)))
         self.take_numbers(state)
+        if is_compact(state["mask"]):  # of a layer that held active weights alone, as did its memory
+            self.memory = in_dense_form(self.memory, state["mask"])
 
     def take_numbers(self, state: dict[str, Any]) -> None:
         """Take what `numbers` returned."""

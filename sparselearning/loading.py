@@ -180,6 +180,10 @@ def check_layer(name: str, state: Any, shape: torch.Size) -> None:
     if not isinstance(state.get("trained"), bool | None):
         refuse(f"{entry}['trained']", "True, False or None", describe(state["trained"]))
     check_memory(f"{entry}['memory']", state.get("memory", {}), shape)
+    if "grown_at" in state.get("memory", {}):  # of weights/own_steps.py
+        alone = is_compact(state["mask"])
+        own = (len(state["mask"]["column"]),) if alone else shape
+        check_tensor(f"{entry}['memory']['grown_at']", state["memory"]["grown_at"], own, torch.int32)
 
 
 def check_kept(entry: str, kept: Any, memory: dict[str, Tensor]) -> None:

@@ -10,127 +10,27 @@ docs/methods.md says where a row differs from its paper.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
 from sparselearning.functions import check_readable, is_marked, may_read, resolve
 from sparselearning.grow import GROWTH_FUNCTIONS, momentum_growth
-from sparselearning.patterns import check_names
+from sparselearning.method import DECAYS, DENSITY_SCHEDULES, WEIGHTS, Method
 from sparselearning.prune import PRUNE_FUNCTIONS
 from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
-from sparselearning.schedules import (
-    Constant,
-    CosineDecay,
-    CubicDensity,
-    LinearDecay,
-    Schedule,
-    SoftDensity,
-    StepDensity,
-    Updates,
-)
+from sparselearning.schedules import SoftDensity, Updates
 from sparselearning.sparse.observing import WINDOW
-from sparselearning.sparse.training import SparseTraining
-from sparselearning.start.masks import Density, SparseInit
-from sparselearning.weights.dense_copy import DenseCopy
+from sparselearning.start.masks import Density
 from sparselearning.weights.start_states import refuse_unfit_optimizer
 from sparselearning.weights.together import members_of
 from sparselearning.weights.zeros import Zeros
 
-FUNCTIONS: Mapping[str, Mapping[str, Callable]] = {
+FUNCTIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "prune_mode": PRUNE_FUNCTIONS,
     "redistribution_mode": REDISTRIBUTION_FUNCTIONS,
     "growth_mode": GROWTH_FUNCTIONS,
 }
-
-# (prune rate at first, steps) -> prune rate at a step
-DECAYS: Mapping[str, Callable[[float, int], Schedule]] = {
-    "cosine": CosineDecay,
-    "cosine_to_zero": partial(CosineDecay, eta_min=0.0),
-    "linear": LinearDecay,
-    "constant": lambda prune_rate, steps: Constant(prune_rate),
-}
-# (density at first, density at last, first step, last step) -> density at a step
-DENSITY_SCHEDULES: Mapping[str, Any] = {
-    "constant": None,
-    "cubic": CubicDensity,
-    "early_cubic": lambda start, end, begin, finish: CubicDensity(start, end, begin, begin + 3 * (finish - begin) // 4),
-    "step": lambda start, end, begin, finish: StepDensity(start, end, finish),
-    "soft": None,  # above the final density by what the next update prunes; see SoftDensity
-}
-# settings (regrown, reset_state, pull) -> what holds the weights
-WEIGHTS: Mapping[str, Callable[..., Zeros]] = {
-    "zero": Zeros,
-    "kept": partial(DenseCopy, backward=2.0),
-    "soft": partial(DenseCopy, soft=True),
-    "sparse": SparseTraining,
-}
-
-
-@dataclass(frozen=True)
-class Method:
-    """What a method is made of.
-
-    Fractions of training are of the number of optimizer steps, so that a method keeps its form in a run of any length.
-
-    Raises:
-        ValueError: for an unknown schedule or pattern, or a fraction that is none.
-    """
-
-    name: str  # as papers write it
-    paper: str  # authors, year, link
-    prune: str | Callable = "magnitude"
-    redistribution: str | Callable = "none"
-    growth: str | Callable = "random"
-    sparse_init: SparseInit = "constant"
-    prune_rate: float = 0.5  # fraction of active weights that the first update moves
-    decay_schedule: str = "cosine"  # of the prune rate, until stop_fraction; a key of DECAYS
-    prune_every_k_steps: int = 0  # steps between updates; 0: one at the end of every epoch
-    start_fraction: float = 0.0  # of training, before which the masks stay
-    stop_fraction: float = 1.0  # of training, after which the masks stay
-    density_schedule: str = "constant"  # from start_fraction to stop_fraction; a key of DENSITY_SCHEDULES
-    start_density: float | None = None  # None: the final density
-    reset_state: bool | str = False  # of the optimizer, where a weight becomes active: to zero (True), to the "mean"
-    regrown: str = "zero"  # what a weight is when it becomes active
-    rescale: bool = False  # at the start, until layers have the norm they had without masks
-    pull: float = 0.0  # of active weights towards zero, added to their gradients
-    weights: str = "zero"  # how weights are held; a key of WEIGHTS
-    pattern: str | Mapping[str, str] | None = "unstructured"  # which weights may be active together; see patterns.py
-
-    def __post_init__(self):
-        tables = [("decay_schedule", DECAYS), ("density_schedule", DENSITY_SCHEDULES), ("weights", WEIGHTS)]
-        for part, known in tables:
-            if getattr(self, part) not in known:
-                names = ", ".join(map(repr, known))
-                raise ValueError(f"Unknown {part} {getattr(self, part)!r}. Choose one of {names}.")
-        check_names("unstructured" if self.pattern is None else self.pattern)
-        if not 0 <= self.start_fraction <= self.stop_fraction <= 1:
-            raise ValueError(
-                "Expected 0 <= start_fraction <= stop_fraction <= 1, "
-                f"got {self.start_fraction} and {self.stop_fraction}."
-            )
-        if self.start_density is not None and not 0 < self.start_density <= 1:
-            raise ValueError(f"Expected a start_density in (0, 1], got {self.start_density}.")
-        if self.start_density is not None and self.density_schedule in ("constant", "soft"):
-            raise ValueError(
-                "A start_density needs a density_schedule that leaves it: 'cubic', 'early_cubic' or 'step'."
-            )
-        if self.density_schedule == "soft" and self.prune_rate >= 1:
-            raise ValueError(f"density_schedule='soft' needs a prune_rate below 1, got {self.prune_rate}.")
-
-    def density_at_start(self, density: Density) -> Density:
-        """Return the density to begin with in order to end with `density`; {pattern: density} begins no sparser."""
-        if isinstance(density, Mapping):
-            return {pattern: max(self._start_of(end), end) for pattern, end in density.items()}
-        return self._start_of(density)
-
-    def _start_of(self, density: float) -> float:
-        if self.density_schedule == "soft":
-            return min(density / (1 - self.prune_rate), 1.0)
-        return density if self.start_density is None else self.start_density
-
 
 SNFS = "Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/1907.04840"
 SET = "Mocanu et al. 2018, https://arxiv.org/abs/1707.04780"
@@ -141,7 +41,10 @@ DEEPR = "Bellec et al. 2018, https://arxiv.org/abs/1711.05136"
 TOP_KAST = "Jayakumar et al. 2020, https://arxiv.org/abs/2106.03517"
 MEST = "Yuan et al. 2021, https://arxiv.org/abs/2110.14032"
 GRANET = "Liu et al. 2021, https://arxiv.org/abs/2106.10404"
+SMET = "Xiao et al. 2026, https://arxiv.org/abs/2606.00888"
+GSE = "Heddes et al. 2024, https://arxiv.org/abs/2401.06898"
 CHT = "Zhang et al. 2024, https://openreview.net/forum?id=iayEcORsGd"
+CHTS = "Zhang et al. 2025, https://arxiv.org/abs/2501.19107"
 ST3 = "Vanderschueren & De Vleeschouwer 2023, https://arxiv.org/abs/2212.01076"
 SRIGL = "Lasby et al. 2024, https://arxiv.org/abs/2305.02299"
 SNIP = "Lee et al. 2019, https://arxiv.org/abs/1810.02340"
@@ -164,6 +67,9 @@ METHODS: dict[str, Method] = {
     "srigl": Method("SRigL", SRIGL, "magnitude", "none", "gradient", ERK,
                     prune_rate=0.3, decay_schedule="cosine_to_zero", prune_every_k_steps=100, stop_fraction=0.75,
                     reset_state=True, pattern="fan-in:0.3"),
+    "guided": Method("GSE", GSE, "magnitude", "none", "guided", "linear",
+                     prune_rate=0.2, decay_schedule="cosine_to_zero", prune_every_k_steps=1000, stop_fraction=0.6,
+                     reset_state=True),
     "deep_rewiring": Method("Deep Rewiring", DEEPR, "sign_flip", "none", "rewiring", "linear",
                             prune_rate=0.0, decay_schedule="constant", prune_every_k_steps=10, pull=1e-4),
     "top_kast": Method("Top-KAST", TOP_KAST, "dense_magnitude", "none", "dense_magnitude", LARGEST,
@@ -175,6 +81,12 @@ METHODS: dict[str, Method] = {
                      prune_rate=0.5, prune_every_k_steps=1000, density_schedule="early_cubic", start_density=0.5,
                      reset_state=True),
     "cht": Method("CHT", CHT, "magnitude", "none", "cannistraci_hebb", "linear", prune_rate=0.3),
+    "cht_soft": Method("CHTs", CHTS, "soft_magnitude", "none", "cannistraci_hebb_soft", "receptive_field",
+                       prune_rate=0.1, decay_schedule="cosine_to_zero", prune_every_k_steps=100, stop_fraction=0.75,
+                       reset_state=True),
+    "smet": Method("SMET", SMET, "magnitude", "none", "random",
+                   prune_rate=0.2, prune_every_k_steps=100, reset_state="restart", regrown_warm_up=100,
+                   lr_by_density=True),
     "static": Method("Static random", RIGL, sparse_init=ERK, **STATIC),
     "snip": Method("SNIP", SNIP, sparse_init="snip", **STATIC),
     "grasp": Method("GraSP", GRASP, sparse_init="grasp", **STATIC),
@@ -211,7 +123,7 @@ def find_method(method: str | Method, **parts: Any) -> Method:
 PARTS = [field.name for field in dataclasses.fields(Method) if field.name not in ("name", "paper")]
 
 
-def find_function(argument: str, mode: str | Callable) -> Callable:
+def find_function(argument: str, mode: str | Callable[..., Any]) -> Callable[..., Any]:
     """Return the function that `prune_mode`, `growth_mode` or `redistribution_mode` means.
 
     Raises:
@@ -221,7 +133,11 @@ def find_function(argument: str, mode: str | Callable) -> Callable:
 
 
 def hold(
-    weights: str | Zeros, optimizer: torch.optim.Optimizer, prune: Callable, grow: Callable, measure: Callable
+    weights: str | Zeros,
+    optimizer: torch.optim.Optimizer,
+    prune: Callable[..., Any],
+    grow: Callable[..., Any],
+    measure: Callable[..., Any],
 ) -> Zeros:
     """Return what holds the weights of one Masking, told which dense gradients the functions read.
 
@@ -247,11 +163,13 @@ def hold(
         )
     if hasattr(held, "optimizer"):
         raise ValueError(f"This {type(held).__name__} holds the weights of another Masking. Make one for each.")
-    if len(members_of(optimizer)) > 1 and (held.kind != "zero" or held.pull):
-        kind = f"weights={held.kind!r}{' with a pull' * (held.kind == 'zero')}"
+    if len(members_of(optimizer)) > 1 and (held.kind != "zero" or held.pull or held.own_steps):
+        also = " with a pull" if held.pull else " with steps of single weights" if held.own_steps else ""
+        kind = f"weights={held.kind!r}{also}"
         raise ValueError(f"{kind} needs one optimizer, got several. Make a Masking for each of them.")
     for member in members_of(optimizer):
         refuse_unfit_optimizer(held.start_state, member)
+        held.own_steps.fit(member)
     functions = (prune, grow, measure)
     check_readable(functions, optimizer, held.keeps_inactive)
     held.optimizer = optimizer
@@ -261,6 +179,7 @@ def hold(
     return held
 
 
+OF_WEIGHTS = ("regrown", "reset_state", "pull", "regrown_warm_up", "lr_by_density")
 OF_MASKING = ("verbose", "fp16")
 OF_MODULE = ("remove_param_names", "sparse_embeddings", "dense", "batches", "sparse", "state", "process_group")
 
@@ -298,7 +217,7 @@ def arguments_of(
             last=last if chosen.stop_fraction < 1 else None,
             density=_density_schedule(chosen, chosen.density_at_start(density), density, first, last, decay),
         ),
-        weights=WEIGHTS[chosen.weights](regrown=chosen.regrown, reset_state=chosen.reset_state, pull=chosen.pull),
+        weights=WEIGHTS[chosen.weights](**{part: getattr(chosen, part) for part in OF_WEIGHTS}),
     )
     of_module |= dict(
         density=chosen.density_at_start(density),

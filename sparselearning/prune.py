@@ -1,5 +1,7 @@
 """Pruning: which active weights leave."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,38 @@ def magnitude_and_negativity_prune(masking, mask: Tensor, weight: Tensor, name: 
     available = [int(count) for count in fetch([positive.sum(), negative.sum()])]
     smallest, largest = apportion(count_to_remove(masking, name), available, available)
     return drop_lowest(weight, positive, smallest) | drop_lowest(-weight, negative, largest)
+
+
+@single_weights
+@entrywise
+@reads("nothing")
+def soft_magnitude_prune(masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
+    """Draw the weights that stay in proportion to a power of their magnitude, so that small ones leave most often.
+
+    Zhang et al. 2025, Brain network science modelling of sparse neural networks enables Transformers and LLMs to
+    perform as fully connected, NeurIPS, https://arxiv.org/abs/2501.19107 (CHTs), section 3.1 with alpha = 1: without
+    replacement, by |W|^(d / (1 - d)), where the softness d rises from 0.5 to 0.9 on a line until the masks stay
+    (`updates.last`, or the end of the prune rate's decay); it stays 0.5 if neither is known. That is the same as to
+    keep the highest |W|^(d / (1 - d)) / E, with a random E of the exponential distribution for each weight. As in the
+    authors' code, magnitudes count as at least 1e-12; there the power rises on a line, from 1 to 9.
+    """
+    softness = 0.5 + 0.4 * progress_of(masking)
+    score = softness / (1 - softness) * weight.abs().clamp(min=1e-12).log()
+    return drop_lowest(score - exponential_of(mask).log(), mask, count_to_remove(masking, name))
+
+
+def progress_of(masking) -> float:
+    """Return the fraction of the steps in which masks move that have been made; 0 if their end is not known."""
+    end = masking.updates.last or getattr(masking.prune_rate_decay, "T_max", None)
+    return min(masking.steps / end, 1.0) if end else 0.0
+
+
+def exponential_of(mask: Tensor) -> Tensor:
+    """Return random numbers of the exponential distribution for active entries, those of a row-major list of these."""
+    if is_sharded(mask):
+        return -uniform_like(mask).log()
+    drawn = torch.rand(int(mask.sum()), device=mask.device)
+    return -torch.ones(mask.shape, device=mask.device).masked_scatter_(mask, drawn).log()
 
 
 @network_wide
@@ -195,13 +229,14 @@ def adaptive_threshold_prune(masking) -> dict[str, Tensor]:
     return kept
 
 
-def count_to_remove(masking, name: str) -> int:
+def count_to_remove(masking: Any, name: str) -> int:
     """Return how many weights a layer is to remove: ceil(prune rate * active weights)."""
     return count_of(masking.name2prune_rate[name], masking.name2nonzeros[name])
 
 
 PRUNE_FUNCTIONS = {
     "magnitude": magnitude_prune,
+    "soft_magnitude": soft_magnitude_prune,
     "SET": magnitude_and_negativity_prune,
     "threshold": threshold_prune,
     "adaptive_threshold": adaptive_threshold_prune,

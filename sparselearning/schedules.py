@@ -1,11 +1,12 @@
 """When masks move, and schedules: functions from the step to a prune rate in [0, 1] or a density in (0, 1]."""
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, SupportsIndex
+
+from sparselearning.stepped import Counting, Replayed
 
 Schedule = Callable[[int], float]
 
@@ -14,15 +15,17 @@ Schedule = Callable[[int], float]
 class Updates:
     """When the masks move, and to which density.
 
-    every: optimizer steps between two updates; 0 for one at the end of every epoch.
-    first, last: steps before and after which the masks stay. At step `last` itself there is always an update, so that
-        a density schedule arrives; if there is no `last` and `every` is not 0, at the step where the schedule ends.
-    density: function from the step to the density that an update leaves, in (0, 1]; or {pattern: function}, for the
-        patterns of `add_module(density={pattern: ...})`; None keeps it.
-
     >>> updates = Updates(every=100, last=250)
     >>> [step for step in range(1, 1000) if updates.after_step(step)]
     [100, 200, 250]
+
+    Args:
+        every: optimizer steps between two updates; 0 for one at the end of every epoch.
+        first: step before which the masks stay.
+        last: step after which the masks stay; None: none. At `last` itself there is always an update, so that a density
+            schedule arrives; if there is no `last` and `every` is not 0, at the step where the schedule ends.
+        density: function from the step to the density that an update leaves, in (0, 1]; or {pattern: function}, for the
+            patterns of `add_module(density={pattern: ...})`; None keeps it.
 
     Raises:
         ValueError: for steps that are negative or not whole numbers.
@@ -117,7 +120,7 @@ def decay_of(prune_rate_decay: Schedule | Any | None, prune_rate: float) -> Sche
         TypeError: if it is no function of the step.
     """
     if getattr(type(prune_rate_decay), "get_dr", Counting.get_dr) is not Counting.get_dr:
-        return _Replayed(prune_rate_decay, prune_rate)
+        return Replayed(prune_rate_decay, prune_rate)
     if prune_rate_decay is not None and not callable(prune_rate_decay):
         raise TypeError(
             "Expected prune_rate_decay to be a function of the step, such as CosineDecay(0.5, T_max=1000), "
@@ -125,48 +128,6 @@ def decay_of(prune_rate_decay: Schedule | Any | None, prune_rate: float) -> Sche
         )
     decay: Any = prune_rate_decay
     return Constant(prune_rate) if decay is None else decay
-
-
-class Counting:
-    """`step` and `get_dr` of release 1.0, for code that steps a schedule itself. A Masking calls it with its steps."""
-
-    _steps = 0
-
-    def step(self) -> None:
-        """Count a step."""
-        object.__setattr__(self, "_steps", self._steps + 1)
-
-    def get_dr(self, prune_rate: float | None = None) -> float:
-        """Return the prune rate after the steps that `step` has counted."""
-        return self(self._steps)
-
-    @abstractmethod
-    def __call__(self, step: int) -> float:
-        """Return the prune rate at a step."""
-
-
-class _Replayed:
-    """A schedule of release 1.0, which can only go on to its next step, as a function of the step."""
-
-    def __init__(self, decay: Any, prune_rate: float):
-        self.decay, self.rates = decay, [prune_rate]
-
-    def __call__(self, step: int) -> float:
-        while len(self.rates) <= step:
-            self.decay.step()
-            self.rates.append(self.decay.get_dr(self.rates[-1]))
-        return self.rates[step]
-
-
-def rate_at(decay: Schedule, step: int) -> float:
-    """Return the prune rate at a step.
-
-    Raises:
-        ValueError: if the schedule gives a number outside [0, 1].
-    """
-    if not 0 <= (rate := decay(step)) <= 1:
-        raise ValueError(f"Expected a prune rate in [0, 1] at step {step}, got {rate} of prune_rate_decay.")
-    return rate
 
 
 @dataclass(frozen=True)
@@ -245,8 +206,7 @@ class CubicDensity:
 
     def __post_init__(self):
         _check_density(start=self.start, end=self.end)
-        if not 0 <= self.begin <= self.finish:
-            raise ValueError(f"Expected steps 0 <= begin <= finish, got begin={self.begin} and finish={self.finish}.")
+        _check_steps(self.begin, self.finish)
 
     def __call__(self, step: int) -> float:
         if step >= self.finish:
@@ -255,6 +215,40 @@ class CubicDensity:
             return self.start
         progress = (step - self.begin) / (self.finish - self.begin)
         return self.end + (self.start - self.end) * (1 - progress) ** 3
+
+
+@dataclass(frozen=True)
+class SigmoidDensity:
+    """Move from the density `start` at step `begin` to `end` at step `finish`, slowly at both ends, and stay there.
+
+    Zhang et al. 2025 (CHTss), https://arxiv.org/abs/2501.19107, section 3.3, with k = 6: 1 / (1 + exp(-k x)) of x from
+    -1 to 1, stretched so that it begins at `start` and arrives at `end`, as in the authors' code.
+
+    >>> density = SigmoidDensity(start=0.5, end=0.1, begin=0, finish=100)
+    >>> density(0), round(density(25), 4), round(density(50), 4), density(100), density(150)
+    (0.5, 0.4819, 0.3, 0.1, 0.1)
+    """
+
+    start: float
+    end: float
+    begin: int
+    finish: int
+    k: float = 6.0
+
+    def __post_init__(self):
+        _check_density(start=self.start, end=self.end)
+        _check_steps(self.begin, self.finish)
+        if not 0 < self.k < 700:
+            raise ValueError(f"Expected a positive k below 700, got {self.k}.")
+
+    def __call__(self, step: int) -> float:
+        if step >= self.finish:
+            return self.end
+        if step <= self.begin:
+            return self.start
+        x = 2 * (step - self.begin) / (self.finish - self.begin) - 1
+        share = 0.5 + math.tanh(self.k * x / 2) / math.tanh(self.k / 2) / 2  # the sigmoid is (1 + tanh(k x / 2)) / 2
+        return self.start + (self.end - self.start) * share
 
 
 @dataclass(frozen=True)
@@ -302,6 +296,11 @@ class SoftDensity:
         if step >= self.finish:
             return self.density
         return min(self.density / (1 - self.decay(step)), 1.0)
+
+
+def _check_steps(begin, finish):
+    if not 0 <= begin <= finish:
+        raise ValueError(f"Expected steps 0 <= begin <= finish, got begin={begin} and finish={finish}.")
 
 
 def _check_density(**densities):

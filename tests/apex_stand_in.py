@@ -53,6 +53,10 @@ class FP16Optimizer:
         for (_, master), grad in zip(self.pairs(), grads, strict=True):
             master.grad = grad.float() / self.loss_scaler.cur_scale
 
+    def clip_master_grads(self, max_norm):
+        if not self.overflow:
+            torch.nn.utils.clip_grad_norm_([master for _, master in self.pairs()], max_norm)
+
     def step(self):
         if self.overflow:
             self.loss_scaler.cur_scale /= 2

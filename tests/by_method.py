@@ -14,11 +14,17 @@ def batch(seed=9):
     return torch.randn(16, 20, generator=torch.Generator().manual_seed(seed)), torch.arange(16) % 10
 
 
+def optimizer_of(method, parameters, kind=torch.optim.SGD, **settings):
+    """Return an optimizer of this kind, or Adam for a method that is made for it."""
+    if kind is torch.optim.SGD and METHODS[method].reset_state != "restart":
+        return kind(parameters, **{"lr": 0.1, "momentum": 0.9, **settings})
+    return (torch.optim.Adam if kind is torch.optim.SGD else kind)(parameters, lr=0.01)
+
+
 def begin(method, optimizer=torch.optim.SGD, widths=(20, 30, 10), density=0.2, **parts):
     """Return a small network, its optimizer, and its Masking by a method of which `parts` replace some."""
     model = mlp(*widths)
-    settings = dict(lr=0.1, momentum=0.9) if optimizer is torch.optim.SGD else dict(lr=0.01)
-    optimizer = optimizer(model.parameters(), **settings)
+    optimizer = optimizer_of(method, model.parameters(), optimizer)
     if METHODS[method].prune_every_k_steps:
         parts = {"prune_every_k_steps": 2} | parts
     parts = {"batches": [batch()]} | parts

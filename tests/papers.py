@@ -5,7 +5,7 @@ import random
 from itertools import pairwise
 
 import torch
-from oracles.network import Course, Layer
+from oracles.network import Course, Layer, Move, rounded_up
 from torch import nn
 
 from sparselearning import Masking
@@ -230,6 +230,102 @@ def train_both(method, seed, oracle, **of_case):
             found = dict(zip(training, oracle.update([layers[i] for i in training], step, course), strict=True))
             chosen = list(masking.masks.values())
             twin.move([found.get(i) for i in range(len(layers))], chosen, where)
+        for i, (mask, weight) in enumerate(zip(masking.masks.values(), case.weights, strict=True)):
+            assert torch.equal(mask, twin.masks[i]), f"{where}: masks of layer {i}"
+            assert torch.equal(weight, twin.weights[i]), f"{where}: weights of layer {i}"
+            buffer = optimizer.state[weight].get("momentum_buffer", torch.zeros_like(weight))
+            assert torch.equal(buffer, twin.momentum(i)), f"{where}: momenta of layer {i}"
+
+
+def train_adam(method, seed, oracle):
+    """Train a random network by a method that counts steps of single weights, and by its oracle, with Adam or AdamW.
+
+    The oracle's weights are set to the library's after each step, so that rounding errors do not add up.
+    """
+    case, draw = Case(method, seed), random.Random(seed)
+    course, warm_up = case.course, draw.choice([0, 1, 4, 9])
+    decoupled, amsgrad, maximize = (draw.random() < 0.5 for _ in range(3))
+    settings = dict(lr=0.01, betas=draw.choice([(0.9, 0.999), (0.8, 0.95), (0.0, 0.9)]), eps=draw.choice([1e-8, 1e-3]))
+    settings |= dict(weight_decay=draw.choice([0.0, 0.1]), amsgrad=amsgrad, maximize=maximize)
+    kind, way = torch.optim.AdamW if decoupled else torch.optim.Adam, draw.choice(["foreach", "fused", "plain"])
+    optimizer = kind(case.module.parameters(), foreach=way == "foreach", fused=way == "fused", **settings)
+    parts = dict(regrown_warm_up=warm_up, **case.parts)
+    masking = Masking.from_method(method, case.module, optimizer, course.steps, course.density, **parts)
+    masks = list(masking.masks.values())
+    twin = [
+        list(map(oracle.Weight, flat(weight), flat(mask))) for weight, mask in zip(case.weights, masks, strict=True)
+    ]
+    for step in range(1, course.steps + 1):
+        where = f"{method}, seed {seed}, step {step}"
+        trained = [i for i in range(len(twin)) if case.trains(i, step)]
+        before = [[weight.active for weight in layer] for layer in twin]
+        for i, (weight, gradient) in enumerate(zip(case.weights, case.gradients(), strict=True)):
+            weight.requires_grad_(i in trained)
+            weight.grad = gradient if i in trained else None
+            for each, g in zip(twin[i], flat(gradient), strict=True) if i in trained else ():
+                each.step(g, sum(before[i]) / len(twin[i]), warm_up, decoupled=decoupled, **settings)
+        optimizer.step()
+        if oracle.moves(step, course):
+            layers = [
+                Layer(tuple(case.weights[i].shape), [w.value for w in twin[i]], [], [], before[i]) for i in trained
+            ]
+            for i, layer, move in zip(trained, layers, oracle.update(layers, step, course), strict=True):
+                chosen = flat(list(masking.masks.values())[i])
+                sizes = list(map(abs, layer.weight))
+                # All weights that came together have made equal steps, but for rounding errors.
+                limit = max(
+                    (x for x, was, kept in zip(sizes, layer.mask, move.kept, strict=True) if was > kept), default=0
+                )
+                left = [x for x, was, active in zip(sizes, layer.mask, chosen, strict=True) if was > active]
+                assert max(left, default=0) <= limit + 1e-6, f"{where}: layer {i} pruned what the paper keeps"
+                assert sum(chosen) == sum(move.kept) + move.grown, f"{where}: layer {i}"
+                for each, active in zip(twin[i], chosen, strict=True):
+                    each.become(active)
+        for i, (weight, layer) in enumerate(zip(case.weights, masking.layers, strict=True)):
+            assert flat(layer.mask) == [each.active for each in twin[i]], f"{where}: masks of layer {i}"
+            expected = torch.tensor([each.value for each in twin[i]]).reshape(weight.shape)
+            torch.testing.assert_close(weight.detach(), expected, rtol=2e-6, atol=2e-7, msg=f"{where}: layer {i}")
+            for each, value in zip(twin[i], flat(weight), strict=True):
+                each.value = value
+
+
+def flat(tensor):
+    """Return the numbers of a tensor."""
+    return tensor.detach().flatten().tolist()
+
+
+def train_soft(method, seed, oracle):
+    """Train a random network by a method that draws what leaves and what comes: numbers, candidates and weights."""
+    case = Case(method, seed, freezes=False)
+    course = case.course
+    optimizer = torch.optim.SGD(case.module.parameters(), lr=0.1, momentum=0.9)
+    masking = Masking.from_method(method, case.module, optimizer, course.steps, course.density, **case.parts)
+    twin, pruned = Twin(case, list(masking.masks.values())), {}
+    assert list(masking.name2nonzeros.values()) == oracle.start(twin.layers(), course), "active weights at the start"
+    prune = masking.prune
+    masking.prune = lambda *given: pruned.setdefault(given[3], prune(*given)).clone()
+    masking.prune.entrywise = masking.prune.single_weights = True
+    for step in range(1, course.steps + 1):
+        where, gradients = f"{method}, seed {seed}, step {step}", case.gradients()
+        for weight, gradient in zip(case.weights, gradients, strict=True):
+            weight.grad = gradient.clone()
+        pruned.clear()
+        optimizer.step()
+        twin.step(gradients, None)
+        if oracle.moves(step, course):
+            moves = []
+            for layer, (name, mask) in zip(twin.layers(), masking.masks.items(), strict=True):
+                kept, k = flat(pruned[name]), rounded_up(oracle.rate(step, course) * layer.active)
+                assert sum(kept) == layer.active - k, f"{where}: {name}"
+                assert all(was or not stays for was, stays in zip(layer.mask, kept, strict=True)), f"{where}: {name}"
+                grown = [active and not stays for active, stays in zip(flat(mask), kept, strict=True)]
+                assert sum(grown) == k, f"{where}: {name}"
+                if len(layer.shape) == 2:
+                    found = [value for row in oracle.scores(kept, *layer.shape) for value in row]
+                    enough = min(k, sum(value > 0 for value in found))  # links that have a path come before others
+                    assert sum(value > 0 for value, new in zip(found, grown, strict=True) if new) == enough, where
+                moves.append(Move(kept, grown, forget=True))
+            twin.move(moves, list(masking.masks.values()), where)
         for i, (mask, weight) in enumerate(zip(masking.masks.values(), case.weights, strict=True)):
             assert torch.equal(mask, twin.masks[i]), f"{where}: masks of layer {i}"
             assert torch.equal(weight, twin.weights[i]), f"{where}: weights of layer {i}"

@@ -22,6 +22,8 @@ def load_main(folder="mnist_cifar"):
     place = ROOT / folder
     spec = importlib.util.spec_from_file_location(f"{folder}_main", place / "main.py")
     module = importlib.util.module_from_spec(spec)
+    for neighbour in place.glob("*.py"):
+        sys.modules.pop(neighbour.stem, None)  # another script's module of the same name
     sys.path.insert(0, str(place))  # where Python looks for extensions.py when it runs the script
     try:
         spec.loader.exec_module(module)

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from by_method import optimizer_of
 from helpers import assert_masks_hold, masked, mlp, same, sgd, snapshot, train
 
 from sparselearning import Masking, Updates
@@ -73,8 +74,8 @@ def test_every_function_keeps_every_budget(prune, redistribution, growth):
 def test_every_method_ends_with_the_density_of_each_pattern(method):
     model = network()
     often = {} if METHODS[method].stop_fraction == METHODS[method].start_fraction else dict(prune_every_k_steps=2)
-    batches = [(torch.randn(8, 20), torch.randint(5, (8,)))]
-    masking = Masking.from_method(method, model, sgd(model), 12, DENSITIES, batches=batches, **often)
+    batches, optimizer = [(torch.randn(8, 20), torch.randint(5, (8,)))], optimizer_of(method, model.parameters())
+    masking = Masking.from_method(method, model, optimizer, 12, DENSITIES, batches=batches, **often)
     train(model, masking, 12)
     masking.at_end_of_epoch()
     left_over = sum(layer.left_over for layer in masking.layers)

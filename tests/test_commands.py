@@ -65,7 +65,7 @@ def test_a_mistake_is_one_line_that_names_the_command(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["train"], "expected one of train mnist, train cifar, train digits, train imagenet"),
+        (["train"], "expected one of train mnist, train cifar, train digits, train imagenet, train language"),
         (["train", "nothing"], "got 'train nothing'"),
         (["describe", "nothing"], "expected one of lenet5,"),
         (["describe", "none.py:f"], "there is no file 'none.py'"),

@@ -14,10 +14,10 @@ from sparselearning.redistribute import REDISTRIBUTION_FUNCTIONS
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for folder in (".", "docs", "benchmarks", "imagenet")
+    for folder in (".", "docs", "benchmarks", "imagenet", "language")
     for path in (ROOT / folder).glob("*.md")
 )
-PLACES = ("", "docs", "benchmarks", "imagenet", "mnist_cifar", "sparselearning/sparse")  # where paths begin
+PLACES = ("", "docs", "benchmarks", "imagenet", "language", "mnist_cifar", "sparselearning/sparse")  # where paths begin
 OF_A_USER = {"train/", "val/", "my.py", "busy.py", "relative.py", "file.py", "path/to/file.py"}
 EXTENSIONS = "py|md|cpp|h|json|csv|png|toml|txt|inc"
 
@@ -52,7 +52,7 @@ def paths(document):
 
 def is_there(path):
     """Tell whether there is this path, or for a name alone a file of this name in any folder."""
-    folders = ("sparselearning", "tests", "mnist_cifar", "imagenet", "benchmarks", "docs")
+    folders = ("sparselearning", "tests", "mnist_cifar", "imagenet", "language", "benchmarks", "docs")
     return any((ROOT / place / path).exists() for place in PLACES) or (
         "/" not in path and any(next((ROOT / folder).rglob(path), None) for folder in folders)
     )

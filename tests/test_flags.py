@@ -33,6 +33,8 @@ DEFAULTS = dict(
     sparse_layers=[],
     reset_state=False,
     regrown="zero",
+    regrown_warm_up=0,
+    lr_by_density=False,
     rescale=False,
     pull=0.0,
     inactive="zero",
@@ -76,6 +78,9 @@ COMMANDS = {
     "--no-reset-state --state-of-regrown mean": dict(reset_state="mean"),
     "--state-of-regrown mean --no-reset-state": {},
     "--regrown random --pull 1e-4": dict(regrown="random", pull=1e-4),
+    "--state-of-regrown restart --regrown-warm-up 50 --lr-by-density": dict(
+        reset_state="restart", regrown_warm_up=50, lr_by_density=True
+    ),
     "--inactive soft": dict(inactive="soft"),
     "--sparse-backend cpu": dict(sparse_backend="cpu"),
     "--method sparse_momentum": dict(method="sparse_momentum"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from by_method import optimizer_of
 from helpers import mlp
 from torch import nn
 
@@ -16,7 +17,7 @@ from sparselearning.start.maskable import maskable_parameters
 # Of the gradient of the weights of a network of density 0.2, relative to the dense network's: 0.2 but for these.
 SHARES = dict.fromkeys(METHODS, 0.2)
 SHARES |= dict(sparse_momentum=1.0, top_kast=0.4, soft_threshold=1.0)
-SHARES |= dict.fromkeys(["rigl", "srigl", "granet"], 0.9 * 0.2 + 0.1)
+SHARES |= dict.fromkeys(["rigl", "srigl", "granet", "guided"], 0.9 * 0.2 + 0.1)
 LENET5 = {
     "conv1.weight": 2 * 24 * 24 * 20 * 1 * 5 * 5,  # every output pixel and channel: 25 products, 25 sums
     "conv2.weight": 2 * 8 * 8 * 50 * 20 * 5 * 5,
@@ -73,9 +74,8 @@ def test_a_method_costs_what_its_steps_need(method, share):
     settings = dict(batches=[(torch.randn(8, 20), torch.arange(8))], sparse_init="constant", start_density=None)
     if METHODS[method].density_schedule != "constant":
         settings["density_schedule"] = "constant"
-    masking = Masking.from_method(
-        method, model, torch.optim.SGD(model.parameters(), 0.1, 0.9), 100, 0.2, **settings, prune_every_k_steps=9
-    )
+    optimizer = optimizer_of(method, model.parameters())
+    masking = Masking.from_method(method, model, optimizer, 100, 0.2, **settings, prune_every_k_steps=9)
     flops = forward_flops(model, torch.zeros(1, 20))
     expected = (2 * masking.density + share) / 3
     assert relative_flops(flops, masking, 9)["training_flops"] == pytest.approx(expected, abs=0.003)

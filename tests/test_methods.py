@@ -61,7 +61,7 @@ def test_a_method_brings_its_pattern():
         (dict(start_fraction=0.8), "Expected 0 <= start_fraction <= stop_fraction <= 1, got 0.8 and 0.75."),
         (dict(density_schedule="soft", prune_rate=1.0), "density_schedule='soft' needs a prune_rate below 1, got 1.0."),
         (dict(start_density=1.5, density_schedule="cubic"), "Expected a start_density in (0, 1], got 1.5."),
-        (dict(start_density=0.5), "A start_density needs a density_schedule that leaves it: 'cubic', 'early_cubic' or"),
+        (dict(start_density=0.5), "A start_density needs a density_schedule that leaves it: 'cubic', 'early_cubic', "),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(parts, message):

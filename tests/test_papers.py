@@ -4,7 +4,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from papers import LAYERS, oracle_of, score, train_both, train_kept
+from papers import LAYERS, oracle_of, score, train_adam, train_both, train_kept, train_soft
 
 from sparselearning.methods import METHODS
 
@@ -13,6 +13,8 @@ SEEDS = range(24)
 TRAININGS = dict.fromkeys(METHODS, train_both)
 TRAININGS |= dict.fromkeys(["top_kast", "soft_threshold"], train_kept)
 TRAININGS |= dict.fromkeys(["snip", "grasp", "synflow"], score)
+TRAININGS["cht_soft"] = train_soft
+TRAININGS["smet"] = train_adam
 TRAININGS["srigl"] = partial(train_both, freezes=False, ties=False, layers=LAYERS[:1])  # equals are theirs to choose
 
 

@@ -59,7 +59,7 @@ def test_the_library_knows_nothing_of_experiments():
     assert not [module for module in FILES if "sparselearning.utils" in imports_of(module)]
 
 
-SCRIPTS = [path for folder in ("imagenet", "mnist_cifar") for path in sorted((ROOT / folder).glob("*.py"))]
+SCRIPTS = [path for folder in ("imagenet", "language", "mnist_cifar") for path in sorted((ROOT / folder).glob("*.py"))]
 
 
 @pytest.mark.parametrize("path", [*FILES.values(), *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))

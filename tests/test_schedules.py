@@ -8,7 +8,16 @@ from helpers import assert_masks_hold, masked, mlp, same, snapshot, train
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparselearning.schedules import Constant, CosineDecay, CubicDensity, LinearDecay, SoftDensity, StepDensity, Updates
+from sparselearning.schedules import (
+    Constant,
+    CosineDecay,
+    CubicDensity,
+    LinearDecay,
+    SigmoidDensity,
+    SoftDensity,
+    StepDensity,
+    Updates,
+)
 
 rates = st.floats(0, 1)
 lengths = st.integers(1, 10_000)
@@ -70,6 +79,14 @@ def test_soft_density_is_above_by_what_the_next_update_prunes():
     assert SoftDensity(0.8, Constant(0.5), finish=10)(3) == 1.0
 
 
+@pytest.mark.parametrize("step", [0, 3, 4, 5, 8, 11, 12, 20])
+def test_the_sigmoid_density_is_that_of_chtss(step):
+    """Between the ends, 1 / (1 + exp(-6 x)) of x in [-1, 1], stretched to [0, 1]."""
+    sigmoid = [1 / (1 + math.exp(-6 * x)) for x in (-1, min(max((step - 4) / 4 - 1, -1), 1), 1)]
+    share = (sigmoid[1] - sigmoid[0]) / (sigmoid[2] - sigmoid[0])
+    assert SigmoidDensity(0.5, 0.1, begin=4, finish=12)(step) == pytest.approx(0.5 - 0.4 * share, abs=1e-12)
+
+
 def test_limits_of_settings_are_allowed():
     assert CosineDecay(1.0, 1, eta_min=1.0)(5) == Constant(1.0)(5) == 1.0
     assert CubicDensity(1.0, 1.0, 3, 3)(3) == 1.0
@@ -91,6 +108,9 @@ def test_equal_settings_make_equal_schedules():
         (lambda: CosineDecay(1.5, 100), r"Expected a prune rate in \[0, 1\], got 1.5"),
         (lambda: CosineDecay(0.5, 100, eta_min=-0.1), r"Expected eta_min in \[0, 1\], got -0.1"),
         (lambda: CosineDecay(1.0, 100, eta_min=1.5), r"Expected eta_min in \[0, 1\], got 1.5"),
+        (lambda: SigmoidDensity(0.5, 0.0, 0, 5), r"Expected the density end in \(0, 1\], got 0.0"),
+        (lambda: SigmoidDensity(0.5, 0.1, 5, 4), "Expected steps 0 <= begin <= finish, got begin=5 and finish=4"),
+        (lambda: SigmoidDensity(0.5, 0.1, 0, 5, k=0), "Expected a positive k below 700, got 0"),
         (lambda: CubicDensity(1.5, 0.1, 0, 5), r"Expected the density start in \(0, 1\], got 1.5"),
         (lambda: CubicDensity(1.0, 0.0, 0, 5), r"Expected the density end in \(0, 1\], got 0.0"),
         (lambda: CubicDensity(1.0, 0.1, 5, 4), "Expected steps 0 <= begin <= finish, got begin=5 and finish=4"),

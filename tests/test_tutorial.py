@@ -17,7 +17,20 @@ from torch import nn
 from sparselearning.experiments.report import plots
 
 ROOT = Path(__file__).parent.parent
-WITHOUT_COMMANDS = ["docs/sparse.md", "docs/weight_norm.md", "docs/migration.md"]
+WITHOUT_COMMANDS = [
+    "docs/algorithm.md",
+    "docs/always_sparse.md",
+    "docs/averages.md",
+    "docs/fine_tuning.md",
+    "docs/loops.md",
+    "docs/migration.md",
+    "docs/own_model.md",
+    "docs/sparse.md",
+    "docs/start.md",
+    "docs/weight_norm.md",
+]
+COMMANDS_ALONE = ["docs/experiments.md", "docs/results.md"]
+RUN_ELSEWHERE = ["docs/processes.md"]  # by tests/processes/test_processes_page.py
 DOCUMENTS = ["How_to_add_your_own_algorithms.md", "README.md", "docs/patterns.md", "docs/methods.md", *WITHOUT_COMMANDS]
 LIBRARIES = {  # document -> the libraries that it needs
     "docs/models.md": "timm transformers",
@@ -44,7 +57,7 @@ def files_of(text):
 def commands(document, start=r"python (?:mnist_cifar/)?main\.py"):
     """Return the arguments of every command in a document that begins so, without the comment behind them."""
     text = (ROOT / document).read_text().replace("\\\n", " ")
-    lines = re.findall(rf"^[ $]*{start}(.*)$", text, re.MULTILINE)
+    lines = re.findall(rf"^[ $]*{start}(.*)$", text, re.MULTILINE) + re.findall(rf"\| `{start}([^`]*)` \|", text)
     return [line.partition(" # ")[0].strip() for line in lines]
 
 
@@ -78,12 +91,20 @@ def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
         exec(compile("\n" * line + block, ROOT / document, "exec"), namespace)
 
 
+def test_no_document_with_python_blocks_is_forgotten():
+    pages = {path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]}
+    with_blocks = {page for page in pages if [*python_blocks((ROOT / page).read_text())]}
+    assert with_blocks == {*DOCUMENTS, *LIBRARIES, *RUN_ELSEWHERE}
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch.export
 def test_a_new_process_serves_what_the_page_saves(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made, saved, served = [block for _, block in python_blocks((ROOT / "docs/serving.md").read_text())][:3]
-    exec(made + saved, {"__name__": "document"})
-    subprocess.run([sys.executable, "-c", served], check=True)
+    made, saved, served, exported, loaded = [
+        block for _, block in python_blocks((ROOT / "docs/serving.md").read_text())
+    ][:5]
+    exec(made + saved + exported, {"__name__": "document"})
+    subprocess.run([sys.executable, "-c", served + loaded], check=True)
 
 
 @pytest.fixture
@@ -98,7 +119,9 @@ def folder(tmp_path, monkeypatch, caplog):
     return tmp_path
 
 
-@pytest.mark.parametrize(("document", "command"), [(d, command) for d in DOCUMENTS for command in commands(d)])
+@pytest.mark.parametrize(
+    ("document", "command"), [(d, command) for d in (*DOCUMENTS, *COMMANDS_ALONE) for command in commands(d)]
+)
 def test_commands_are_understood(document, command, folder):
     """Those on the digits are run, of the others the arguments are checked."""
     argv = shlex.split(command)
@@ -122,7 +145,8 @@ def test_commands_of_imagenet_are_understood():
 
 
 def test_the_documents_show_commands():
-    assert all(commands(document) for document in DOCUMENTS if document not in WITHOUT_COMMANDS)
+    shown = {*DOCUMENTS, *COMMANDS_ALONE} - {*WITHOUT_COMMANDS}
+    assert all(map(commands, shown))
 
 
 def test_worked_examples_are_those_of_extensions():

@@ -6,6 +6,7 @@ Zagoruyko and Komodakis, "Wide Residual Networks" (2016), https://arxiv.org/abs/
 from torch import Tensor, nn
 
 from sparselearning.models.classifier import Classifier
+from sparselearning.models.dropout import Dropout
 
 INPUT_SHAPE = (3, 32, 32)
 
@@ -49,7 +50,7 @@ class PreactivationBlock(nn.Module):
         self.conv1 = _conv(inputs, outputs, 3, stride)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.relu2 = nn.ReLU()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv2 = _conv(outputs, outputs, 3)
         self.shortcut = None if inputs == outputs else _conv(inputs, outputs, 1, stride)
 

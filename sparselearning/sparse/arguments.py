@@ -17,6 +17,8 @@ def check_tensors(
 ) -> None:
     """Check dtypes, devices and lengths of a layer's tensors. The first of `starts` has the rows of the bias.
 
+    Of the columns of a layer and its turned indices, (column, t_column, t_order), the last two may be empty.
+
     Raises:
         TypeError: for a dtype that the kernels do not compute in, or tensors of different dtypes or devices.
         ValueError: for indices that do not belong together.
@@ -30,6 +32,8 @@ def check_tensors(
                 "A sparse layer needs one-dimensional int32 indices; got "
                 f"{index.dtype} of shape {tuple(index.shape)}. Make them with SparseLinear.from_dense."
             )
+    if len(columns) == 3 and are_left_out(*columns):
+        columns = columns[:1]
     count = columns[0].shape if value is None else value.shape
     if columns[0].shape != count or columns[-1].shape != count or columns[len(columns) // 2].shape != count:
         shapes = [tuple(column.shape) for column in columns]
@@ -38,6 +42,11 @@ def check_tensors(
         raise ValueError("A sparse layer needs a start for each row and one more; got none.")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != starts[0].shape[0] - 1):
         raise RuntimeError(f"Expected a bias of shape ({starts[0].shape[0] - 1},), got {tuple(bias.shape)}.")
+
+
+def are_left_out(column: Tensor, t_column: Tensor, t_order: Tensor) -> bool:
+    """Return whether a layer is without its turned indices, which only gradients of its input read."""
+    return column.shape[0] > 0 and t_column.shape[0] == 0 and t_order.shape[0] == 0
 
 
 def check_dtypes(x: Tensor, *others: Tensor | None) -> None:

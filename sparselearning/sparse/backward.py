@@ -6,9 +6,12 @@ from functools import partial
 
 import torch
 
+from sparselearning.sparse.arguments import are_left_out
 from sparselearning.sparse.derivatives import conv2d_gradients, linear_gradients, transformed
 from sparselearning.sparse.dispatch import run, unobserved
 from sparselearning.sparse.memory_order import is_batch_last, readable, to_batch_last
+
+POINTWISE = (1, 1), (1, 1), (0, 0), (1, 1), 1  # the geometry of a linear layer
 
 
 def save_for_backward(ctx, inputs, output):
@@ -17,8 +20,10 @@ def save_for_backward(ctx, inputs, output):
     ctx.save_for_backward(x, value, start, column, t_start, t_column, t_order, output if relu else None)
 
 
-def gradients(ctx, dy, input_gradient, weight_gradient, exact):
+def gradients(ctx, dy, input_gradient, weight_gradient, turn, exact):
     """Return the gradients of an operator's arguments: x, value, bias, and None for the rest.
+
+    Where a layer has no turned indices (SparseModule.serve), `turn` makes them.
 
     Where gradients of these gradients may follow (create_graph), or many are computed at once (is_grads_batched),
     `exact` gives them from the dense weight.
@@ -33,6 +38,8 @@ def gradients(ctx, dy, input_gradient, weight_gradient, exact):
     else:
         if unobserved(dy) and needs_value:  # once for both gradients
             dy = to_batch_last(dy) if dy.dim() == 2 else readable(dy, is_batch_last(dy.shape[0]))[0]
+        if needs_x and are_left_out(column, t_column, t_order):
+            t_start, t_column, t_order = turn(start, column, t_start.shape[0] - 1)
         dx = input_gradient(dy, value, t_start, t_column, t_order) if needs_x else None
         if needs_value:
             dvalue, summed = weight_gradient(dy, x, start, column, needs_bias)
@@ -53,13 +60,14 @@ def conv2d_backward(ctx, dy):
         dy,
         lambda dy, *rest: run("conv2d_input_gradient", dy, *rest, ctx.input_shape, *ctx.geometry),
         lambda dy, x, start, column, bias: run("conv2d_weight_gradient", dy, x, start, column, *ctx.geometry, bias),
+        lambda *indices: run("transpose", *indices, *ctx.geometry),
         lambda *tensors: conv2d_gradients(*tensors, *ctx.geometry),
     )
 
 
 def linear_backward(ctx, dy):
     kernels = partial(run, "linear_input_gradient"), partial(run, "linear_weight_gradient")
-    return gradients(ctx, dy, *kernels, linear_gradients)
+    return gradients(ctx, dy, *kernels, lambda *indices: run("transpose", *indices, *POINTWISE), linear_gradients)
 
 
 def refuse_backward(ctx, *gradients):

@@ -23,6 +23,7 @@ from sparselearning.sparse.interface import DTYPES, available
 from sparselearning.sparse.memory_order import in_order, is_batch_last
 from sparselearning.sparse.modules import SparseModule
 from sparselearning.sparse.report import LayerReport, Report, density_of, layers_of, others_of
+from sparselearning.sparse.tracing import keep_example
 from sparselearning.sparse.trees import alone, copied, fresh, own_copy
 from sparselearning.sparse.verification import Verifier
 
@@ -42,7 +43,8 @@ def convert(model: nn.Module, example_input: Any, layout: str = "unstructured") 
     that is faster. Batch normalisation and ReLU after a layer are folded into it. Then the outputs are compared with
     those of the dense model, on the example and on a second input: what makes them differ or raises stays dense, and
     the report says so. Times depend on the batch, so pass an example of the batch size to be served, and call
-    `torch.set_num_threads` first. Layers without zeros stay dense, and so do models that are not on a CPU.
+    `torch.set_num_threads` first. `save` takes the example
+    too, which is kept as long as the model. Layers without zeros stay dense, and so do models that are not on a CPU.
 
     layout: 'unstructured' for the kernels of this package; '2:4' or 'bsr' for masks of that pattern on a GPU.
 
@@ -52,6 +54,13 @@ def convert(model: nn.Module, example_input: Any, layout: str = "unstructured") 
     """
     if layout != "unstructured":
         return convert_pattern(model, example_input, layout)
+    fast, report = converted(model, example_input)
+    keep_example(fast, example_input)
+    return fast, report
+
+
+def converted(model: nn.Module, example_input: Any) -> tuple[nn.Module, Report]:
+    """Return what `convert` returns."""
     with alone():
         dense = own_copy(model)
         trained_to_dense(dense)

@@ -11,6 +11,8 @@ from sparselearning.sparse.derivatives import transformed
 # Of gradients that autograd computes at once (is_grads_batched), whose numbers no kernel sees.
 is_one_of_many = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
 
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7 on
+
 KERNELS = {}  # by the operator's name; ops.py registers them
 GRADIENTS = {}  # the operator's backward, and what it saves for it
 
@@ -56,3 +58,8 @@ def is_plain(x: Tensor) -> bool:
         and not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
         and not is_one_of_many(x)
     )
+
+
+def conv_for(images: Tensor) -> str:
+    """Return the operator for images; where a program for any number of them is exported, the order must not vary."""
+    return "conv2d_plain" if is_exporting() and isinstance(images.shape[0], torch.SymInt) else "conv2d"

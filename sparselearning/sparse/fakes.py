@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from sparselearning.sparse.arguments import (
     check_affine,
     check_geometry,
@@ -46,6 +48,10 @@ def conv2d_weight_gradient(dy, x, start, column, *rest):
     planes = x.shape[1] * stride[0] * stride[1]
     check_shape("dy", dy, output_shape(x.shape, start.shape[0] - 1, planes, geometry))
     return dy.new_empty(column.shape), dy.new_empty(start.shape[0] - 1 if bias else 0)
+
+
+def transpose(start, column, planes, *geometry):
+    return start.new_empty(planes + 1), torch.empty_like(column), torch.empty_like(column)
 
 
 def linear(x, value, bias, start, column, t_start, t_column, t_order, relu):

@@ -18,7 +18,21 @@ from sparselearning.native.library import REBUILD, Library
 
 DTYPES = {torch.float32: "float", torch.float64: "double"}
 INDICES = {"start", "column", "order", "to_start", "to_column", "to_order"}  # int32 tensors, of any struct
-NUMBERS = {"value", "bias", "x", "dy", "scale", "shift", "mean", "variance", "dscale", "dshift", "dbias", "result"}
+NUMBERS = {
+    "value",
+    "bias",
+    "x",
+    "dy",
+    "scale",
+    "shift",
+    "mean",
+    "variance",
+    "dscale",
+    "dshift",
+    "dbias",
+    "residual",
+    "result",
+}
 OTHERS = dict.fromkeys(INDICES, torch.int32) | {"place": torch.uint8}
 COUNTS = {name: f"{name}_count" for name in {*OTHERS, *NUMBERS}}
 PLAIN = (Tensor, nn.Parameter)
@@ -51,7 +65,7 @@ class Layer(ctypes.Structure):
 
     _fields_ = (
         ("conv", Conv),
-        *spans("start column order value bias x dy result dbias place"),
+        *spans("start column order value bias x dy residual result dbias place"),
         *fields("window_y window_x relu"),
     )
 
@@ -90,6 +104,15 @@ class Pooling(ctypes.Structure):
     _fields_ = (*spans("x dy result place"), *fields("window_y window_x channels height width inner relu"))
 
 
+class Sliding(ctypes.Structure):
+    """A pooling by the largest number in planes that lie by rows, of windows that may overlap."""
+
+    _fields_ = (
+        *spans("x result"),
+        *fields("planes height width out_height out_width kernel_y kernel_x stride_y stride_x pad_y pad_x"),
+    )
+
+
 STRUCTS = {  # Layer for all other kernels
     "affine": Affine,
     "transpose": Transposition,
@@ -98,13 +121,14 @@ STRUCTS = {  # Layer for all other kernels
     "normalise_gradient": Normalisation,
     "pool": Pooling,
     "pool_gradient": Pooling,
+    "pool_planes": Sliding,
 }
 
 
 @functools.cache
 def check_structs(loaded: Library) -> None:
     """Raise an ImportError if the library was built with other structs than these."""
-    ours = [ctypes.sizeof(kind) for kind in (Layer, Sorting, Affine, Transposition, Normalisation, Pooling)]
+    ours = [ctypes.sizeof(kind) for kind in (Layer, Sorting, Affine, Transposition, Normalisation, Pooling, Sliding)]
     if loaded.sizes[1:] != ours:
         raise ImportError(f"{loaded.path.name} has structs of {loaded.sizes[1:]} bytes, not {ours}. {REBUILD}")
 

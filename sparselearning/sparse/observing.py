@@ -62,6 +62,7 @@ class Observing(Holding):
         for layer in layers:
             if layer.name in self.trained:
                 distributed.send_to_all(self.trained[layer.name].value.detach())
+        self.own_steps.begin(result)
         self.tell(layers)
         give_freed_memory()
         return result

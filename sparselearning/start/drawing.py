@@ -10,6 +10,7 @@ from sparselearning.orientation import PLAIN, Orientation
 from sparselearning.patterns import UNSTRUCTURED, Pattern
 from sparselearning.start.masks import (
     MAGNITUDE,
+    RECEPTIVE,
     Density,
     SparseInit,
     check_distribution,
@@ -100,6 +101,8 @@ def _refuse(sparse_init, patterns: Mapping[str, Pattern], norm_dims: Mapping[str
     needs: list[str] = []
     if isinstance(sparse_init, str) and (sparse_init in (*MAGNITUDE, *SCORES, "resume", "magnitude:uniform")):
         needs.append(f"sparse_init={sparse_init!r} reads the values of weights")
+    if isinstance(sparse_init, str) and sparse_init in RECEPTIVE:
+        needs.append(f"sparse_init={sparse_init!r} draws scores, which are as large as the dense weights")
     if isinstance(sparse_init, Mapping) and any(tensor.dtype != torch.bool for tensor in sparse_init.values()):
         needs.append("sparse_init gives scores, which are as large as the dense weights")
     structured = sorted(f"{name} ({pattern.name})" for name, pattern in patterns.items() if pattern != UNSTRUCTURED)

@@ -17,9 +17,10 @@ from sparselearning.processes import distributed
 from sparselearning.processes.sharded import is_sharded
 from sparselearning.start.drawing import initial_positions
 from sparselearning.start.maskable import UNKNOWN, judge, maskable_parameters, output_weights, usual_exceptions
-from sparselearning.start.masks import MAGNITUDE, Density, SparseInit, initial_masks, masks_of_nonzeros
+from sparselearning.start.masks import MAGNITUDE, RECEPTIVE, Density, SparseInit, initial_masks, masks_of_nonzeros
 from sparselearning.start.names import by_density, named
 from sparselearning.start.parametrized import REFUSED
+from sparselearning.start.receptive import receptive_scores
 from sparselearning.start.scores import SCORES, Batches, scores_of
 
 logger = logging.getLogger(__name__)
@@ -186,6 +187,9 @@ def choose(
     if isinstance(sparse_init, str) and sparse_init in MAGNITUDE:
         magnitudes = {name: layer.master.detach().abs() for name, layer in new.items()}
         sparse_init = MAGNITUDE[sparse_init]
+    elif isinstance(sparse_init, str) and sparse_init in RECEPTIVE:
+        magnitudes = {name: receptive_scores(layer) for name, layer in new.items()}
+        sparse_init = RECEPTIVE[sparse_init]
     empty = {name: layer.mask for name, layer in new.items()}
     norm_dims = {name: layer.norm_dim for name, layer in new.items() if layer.norm_dim is not None}
     masks = initial_masks(empty, density, sparse_init, _orientations(new), norm_dims, magnitudes)

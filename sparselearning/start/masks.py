@@ -21,6 +21,9 @@ SparseInit = str | Distribution | Mapping[str, Tensor]
 # The largest magnitudes of each layer: {sparse_init: distribution of the active weights among layers}
 MAGNITUDE = {"magnitude": "constant", **{f"magnitude:{name}": name for name in DISTRIBUTIONS}}
 
+# Receptive fields in each layer (receptive.py): {sparse_init: distribution of the active weights among layers}
+RECEPTIVE = {"receptive_field": "constant", **{f"receptive_field:{name}": name for name in DISTRIBUTIONS}}
+
 # One density for all layers but the first, which stays dense: {sparse_init: what it is beside dense=["first"]}
 FIRST_DENSE = {"uniform": "constant", "magnitude:uniform": "magnitude"}
 
@@ -53,8 +56,8 @@ def initial_masks(
     A distribution is given the shape (outputs, inputs, ...) of one layer; experts count as so many layers. No slice
     along the dimension that `norm_dims` gives for a name is empty.
 
-    If `sparse_init` is a distribution, active weights are drawn at random, or are those of the largest `magnitudes` in
-    each layer if these are given. If it maps names to scores, the highest
+    If `sparse_init` is a distribution, active weights are drawn at random, or are those of the largest `magnitudes`, or
+    other scores, in each layer if these are given. If it maps names to scores, the highest
     scores of the network are active. If it maps names to masks (bool), it gives the masks. No layer stays empty while
     another has two weights or more. A layer with a pattern (patterns.py) gets the number of whole units nearest to its
     number of weights; its mask carries the pattern, with the fan-in if that is constant.
@@ -101,7 +104,9 @@ def check_distribution(sparse_init: str | Distribution) -> None:
         ValueError: if it is not.
     """
     if not callable(sparse_init) and sparse_init not in DISTRIBUTIONS:
-        names = ", ".join(map(repr, (*DISTRIBUTIONS, *MAGNITUDE, *FIRST_DENSE, "resume", "snip", "grasp", "synflow")))
+        names = ", ".join(
+            map(repr, (*DISTRIBUTIONS, *MAGNITUDE, *RECEPTIVE, *FIRST_DENSE, "resume", "snip", "grasp", "synflow"))
+        )
         raise ValueError(
             f"Unknown sparse_init {sparse_init!r}. Pass a function, or one of {names}, or a dict from names to scores "
             "or masks."

@@ -61,6 +61,11 @@ class DenseCopy(Zeros):
                 f"With weights={self.kind!r} a weight that grows has the value that it kept; leave out "
                 f"regrown={self.regrown!r}."
             )
+        if self.own_steps:
+            raise ValueError(
+                f"With weights={self.kind!r} inactive weights train, too, and their time steps do not begin when they "
+                "grow; leave out reset_state='restart', regrown_warm_up and lr_by_density, or use weights='zero'."
+            )
 
     def check(self, module: nn.Module, layers: Layers) -> None:
         """Check that the weights are whole.
@@ -80,7 +85,7 @@ class DenseCopy(Zeros):
         return list(layers)
 
     @torch.no_grad()
-    def before_step(self, layers: Layers, closure: Callable | None) -> None:
+    def before_step(self, layers: Layers, closure: Callable[..., Any] | None) -> None:
         """Let the optimizer step the dense copy, or see what a closure is to see of it."""
         self.notice(layers)
         super().before_step(layers, closure)

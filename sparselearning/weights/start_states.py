@@ -36,6 +36,7 @@ def means(entries: Mapping[Any, Tensor], kept: Tensor, group: Mapping[str, Any])
 START_STATES: Mapping[str, Callable[[Mapping[Any, Tensor], Tensor, Mapping[str, Any]], Mapping[Any, Any]]] = {
     "zero": fresh,  # also reset_state=True
     "mean": means,
+    "restart": fresh,  # and the weight's own time step begins, see own_steps.py
 }
 
 

@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from sparselearning.layer import SparseLayer
 from sparselearning.native.zero import zero_inactive
-from sparselearning.weights.optimizer import gradient_of, mixes_entries, momentum_of
+from sparselearning.weights.optimizer import gradient_of, mixes_entries, momentum_of, state_of
+from sparselearning.weights.own_steps import OwnSteps
 from sparselearning.weights.regrowth import START_VALUES, pull_to_zero, start_regrown
 from sparselearning.weights.second_copies import SecondCopies
 from sparselearning.weights.start_states import START_STATES, refuse_unfit_state
@@ -32,12 +33,15 @@ class Zeros:
     Args:
         regrown: what a weight is when it becomes active: 'zero', or 'random', as torch initialises layers.
         reset_state: what the optimizer's state of a weight starts from when the weight becomes active: zero (True or
-            'zero'), or 'mean', the mean over the layer's active weights; False leaves what the optimizer has.
+            'zero'), 'mean', the mean over the layer's active weights, or 'restart', zero with a time step of Adam's own
+            for each weight; False leaves what the optimizer has.
         pull: how strongly active weights are pulled to zero: pull * sign(weight) is added to their gradients before
             every step.
+        regrown_warm_up: over how many of its steps the learning rate of a weight that has grown rises to its value.
+        lr_by_density: divide the learning rate of each layer by the square root of its density.
 
     Raises:
-        ValueError: for an unknown `regrown` or `reset_state`, or a negative or infinite pull.
+        ValueError: for an unknown `regrown` or `reset_state`, a negative or infinite pull, or no number of steps.
     """
 
     kind = "zero"
@@ -47,7 +51,15 @@ class Zeros:
     window: int  # steps before an update whose dense gradients its functions read
     sparingly: bool  # whether its functions do without the mean gradients of most inactive weights
 
-    def __init__(self, *, regrown: str = "zero", reset_state: bool | str = False, pull: float = 0.0):
+    def __init__(
+        self,
+        *,
+        regrown: str = "zero",
+        reset_state: bool | str = False,
+        pull: float = 0.0,
+        regrown_warm_up: int = 0,
+        lr_by_density: bool = False,
+    ):
         if regrown not in START_VALUES:
             raise ValueError(f"Unknown regrown {regrown!r}. Choose one of {', '.join(map(repr, START_VALUES))}.")
         if reset_state not in (False, True, *START_STATES):
@@ -57,6 +69,8 @@ class Zeros:
             raise ValueError(f"Expected a pull of at least 0, got {pull}.")
         self.regrown, self.pull = regrown, pull
         self.reset_state = True if reset_state == "zero" else reset_state
+        self.own_steps = OwnSteps(reset_state == "restart", regrown_warm_up, lr_by_density)
+        self.corrects_steps = bool(self.own_steps)  # whether some weights make other steps than the optimizer's
         self.copies = SecondCopies([])  # of the weights; set by Masking
         self.ready = False  # the optimizer was given what it is to step
         self.borrowed: dict[Tensor, dict[str, Tensor]] = {}  # momenta that other processes hold, during an update
@@ -70,7 +84,7 @@ class Zeros:
     @property
     def acts_before_steps(self) -> bool:
         """Whether `before_step` does anything."""
-        return self.exchanges or self.pull > 0 or self.mixes
+        return self.exchanges or self.pull > 0 or self.mixes or self.corrects_steps
 
     @property
     def bytes_per_step(self) -> float | None:
@@ -104,16 +118,19 @@ class Zeros:
 
     def add(self, module: nn.Module, layers: Layers, ahead: Ahead) -> list[SparseLayer]:
         """Begin to hold the weights of `layers` in `module`; return the layers, or others in their place."""
+        self.own_steps.begin(layers)
         return list(layers)
 
     def release(self, layers: Layers) -> None:
         """Let go of weights that stay dense from now on."""
 
     @torch.no_grad()
-    def before_step(self, layers: Layers, closure: Callable | None) -> None:
+    def before_step(self, layers: Layers, closure: Callable[..., Any] | None) -> None:
         """Give the optimizer what it is to step; if it evaluates a closure, that comes after each evaluation."""
         if closure is None and not (self.ready and self.copies.wrapped):  # a wrapper may have evaluated a closure
             self.give(layers)
+        if self.corrects_steps:
+            self.own_steps.remember(layers, self.stepped_for)
 
     @torch.no_grad()
     def before_evaluation(self, layers: Layers) -> None:
@@ -150,6 +167,10 @@ class Zeros:
         """Take over what the optimizer has left; also of a step that it skipped."""
         self.ready = False
 
+    def correct_step(self, layers: Layers) -> None:
+        """Make the steps of single weights that are not the optimizer's; not after a step that it skipped."""
+        self.own_steps.correct(layers, self.optimizer, self.stepped_for)
+
     def stepped(self, ahead: Ahead) -> None:
         """Count a step."""
 
@@ -161,7 +182,7 @@ class Zeros:
         """
         refuse_unfit_state(self.start_state, self.optimizer, map(self.stepped_for, layers))
 
-    def grow(self, function: Callable, layer: SparseLayer, number: int) -> bool:
+    def grow(self, function: Callable[..., Any], layer: SparseLayer, number: int) -> bool:
         """Grow weights of a layer as a growth function would, without dense tensors; tell whether that is possible."""
         return False
 
@@ -174,8 +195,14 @@ class Zeros:
     def moved(self, layers: Layers, before: Sequence[Any]) -> None:
         """Follow masks that have moved; `before` is what they were."""
         start_regrown(layers, before, self.optimizer, self.regrown, self.start_state, self.copies.copies)
+        for layer, old in zip(layers, before, strict=True) if self.corrects_steps else ():
+            self.own_steps.note(layer, layer.mask & ~old, self.steps_of(layer))
         if self.mixes:
             self.optimizer.state.clear()  # the directions that it remembers are those of other weights
+
+    def steps_of(self, layer: SparseLayer) -> int:
+        """Return how many steps the optimizer has made of a layer, where steps of single weights are asked for."""
+        return int(state_of(self.optimizer, self.stepped_for(layer)).get("step", 0)) if self.corrects_steps else 0
 
     def expect(self, steps: int) -> None:
         """Note that an update of the masks ends every so many steps, as at the end of epochs."""

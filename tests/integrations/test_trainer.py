@@ -84,6 +84,8 @@ CASES = {
     "set": dict(density=0.2),
     "rigl": dict(density=0.1, prune_every_k_steps=2),
     "gmp": dict(density=0.2, prune_every_k_steps=2),
+    "smet": dict(density=0.2, prune_every_k_steps=2),  # with the Trainer's AdamW
+    "cht_soft": dict(density=0.2, prune_every_k_steps=2),
     "top_kast": dict(density=0.2, prune_every_k_steps=2),  # trains inactive weights in a copy
 }
 

@@ -194,6 +194,18 @@ def test_a_converted_model_that_is_compiled_has_gradients():
     torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
 
 
+@needs_kernels
+@pytest.mark.filterwarnings("ignore")
+def test_linear_layers_of_sequences_export_for_any_number_of_them():
+    layer = SparseLinear.from_dense(sparsify(nn.Linear(6, 4), 0.5))
+    with torch.no_grad():
+        shapes = ({0: torch.export.Dim("batch", min=1)},)
+        program = torch.export.export(layer, (torch.randn(8, 5, 6),), dynamic_shapes=shapes).module()
+        for batch in (1, 3, 40):
+            x = torch.randn(batch, 5, 6)
+            assert torch.equal(program(x), layer(x))
+
+
 def test_without_kernels_the_model_stays_dense_and_says_so(monkeypatch, caplog):
     monkeypatch.setattr(library, "LIBRARY", None)
     model = nn.Sequential(nn.Linear(4, 4))

@@ -275,3 +275,23 @@ def test_operators_satisfy_opcheck(batch):
         torch.ops.sparselearning.linear,
         (torch.randn(batch, 5, requires_grad=True), rows[0].requires_grad_(), None, *rows[1:], *turned, False),
     )
+
+
+@pytest.mark.parametrize("instruction_set", instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(1, 3), (2, 4), (3, 3), (3, 5), (4, 4), (7, 7), (14, 14), (40, 60)])
+def test_convolutions_of_single_pixels_equal_dense_ones(size, dtype, instruction_set):
+    torch.manual_seed(0)
+    kernels().instruction_set = instruction_set
+    try:
+        for batch, inputs, outputs, groups in ((1, 6, 4, 1), (3, 6, 4, 2), (5, 400, 3, 1)):
+            weight = sparse_weight((outputs, inputs // groups, 1, 1), 0.3, dtype)
+            x = torch.randn(batch, inputs, *size, dtype=dtype, requires_grad=True)
+            dense, bias = weight.clone().requires_grad_(), torch.randn(outputs, dtype=dtype)
+            y, value = conv2d(x, weight, bias, relu=True, groups=groups)
+            expected = F.conv2d(x, dense, bias, groups=groups).relu()
+            dy = torch.randn_like(expected)
+            dx, dweight = torch.autograd.grad(expected, [x, dense], dy)
+            assert_same((y, *torch.autograd.grad(y, [x, value], dy)), (expected, dx, dweight[weight != 0]), dtype)
+    finally:
+        kernels().instruction_set = kernels().best

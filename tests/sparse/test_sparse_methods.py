@@ -10,7 +10,9 @@ from sparselearning.sparse import available
 pytestmark = pytest.mark.skipif(not available(), reason="built without sparse kernels")
 
 
-@pytest.mark.parametrize("method", ["set", "rigl", "mest", "deep_rewiring", "granet", "cht"])
+@pytest.mark.parametrize(
+    "method", ["set", "rigl", "mest", "deep_rewiring", "granet", "cht", "cht_soft", "smet", "guided"]
+)
 def test_methods_train_on_sparse_kernels(method):
     model, optimizer, masking = begin(method, weights="sparse", regrown="random")
     for _ in go_on(model, optimizer, masking):

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -22,7 +23,8 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     add("--start-epoch", type=positive_int, default=1, metavar="N", help="number of the first epoch (default: 1)")
     add("--seed", type=seed, default=17, help="random seed (default: 17)")
     add("--device", type=available_device, default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, cuda:1, mps, ...; under torchrun cuda is the process's own GPU (default: %(default)s)")
+        help="cpu, cuda, cuda:1, mps, ...; under torchrun cuda is the process's own GPU (default: cuda if "
+        "there is a GPU, else cpu)")
     add("--max-threads", type=positive_int, default=10, metavar="N",
         help="CPU threads of a process, at most one a core or OMP_NUM_THREADS (default: 10)")
     add("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed precision (default: none)")
@@ -63,7 +65,7 @@ def check(
     parser: argparse.ArgumentParser,
     args: argparse.Namespace,
     own: Iterable[Condition],
-    extensions: Mapping[str, Mapping[str, Callable]] | None = None,
+    extensions: Mapping[str, Mapping[str, Callable[..., Any]]] | None = None,
 ) -> None:
     """End with one line and status 2 if arguments exclude each other, then let `args.amp` say what --fp16 means.
 
@@ -139,7 +141,7 @@ def _of_functions(args: argparse.Namespace, method: Method) -> list[Condition]:
             "--redistribution nonzeros",
         ),
         (
-            read("second_moment") and optimizer != "adam",
+            read("second_moment") and optimizer not in ("adam", "adamw"),
             "variance functions need Adam's second moment: add --optimizer adam --lr 0.001",
         ),
         (

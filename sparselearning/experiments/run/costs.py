@@ -15,9 +15,9 @@ def flops_of_run(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     )
 
 
-def describe(flops: Flops, relative: dict[str, float]) -> str:
-    """Return the line that a run begins and ends with."""
+def describe(flops: Flops, relative: dict[str, float], example: str = "an image") -> str:
+    """Return the line that a run begins and ends with; `example` is what the FLOPs are those of."""
     return (
-        f"FLOPs of an image: inference {relative['inference_flops']:.3f}x of {flops.dense:.4g}, training "
+        f"FLOPs of {example}: inference {relative['inference_flops']:.3f}x of {flops.dense:.4g}, training "
         f"{relative['training_flops']:.3f}x of {3 * flops.dense:.4g}"
     )

@@ -80,7 +80,14 @@ def _most_threads():
     return torch.get_num_threads() if here == 1 else max((os.cpu_count() or 1) // here, 1)
 
 
-def log_head(folder: RunFolder, args: argparse.Namespace, masking: Masking | None, flops: Flops, steps: int) -> None:
+def log_head(
+    folder: RunFolder,
+    args: argparse.Namespace,
+    masking: Masking | None,
+    flops: Flops,
+    steps: int,
+    example: str = "an image",
+) -> None:
     """Log what is trained: the arguments, the kind of fp16, the density, the FLOPs at `steps` steps per epoch."""
     logger.info("%s: %s", folder.path, " ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
     if args.fp16:
@@ -91,7 +98,7 @@ def log_head(folder: RunFolder, args: argparse.Namespace, masking: Masking | Non
         if holds_active_alone(args):
             held = Counter(map(masking.held.describe, masking.layers))
             logger.info("layers: %s", ", ".join(f"{count} {kind}" for kind, count in held.items()))
-    logger.info(describe(flops, relative_flops(flops, masking, steps)))
+    logger.info(describe(flops, relative_flops(flops, masking, steps), example))
 
 
 @contextmanager
@@ -147,12 +154,17 @@ def check_agreement(masking: Masking | None) -> None:
         distributed.check_agreement(masking.layers)
 
 
-def draw_pictures(folder: RunFolder, masking: Masking | None) -> None:
-    """Write curves.png, and density.png where there are masks; of several processes the first one does."""
+def draw_pictures(
+    folder: RunFolder, masking: Masking | None, draw_curves: Callable[[Any, Any], None] | None = None
+) -> None:
+    """Write curves.png, and density.png where there are masks; of several processes the first one does.
+
+    `draw_curves` draws the former from metrics to a path (default: `plots.plot_curves`).
+    """
     if not folder.writes:
         return
     with folder.writing("curves.png"):
-        plots.plot_curves(folder.metrics, folder.path / "curves.png")
+        (draw_curves or plots.plot_curves)(folder.metrics, folder.path / "curves.png")
     if masking is not None:
         with folder.writing("density.png"):
             plots.plot_density(folder.metrics, folder.path / "density.png")

@@ -7,7 +7,7 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Counts the changes of this file. library.py refuses a library that was built from another version of it.
-constexpr int64_t INTERFACE = 5;
+constexpr int64_t INTERFACE = 6;
 
 // What every function returns; library.py turns all but OK into errors.
 enum Status { OK, MISFIT, NO_MEMORY, TOO_LARGE, WRONG_SIZES };
@@ -55,7 +55,8 @@ struct Window {
 constexpr int64_t NOWHERE = 255;
 
 // A sparse layer and the tensors of one call. Tensors that the function does not use are empty. Where the layer's output
-// is pooled, y and dy are those of the pooled output.
+// is pooled, y and dy are those of the pooled output. Where there is a `residual`, a forward pass adds it before the ReLU;
+// it lies in memory as the result does.
 //
 // The weight has the shape (out_channels, in_channels / groups, kernel_y, kernel_x) and is stored by rows: row r has
 // the nonzeros start[r] to start[r + 1], and `column` is a nonzero's place in the flattened row. The input gradient
@@ -64,7 +65,7 @@ template <class S>
 struct Layer {
     Conv conv;
     Span<const int32_t> start, column, order;
-    Span<const S> value, bias, x, dy;
+    Span<const S> value, bias, x, dy, residual;
     Span<S> result, dbias;
     Window window;
     int64_t relu;
@@ -104,6 +105,16 @@ struct Transposition {
     Span<const S> x;
     Span<S> result;
     int64_t rows, columns;
+};
+
+// The largest number of each window of a plane, one plane after another, each by rows. Windows may overlap, and reach
+// beyond the plane, but none lies outside of it.
+template <class S>
+struct Sliding {
+    Span<const S> x;
+    Span<S> result;
+    int64_t planes, height, width, out_height, out_width;
+    int64_t kernel_y, kernel_x, stride_y, stride_x, pad_y, pad_x;
 };
 
 // A pooling, or its gradient. The planes of `channels` channels are height x width pixels, and a pixel has `inner`

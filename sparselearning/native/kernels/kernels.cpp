@@ -95,15 +95,22 @@ struct Kernels {
     void (*normalise_gradient)(const Normalisation<S>&, const Parallel&);
     void (*pool)(const Pooling<S>&, const Parallel&);
     void (*pool_gradient)(const Pooling<S>&, const Parallel&);
+    void (*pool_planes)(const Sliding<S>&, const Parallel&);
 };
 
 #define KERNELS_OF(set) \
     {set::convolve<S>, set::weight_gradient<S>, set::multiply_few<S>,       set::transpose<S>, \
      set::affine<S>,   set::normalise<S>,       set::normalise_gradient<S>, set::pool<S>, \
-     set::pool_gradient<S>}
+     set::pool_gradient<S>, set::pool_planes<S>}
+
+// Whether half of the lanes of the widest vectors would be empty: then narrower ones move half as many bytes.
+template <class S>
+bool is_narrow(const Conv& c) {
+    return c.batch_last && c.images <= int64_t(32 / sizeof(S));
+}
 
 template <class S>
-const Kernels<S>& kernels(const Machine& machine) {
+const Kernels<S>& kernels(const Machine& machine, bool narrow = false) {
     static const Kernels<S> table[] = {
         KERNELS_OF(portable),
 #ifdef X86_DISPATCH
@@ -112,7 +119,7 @@ const Kernels<S>& kernels(const Machine& machine) {
 #endif
     };
     require(machine.instruction_set >= 0 && machine.instruction_set <= best_instruction_set());
-    return table[machine.instruction_set];
+    return table[narrow ? std::min<int64_t>(machine.instruction_set, AVX2) : machine.instruction_set];
 }
 
 Parallel parallel_of(const Machine& machine) {
@@ -152,6 +159,8 @@ void check_forward(const Layer<S>& layer) {
     require(layer.value.count == layer.column.count);
     require(layer.bias.count == (layer.bias.data ? c.out_channels : 0));
     require(layer.x.count == input_numbers(c) && layer.result.count == written_numbers(layer));
+    const bool alone = !layer.window.y && !c.y_first;
+    require(layer.residual.count == (layer.residual.data && alone ? layer.result.count : 0));
 }
 
 // Whether a product makes rows of a linear layer, and so few that it needs no grid.
@@ -180,10 +189,10 @@ void forward(const Machine& machine, const Layer<S>& layer) {
         return multiply_few(machine, c, rows, x, c.in_channels, c.x_first, bias, layer.relu, layer.result.data);
     }
     const Rows<S> rows = rows_of(layer, parallel);
-    kernels<S>(machine).convolve({forward_grid(c), c.images, c.in_channels, c.groups, c.batch_last != 0,
+    kernels<S>(machine, is_narrow<S>(c)).convolve({forward_grid(c), c.images, c.in_channels, c.groups, c.batch_last != 0,
                                   !c.batch_last && c.x_first, !c.batch_last && c.y_first, rows, x, nullptr, bias,
                                   layer.relu != 0, layer.result.data, threads_for(c, rows.nonzeros(), parallel),
-                                  nullptr, {}, {}, layer.window});
+                                  nullptr, {}, {}, layer.window, layer.residual.data});
 }
 
 // A row is one phase plane of one input channel.
@@ -205,7 +214,7 @@ void input_gradient(const Machine& machine, const Layer<S>& layer) {
     const Rows<S> rows{planes, layer.start.data, layer.column.data, ordered};
     if (makes_few_rows(c, c.x_first) && !layer.window.y)
         return multiply_few(machine, c, rows, layer.dy.data, c.out_channels, c.y_first, {}, false, layer.result.data);
-    kernels<S>(machine).convolve({input_gradient_grid(c), c.images, c.out_channels, c.groups, c.batch_last != 0,
+    kernels<S>(machine, is_narrow<S>(c)).convolve({input_gradient_grid(c), c.images, c.out_channels, c.groups, c.batch_last != 0,
                                   !c.batch_last && c.y_first, !c.batch_last && c.x_first, rows, layer.dy.data, nullptr,
                                   nullptr, false, layer.result.data, threads_for(c, nonzeros, parallel), nullptr,
                                   layer.window, {}, {}});
@@ -219,7 +228,7 @@ void weight_gradient(const Machine& machine, const Layer<S>& layer) {
     require(layer.result.count == layer.column.count);
     require(layer.x.count == input_numbers(c) && layer.dy.count == written_numbers(layer));
     require(layer.dbias.count == 0 || layer.dbias.count == c.out_channels);
-    kernels<S>(machine).weight_gradient({forward_grid(c), c.images, c.in_channels, c.groups, c.batch_last != 0,
+    kernels<S>(machine, is_narrow<S>(c)).weight_gradient({forward_grid(c), c.images, c.in_channels, c.groups, c.batch_last != 0,
                                          !c.batch_last && c.x_first, false, rows, layer.x.data, layer.dy.data, nullptr,
                                          false, layer.result.data, threads_for(c, rows.nonzeros(), parallel),
                                          layer.dbias.count ? layer.dbias.data : nullptr, {}, layer.window});
@@ -293,6 +302,21 @@ void pool_gradient(const Machine& machine, const Pooling<S>& given) {
     if (numbers) kernels<S>(machine).pool_gradient(given, parallel_of(machine).only_if(numbers > MANY_INDICES));
 }
 
+inline void check_windows(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t out_size) {
+    for (int64_t each : {size, kernel, stride, out_size}) require(each >= 1 && each <= INT32_MAX);
+    require(pad >= 0 && pad < kernel && (out_size - 1) * stride - pad < size);
+}
+
+template <class S>
+void pool_planes(const Machine& machine, const Sliding<S>& given) {
+    check_windows(given.height, given.kernel_y, given.stride_y, given.pad_y, given.out_height);
+    check_windows(given.width, given.kernel_x, given.stride_x, given.pad_x, given.out_width);
+    const int64_t numbers = product_of({given.planes, given.height, given.width});
+    require(given.planes >= 0 && given.x.count == numbers);
+    require(given.result.count == product_of({given.planes, given.out_height, given.out_width}));
+    if (numbers) kernels<S>(machine).pool_planes(given, parallel_of(machine).only_if(numbers > MANY_INDICES));
+}
+
 // Sorts the nonzeros by (input channel, phase), as the input gradient reads them. A row of the result is one phase
 // plane of one input channel; its columns are output channel in the group * taps + tap.
 void transpose_rows(const Machine& machine, const Sorting& given) {
@@ -344,7 +368,8 @@ EXPORT int sl_instruction_set() { return best_instruction_set(); }
 // Which version of interface.h this is; the sizes of its structs go to `sizes`.
 EXPORT int64_t sl_interface(int64_t* sizes) {
     const size_t known[] = {sizeof(Machine), sizeof(Layer<float>), sizeof(Sorting), sizeof(Affine<float>),
-                            sizeof(Transposition<float>), sizeof(Normalisation<float>), sizeof(Pooling<float>)};
+                            sizeof(Transposition<float>), sizeof(Normalisation<float>), sizeof(Pooling<float>),
+                            sizeof(Sliding<float>)};
     std::copy(std::begin(known), std::end(known), sizes);
     return INTERFACE;
 }
@@ -370,3 +395,4 @@ EXPORT_FOR_ALL(normalise, Normalisation)
 EXPORT_FOR_ALL(normalise_gradient, Normalisation)
 EXPORT_FOR_ALL(pool, Pooling)
 EXPORT_FOR_ALL(pool_gradient, Pooling)
+EXPORT_FOR_ALL(pool_planes, Sliding)

@@ -30,6 +30,7 @@ struct Product {
     Parallel parallel;
     S* dbias = nullptr;                         // where the weight gradient writes the sums of dy, if anywhere
     Window x_window{}, dy_window{}, window{};  // of x, dy and the result, where one is a pooled output or its gradient
+    const S* residual = nullptr;                // what is added to the result before the ReLU, if anything
 
     int64_t planes() const { return channels * int64_t(grid.read.size()); }
     int64_t channels_per_group() const { return channels / groups; }

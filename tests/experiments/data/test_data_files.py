@@ -233,7 +233,7 @@ def test_pickle_that_runs_code_is_refused(tmp_path, crafted, culprit):
 def real(name):
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(files, "_download", lambda *args: pytest.skip(f"SPARSELEARNING_DATA holds no {name}"))
+            patch.setattr(files, "download", lambda *args: pytest.skip(f"SPARSELEARNING_DATA holds no {name}"))
             return load(name, REAL)
     except DataError as error:
         pytest.fail(str(error))
