@@ -13,6 +13,7 @@ PUBLIC: dict[str, tuple[str, str, dict[str, Sequence[str] | None]]] = {
             "sparselearning.core.Masking": None,
             "sparselearning.reports.summary": None,
             "sparselearning.reports.metrics": None,
+            "sparselearning.comparison": None,
             "sparselearning.weights.copies.apply_to": None,
             "sparselearning.weights.clipping.clip_grad_norm_": None,
             "sparselearning.reports.describe": None,
