@@ -99,7 +99,7 @@ def build_parser(description=None):
         help="what --density is a fraction of: the weights that have masks, or all parameters of the network, those of "
         "--dense-layers too (default: masked)")
     # fmt: on
-    add_sparse_args(parser)
+    add_sparse_args(parser, {})
     parser.set_defaults(data="imagenet", prune_rate=0.2, density=0.1, dense_layers=None)
     defaults_from(parser, "--recipe", defaults_of_recipe)
     defaults_from(parser, "--resume", defaults_of_run, "--sparse-init", "--pretrained-weights")

@@ -109,7 +109,7 @@ def parse_arguments(argv=None):
 
 def exclusions(args):
     """Return (condition, reason) pairs of arguments that exclude each other in this script alone."""
-    folder = Path(args.save_model or "model.pt").parent
+    folder = next(place for place in Path(args.save_model or "model.pt").absolute().parents if place.exists())
     return [
         (
             args.iters > 1 and goes_on(args) and args.resume != "auto",
@@ -119,7 +119,7 @@ def exclusions(args):
             args.iters > 1 and bool(args.save_model),
             "--save-model keeps one model: leave out --iters, every run keeps a checkpoint",
         ),
-        (not folder.is_dir(), f"--save-model {args.save_model}: there is no folder {folder}"),
+        (not folder.is_dir(), f"--save-model {args.save_model}: {folder} is no folder"),
         (
             args.save_features and args.model == "lenet300-100",
             "--save-features looks at the channels of convolutions, and lenet300-100 has none: --model lenet5",
@@ -238,6 +238,7 @@ def examine(args, model, precision, data, test_batches, folder):
     """Write the trained model, its features and the time of its layers, where the arguments ask for them."""
     if args.save_model:
         with folder.writing(args.save_model):
+            Path(args.save_model).parent.mkdir(parents=True, exist_ok=True)
             checkpoint.write_atomically(args.save_model, lambda file: torch.save(model.state_dict(), file))
     # A compiled model does not call hooks that come later.
     with torch.compiler.set_stance("force_eager") if args.compile else nullcontext():

@@ -24,6 +24,7 @@ from sparselearning.methods import Method, arguments_of, find_function, hold
 from sparselearning.processes import agreement
 from sparselearning.processes.group import together
 from sparselearning.processes.sharded import reshard
+from sparselearning.release_1_0 import OldNames
 from sparselearning.schedules import CosineDecay, LinearDecay, Schedule, Updates
 from sparselearning.start.fit import check_fit
 from sparselearning.start.layers import Batches, Density, SparseInit, choose, new_layers, set_budgets
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 __all__ = ["CosineDecay", "LinearDecay", "Masking", "add_sparse_args"]
 
 
-class Masking(Steps):
+class Masking(Steps, OldNames):
     """Holds binary masks on the weights of a model and moves them.
 
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -188,7 +189,7 @@ class Masking(Steps):
         if state is not None and state["layers"].keys() == self.densities.keys():
             self.load_state_dict(state)
         if self.verbose:
-            self.print_nonzero_counts()
+            reports.log_counts(self)
 
     # Training
 
@@ -224,7 +225,7 @@ class Masking(Steps):
     def _update(self):
         self.truncate_weights()
         if self.verbose:
-            self.print_nonzero_counts()
+            reports.log_counts(self)
 
     def apply_mask(self) -> None:
         """Set all inactive weights to zero, in place; also where they are infinite or NaN."""
@@ -326,7 +327,7 @@ class Masking(Steps):
         self.updates = dataclasses.replace(self.updates, every=steps or 0)
 
     apply_to, clip_grad_norm_ = copies.apply_to, clipping.clip_grad_norm_
-    summary, print_nonzero_counts = reports.summary, reports.log_counts
+    summary = reports.summary
 
     # Saving
 

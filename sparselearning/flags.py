@@ -201,7 +201,8 @@ def add_sparse_args(
     """Add the flags of sparse training: how to prune, redistribute and grow, how much, and how dense.
 
     `--method NAME` sets the defaults of the others to the parts of that method. `extensions` holds more functions by
-    argument and name: {"prune_mode": {"mine": my_prune}}.
+    argument and name: {"prune_mode": {"mine": my_prune}}. Without it other names are left to the caller, who may mean
+    functions by them, as scripts of release 1.0 do; so is a --decay-schedule that the parser has already.
     """
     group = parser.add_argument_group("sparse training")
     group.add_argument(
@@ -214,7 +215,8 @@ def add_sparse_args(
     group.add_argument("--list-methods", action=_ListMethods, help="print the methods with paper and flags, and exit")
     parts = _parts("sparse_momentum")
     for dest, settings in FLAGS.items():
-        _add_flag(group, dest, **{"default": parts.get(dest), **settings, **_mode(dest, extensions or {})})
+        if dest != "decay_schedule" or _spelling(dest) not in parser._option_string_actions:
+            _add_flag(group, dest, **{"default": parts.get(dest), **settings, **_mode(dest, extensions)})
     # Not a value of --reset-state, which would take the folder that follows it on a command line.
     group.add_argument(
         STATE,
@@ -253,10 +255,12 @@ def _mode(dest, extensions):
     argument = f"{dest}_mode"
     if argument not in FUNCTIONS:
         return {}
-    more = extensions.get(argument, {})
+    more = {} if extensions is None else extensions.get(argument, {})
     names = ", ".join([*FUNCTIONS[argument], *more])
     return dict(
-        type=partial(_checked, lambda text: find_mode(argument, text, more)),
+        type=partial(
+            _checked, lambda text: (extensions is None and ":" not in text) or find_mode(argument, text, more)
+        ),
         metavar="MODE",
         help=f"{FLAGS[dest]['help']}: {names}, or path/to/file.py:function",
     )

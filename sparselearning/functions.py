@@ -160,9 +160,18 @@ def resolve(argument: str, mode: str | Callable, table: Mapping[str, Callable]) 
         name = getattr(mode, "__name__", repr(mode))
         raise FunctionError(
             f"{argument} function {name}{inspect.signature(mode)} cannot be called as "
-            f"{name}({', '.join(expected)}): {error}."
+            f"{name}({', '.join(expected)}): {error}.{_hint(argument, mode)}"
         ) from None
     return mode
+
+
+def _hint(argument, mode):
+    """Return what to do with a function that takes the arguments of one for the whole network."""
+    try:
+        inspect.signature(mode).bind(*NETWORK_WIDE_SIGNATURES.get(argument, SIGNATURES[argument]))
+    except TypeError:
+        return ""
+    return " It treats all layers at once: mark it with @network_wide (from sparselearning import network_wide)."
 
 
 def check_readable(functions: Sequence[Callable], optimizer: torch.optim.Optimizer, keeps_inactive: bool) -> None:
@@ -274,6 +283,8 @@ def grow(masking: Any, counts: list[int]) -> None:
 
 
 def _take_all(masking, masks):
+    if isinstance(masks, int | float) and any(layer.edited for layer in masking.layers if not layer.compact):
+        return  # the function wrote into masking.masks and counted, as those of release 1.0
     if not isinstance(masks, Mapping) or not masks.keys() >= {layer.name for layer in masking.layers}:
         raise FunctionError(
             f"Expected a dict from the name of every layer to its mask, got {masks!r}. "

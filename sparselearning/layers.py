@@ -91,12 +91,12 @@ class Layers(Budgets):
                 return self._remove(found)
         raise KeyError(f"No masked weight is called {name!r}. There are {', '.join(self.densities)}.")
 
-    def remove_weight_partial_name(self, partial_name: str) -> None:
-        """Train the weights whose name contains `partial_name` densely from now on."""
+    def remove_weight_partial_name(self, partial_name: str, verbose: bool = False) -> None:
+        """Train the weights whose name contains `partial_name` densely from now on; the log says which in any case."""
         self._remove([layer for layer in self.layers if partial_name in layer.name])
 
-    def remove_type(self, nn_type: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
-        """Train the weights held directly by modules of this type densely from now on."""
+    def remove_type(self, nn_type: type[nn.Module] | tuple[type[nn.Module], ...], verbose: bool = False) -> None:
+        """Train the weights held directly by modules of this type densely from now on; the log says which."""
         modules = [module for root in self.modules for module in root.modules() if isinstance(module, nn_type)]
         owned = {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
         self._remove([layer for layer in self.layers if id(layer.weight) in owned])

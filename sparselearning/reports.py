@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -182,10 +182,15 @@ def density_to_come(masking: Any) -> str:
 
 def log_counts(masking: Any) -> None:
     """Log the active weights of every layer and of the network."""
+    for line in lines_of_counts(masking):
+        logger.info("%s", line)
+
+
+def lines_of_counts(masking: Any) -> Iterator[str]:
+    """Yield a line for each layer, and one for the network."""
     for layer in masking.layers:
-        size = layer.size
-        logger.info("%s: %d of %d active, density %.4f", layer.name, layer.nonzeros, size, layer.density)
-    logger.info("Prune rate: %.4f. Active weights: %d.", masking.prune_rate, masking.total_nonzero)
+        yield f"{layer.name}: {layer.nonzeros} of {layer.size} active, density {layer.density:.4f}"
+    yield f"Prune rate: {masking.prune_rate:.4f}. Active weights: {masking.total_nonzero}."
 
 
 def _shape(tensor):

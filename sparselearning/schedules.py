@@ -1,10 +1,11 @@
 """When masks move, and schedules: functions from the step to a prune rate in [0, 1] or a density in (0, 1]."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 Schedule = Callable[[int], float]
 
@@ -109,18 +110,54 @@ def _density_at(schedule, step):
     return density
 
 
-def decay_of(prune_rate_decay: Schedule | None, prune_rate: float) -> Schedule:
+def decay_of(prune_rate_decay: Schedule | Any | None, prune_rate: float) -> Schedule:
     """Return the schedule of the prune rate: `prune_rate_decay`, or the constant `prune_rate` where it is None.
+
+    An object of release 1.0 has methods `step()` and `get_dr(prune_rate)` of its own, which are called in turn.
 
     Raises:
         TypeError: if it is no function of the step.
     """
+    if getattr(type(prune_rate_decay), "get_dr", Counting.get_dr) is not Counting.get_dr:
+        return _Replayed(prune_rate_decay, prune_rate)
     if prune_rate_decay is not None and not callable(prune_rate_decay):
         raise TypeError(
             "Expected prune_rate_decay to be a function of the step, such as CosineDecay(0.5, T_max=1000), "
             f"got {prune_rate_decay!r}. A constant rate is prune_rate_decay=None and prune_rate=0.5."
         )
-    return Constant(prune_rate) if prune_rate_decay is None else prune_rate_decay
+    decay: Any = prune_rate_decay
+    return Constant(prune_rate) if decay is None else decay
+
+
+class Counting:
+    """`step` and `get_dr` of release 1.0, for code that steps a schedule itself. A Masking calls it with its steps."""
+
+    _steps = 0
+
+    def step(self) -> None:
+        """Count a step."""
+        object.__setattr__(self, "_steps", self._steps + 1)
+
+    def get_dr(self, prune_rate: float | None = None) -> float:
+        """Return the prune rate after the steps that `step` has counted."""
+        return self(self._steps)
+
+    @abstractmethod
+    def __call__(self, step: int) -> float:
+        """Return the prune rate at a step."""
+
+
+class _Replayed:
+    """A schedule of release 1.0, which can only go on to its next step, as a function of the step."""
+
+    def __init__(self, decay: Any, prune_rate: float):
+        self.decay, self.rates = decay, [prune_rate]
+
+    def __call__(self, step: int) -> float:
+        while len(self.rates) <= step:
+            self.decay.step()
+            self.rates.append(self.decay.get_dr(self.rates[-1]))
+        return self.rates[step]
 
 
 def rate_at(decay: Schedule, step: int) -> float:
@@ -135,7 +172,7 @@ def rate_at(decay: Schedule, step: int) -> float:
 
 
 @dataclass(frozen=True)
-class CosineDecay:
+class CosineDecay(Counting):
     """Anneal from `prune_rate` at step 0 to `eta_min` at step `T_max` along half a cosine, and stay there.
 
     A `prune_rate` below `eta_min` stays as it is: the rate never rises.
@@ -161,7 +198,7 @@ class CosineDecay:
 
 
 @dataclass(frozen=True)
-class LinearDecay:
+class LinearDecay(Counting):
     """Anneal from `prune_rate` at step 0 to zero at step `T_max` along a line, and stay there.
 
     >>> decay = LinearDecay(0.5, T_max=100)

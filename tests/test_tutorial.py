@@ -24,6 +24,7 @@ WITHOUT_COMMANDS = [
     "docs/averages.md",
     "docs/fine_tuning.md",
     "docs/loops.md",
+    "docs/migration.md",
     "docs/own_model.md",
     "docs/sparse.md",
     "docs/start.md",

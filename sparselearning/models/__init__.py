@@ -8,8 +8,21 @@ from torch import nn
 
 from sparselearning.models.alexnet import alexnet
 from sparselearning.models.lenet import lenet5, lenet300_100
+from sparselearning.models.release_1_0 import VGG16, AlexNet, LeNet_5_Caffe, LeNet_300_100, WideResNet
 from sparselearning.models.vgg import vgg_c, vgg_d, vgg_like
 from sparselearning.models.wide_resnet import wide_resnet
+
+__all__ = [
+    "INPUT_SHAPES",
+    "MODELS",
+    "VGG16",
+    "AlexNet",
+    "LeNet_5_Caffe",
+    "LeNet_300_100",
+    "WideResNet",
+    "build",
+    "check_input",
+]
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "lenet5": lenet5,

@@ -16,13 +16,42 @@ class Cache:
         """How many tokens the model has read."""
         return self.kept[0][0].shape[2] if self.kept else 0
 
-    def extend(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values of new tokens in a block; return those of all tokens."""
+    def attend(self, block: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Add keys and values of new tokens in a block; let these tokens look at all."""
         if block in self.kept:
             before = self.kept[block]
             keys, values = torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
         self.kept[block] = keys, values
-        return keys, values
+        return attend(query, keys, values)
+
+
+class Past:
+    """The same in one tensor, [1 + tokens, blocks, 2, batch, heads, size], for one new token: as programs take it.
+
+    The first row is nobody's, so that there always is one.
+    """
+
+    def __init__(self, kept: Tensor):
+        self.kept = kept
+        self.added: list[Tensor] = []
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the model has read."""
+        return self.kept.shape[0] - 1
+
+    def attend(self, block: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Add keys and values of the new token in a block; let it look at all."""
+        self.added.append(torch.stack([keys, values]))
+        before = self.kept[:, block].permute(1, 2, 3, 0, 4)
+        keys, values = torch.cat([before, self.added[-1]], dim=3)
+        seen = torch.arange(keys.shape[2], device=keys.device) > 0
+        grouped = query.shape[1] != keys.shape[1]
+        return F.scaled_dot_product_attention(query, keys, values, seen[None, :], enable_gqa=grouped)
+
+    def extended(self) -> Tensor:
+        """Return the keys and values with those of the new token."""
+        return torch.cat([self.kept, torch.stack(self.added).permute(4, 0, 1, 2, 3, 5)])
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, dropout: float = 0.0) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparselearning.models.attention import Cache, attend, check_sizes, join_heads, split_heads
+from sparselearning.models.attention import Cache, Past, attend, check_sizes, join_heads, split_heads
 from sparselearning.models.dropout import Dropout
 
 
@@ -22,10 +22,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | Past | None) -> Tensor:
         query, keys, values = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
         if cache is not None:
-            keys, values = cache.extend(self.block, keys, values)
+            return self.out(join_heads(cache.attend(self.block, query, keys, values)))
         return self.out(join_heads(attend(query, keys, values, self.dropout if self.training else 0.0)))
 
 
@@ -52,7 +52,7 @@ class Block(nn.Module):
         self.mlp = MLP(width)
         self.drop = Dropout(dropout)
 
-    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | Past | None) -> Tensor:
         x = x + self.drop(self.attention(self.norm1(x), cache))
         return x + self.drop(self.mlp(self.norm2(x)))
 
@@ -98,7 +98,7 @@ class GPT(nn.Module):
         """Return an empty cache for `forward`, which then gets new tokens alone."""
         return Cache()
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | Past | None = None) -> Tensor:
         first = cache.tokens if cache is not None else 0
         places = torch.arange(first, first + tokens.shape[1], device=tokens.device)
         x = self.drop(self.tokens(tokens) + self.positions(places))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparselearning.models.attention import Cache, attend, check_sizes, join_heads, split_heads
+from sparselearning.models.attention import Cache, Past, attend, check_sizes, join_heads, split_heads
 from sparselearning.models.dropout import Dropout
 
 
@@ -23,12 +23,12 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, kv_heads * size, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor], cache: Cache | Past | None) -> Tensor:
         query = rotate(split_heads(self.query(x), self.heads), turns)
         keys = rotate(split_heads(self.key(x), self.kv_heads), turns)
         values = split_heads(self.value(x), self.kv_heads)
         if cache is not None:
-            keys, values = cache.extend(self.block, keys, values)
+            return self.out(join_heads(cache.attend(self.block, query, keys, values)))
         return self.out(join_heads(attend(query, keys, values, self.dropout if self.training else 0.0)))
 
 
@@ -68,7 +68,7 @@ class Block(nn.Module):
         self.mlp = MLP(width, -(-8 * width // 24) * 8)  # 8/3 of the width, a multiple of 8
         self.drop = Dropout(dropout)
 
-    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor], cache: Cache | Past | None) -> Tensor:
         x = x + self.drop(self.attention(self.norm1(x), turns, cache))
         return x + self.drop(self.mlp(self.norm2(x)))
 
@@ -112,9 +112,10 @@ class Llama(nn.Module):
         """Return an empty cache for `forward`, which then gets new tokens alone."""
         return Cache()
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | Past | None = None) -> Tensor:
         first = cache.tokens if cache is not None else 0
-        turns = self.cos[first : first + tokens.shape[1]], self.sin[first : first + tokens.shape[1]]
+        places = torch.arange(first, first + tokens.shape[1], device=tokens.device)
+        turns = self.cos[places], self.sin[places]
         x = self.tokens(tokens)
         for block in self.blocks:
             x = block(x, turns, cache)

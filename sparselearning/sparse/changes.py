@@ -86,7 +86,13 @@ def apply(choices: list[Choice]) -> None:
 
 def make(holder: nn.Module, changes: list[Change], verifier: Verifier) -> list[str]:
     """Make the changes with which the model computes the same, and note in the reports which are not made."""
+    accepted, rejected = choose(holder, changes, verifier)
+    apply(accepted)
+    return noted(changes, accepted, rejected)
 
+
+def choose(holder: nn.Module, changes: list[Change], verifier: Verifier) -> tuple[list[Choice], dict[Change, str]]:
+    """Return the changes with which the model computes the same, and why others are not made."""
     reasons = []
 
     def differs(choices: list[Choice]) -> str:
@@ -99,9 +105,8 @@ def make(holder: nn.Module, changes: list[Change], verifier: Verifier) -> list[s
         found = keep_what_works(choices, differs, Choice.simpler, MOST_RUNS)
         if found is not None:
             accepted, rejected = found
-            apply(accepted)
-            return noted(changes, accepted, {choice.change: why for choice, why in rejected.items()})
-    return noted(changes, [], dict.fromkeys(changes, f"too many changes do: {reasons[0]}")) if reasons else []
+            return accepted, {choice.change: why for choice, why in rejected.items()}
+    return [], dict.fromkeys(changes, f"too many changes do: {reasons[0]}") if reasons else {}
 
 
 def noted(changes: list[Change], accepted: list[Choice], rejected: dict[Change, str]) -> list[str]:

@@ -49,3 +49,48 @@ def test_a_run_that_is_in_the_file_is_not_made_again(language, tmp_path, monkeyp
     assert language.main() == 1
     assert len(made) == 3  # the one that failed is tried again
     assert (tmp_path / "runs.md").is_file()
+
+
+@pytest.fixture
+def budgets(language, monkeypatch):
+    monkeypatch.delitem(sys.modules, "language_budgets", raising=False)
+    return importlib.import_module("language_budgets")
+
+
+def test_wider_networks_have_as_many_active_weights(budgets):
+    args = argparse.Namespace(steps=40, seeds=1, widths=[64, 128], method="set", weights="sparse")
+    runs = budgets.commands(args)
+    assert [(run["width"], run["density"], run["kind"]) for run in runs] == [
+        (64, 1.0, "dense"),
+        (128, 0.25, "set, width 128"),
+        (128, 1.0, "dense"),
+    ]
+    assert "--width 128 --heads 4 --steps 40 --eval-every 4 --method set --density 0.25 " in runs[1]["command"]
+    assert "--dense" in runs[2]["command"]
+
+
+def test_budgets_are_drawn_and_in_a_table(budgets, tmp_path):
+    rows = [
+        dict(kind=kind, active_weights=active, best_valid_loss=loss)
+        for kind, active, loss in (
+            ("dense", "100", "2"),
+            ("dense", "400", "1"),
+            ("dense", "400", "1.5"),
+            ("set", "100", "1.5"),
+        )
+    ]
+    budgets.report(rows, tmp_path / "budgets.md")
+    lines = (tmp_path / "budgets.md").read_text().splitlines()
+    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["dense", "400", "1.2500", "0.2500", "2"]
+    assert (tmp_path / "budgets.png").stat().st_size > 1000
+
+
+def test_the_loss_after_updates_is_beside_that_of_masks_that_stay(language):
+    updates = importlib.import_module("language_updates")
+    args = argparse.Namespace(first=100, steps=300)
+    stays = [1.0] * 300
+    jump = [1.0] * 100 + [1.0 + 0.5 * (step < 10) for step in range(100)] + [1.0] * 100
+    risen = updates.after_updates(jump, stays, args)
+    assert len(risen) == 100
+    assert risen[:10] == [0.5] * 10
+    assert risen[10:] == [0.0] * 90

@@ -9,10 +9,12 @@ from small_text import script  # noqa: F401  (puts language/ where networks.py i
 from torch import nn
 
 from sparselearning.models.attention import attend
-from sparselearning.models.generation import draw, generate
+from sparselearning.models.generation import draw, generate, load, save
 from sparselearning.models.gpt import GPT
 from sparselearning.models.llama import Llama, rotate
-from sparselearning.sparse import available, convert
+from sparselearning.sparse import available, convert, in_place
+from sparselearning.sparse import save as save_any
+from sparselearning.sparse.in_place import Times
 from sparselearning.start.maskable import maskable_parameters
 
 SIZES = dict(layers=2, width=32, heads=4, context=12)
@@ -75,13 +77,17 @@ def test_generation_equals_generation_without_a_cache(model, length):
     assert [*generate(model, prompt, 30, 12, temperature=0)] == uncached(model, prompt, 30, 12)
 
 
+def by_dense_layers(models, places, *_, **__):
+    """Stand for the times of models: the more dense layers there are, the longer everything takes."""
+    dense = [1.0 + sum(isinstance(part, nn.Linear) for part in model.modules()) for model in models]
+    return [Times([ms, ms], dict.fromkeys(places, ms), dict.fromkeys(places, ms)) for ms in dense]
+
+
 @torch.no_grad()
 @pytest.mark.skipif(not available(), reason="built without sparse kernels")
 def test_a_converted_model_generates_the_same(monkeypatch):
     """Token by token with a cache; every layer is made sparse, whatever is faster here."""
-    monkeypatch.setattr(
-        "sparselearning.sparse.conversion.compare", lambda choices, *_: [2.0, 1.0, *[3.0] * 9][: len(choices)]
-    )
+    monkeypatch.setattr(in_place, "time_in_turns", by_dense_layers)
     for make in MODELS.values():
         model = make()
         masked(model, density=0.2)
@@ -163,3 +169,28 @@ def test_models_of_transformers_are_built_and_cached(config, tmp_path):
     for wrong in ("nothing", str(tmp_path / "none.json")):
         with pytest.raises(ValueError, match=f"--arch transformers:{wrong} cannot be built"):
             OfTransformers(wrong, 50, 16)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not available(), reason="built without sparse kernels")
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_model_generates_the_same_with_its_cache(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(in_place, "time_in_turns", by_dense_layers)
+    model = MODELS[name]()
+    masked(model, density=0.2)
+    fast, _ = convert(model.eval(), tokens_of(1))
+    size = save(fast, tmp_path / "model.sparse")
+    assert size == (tmp_path / "model.sparse").stat().st_size
+    served = load(tmp_path / "model.sparse")
+    tokens, caches = tokens_of(9), (fast.new_cache(), served.new_cache())
+    for token in tokens.split([1, 3, 1, 4], dim=1):
+        torch.testing.assert_close(served(token, caches[1]), fast(token, caches[0]))
+    assert caches[1].tokens == 9
+    written = [[*generate(each, [1, 2], 20, 12, temperature=0)] for each in (fast, served)]
+    assert written[0] == written[1]
+
+
+def test_a_file_of_another_model_is_named(tmp_path):
+    save_any(nn.Linear(3, 2), tmp_path / "other.sparse", torch.randn(2, 3))
+    with pytest.raises(ValueError, match=r"Expected a language model in .*other\.sparse, got a model of float32"):
+        load(tmp_path / "other.sparse")

@@ -85,7 +85,7 @@ def refusal(call, capsys):
         ("--batch-size 1.5", "a whole number of at least 1"),
         ("--seed -1", "--seed"),
         ("--save-features", "lenet300-100 has none: --model lenet5"),
-        ("--save-model none/model.pt", "--save-model none/model.pt: there is no folder none"),
+        ("--save-model /dev/null/model.pt", "--save-model /dev/null/model.pt: /dev/null is no folder"),
         ("--save-model model.pt --iters 2", "leave out --iters"),
         ("--density 1e-9", "A density of 1e-09 leaves none of 266200 weights."),
         ("--valid_split 0.9999", "holds out all 1438 training images. Take a smaller one."),

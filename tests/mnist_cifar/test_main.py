@@ -390,8 +390,9 @@ def test_verbose_logs_every_layer(run):
 def measured(request, run, tmp_path, monkeypatch):
     """A run of lenet5 that saves its model and features and times its layers; compiled without a C++ compiler."""
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: eager(self))
-    flags = ("--save-features", "--bench", "--save-model", tmp_path / "model.pt")
-    return run("--model", "lenet5", "--epochs", "1", *flags, *request.param), tmp_path / "model.pt"
+    model = tmp_path / "models" / "of" / "mine.pt"  # whose folders are made
+    flags = ("--save-features", "--bench", "--save-model", model)
+    return run("--model", "lenet5", "--epochs", "1", *flags, *request.param), model
 
 
 def eager(model, compile_=torch.nn.Module.compile):

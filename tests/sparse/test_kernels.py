@@ -284,12 +284,13 @@ def test_convolutions_of_single_pixels_equal_dense_ones(size, dtype, instruction
     torch.manual_seed(0)
     kernels().instruction_set = instruction_set
     try:
-        for batch, inputs, outputs, groups in ((1, 6, 4, 1), (3, 6, 4, 2), (5, 400, 3, 1)):
+        strided = [(2, 6, 4, 1, 2), (1, 6, 4, 1, (1, 2)), (1, 6, 4, 1, (2, 1))]
+        for batch, inputs, outputs, groups, stride in [(1, 6, 4, 1, 1), (3, 6, 4, 2, 1), (5, 400, 3, 1, 1), *strided]:
             weight = sparse_weight((outputs, inputs // groups, 1, 1), 0.3, dtype)
             x = torch.randn(batch, inputs, *size, dtype=dtype, requires_grad=True)
             dense, bias = weight.clone().requires_grad_(), torch.randn(outputs, dtype=dtype)
-            y, value = conv2d(x, weight, bias, relu=True, groups=groups)
-            expected = F.conv2d(x, dense, bias, groups=groups).relu()
+            y, value = conv2d(x, weight, bias, relu=True, groups=groups, stride=stride)
+            expected = F.conv2d(x, dense, bias, stride, groups=groups).relu()
             dy = torch.randn_like(expected)
             dx, dweight = torch.autograd.grad(expected, [x, dense], dy)
             assert_same((y, *torch.autograd.grad(y, [x, value], dy)), (expected, dx, dweight[weight != 0]), dtype)

@@ -11,7 +11,7 @@ from helpers_conversion import outputs_differ, sparsify
 from odd_models import ODD, Model
 from torch import nn
 
-from sparselearning.sparse import SparseLinear, available, conversion, convert, remove_dead_units
+from sparselearning.sparse import SparseLinear, available, convert, in_place, remove_dead_units
 from sparselearning.sparse.modules import SparseModule
 
 pytestmark = [
@@ -221,13 +221,14 @@ def test_a_model_that_fills_up_stays_dense(monkeypatch):
             raise RuntimeError("full")
         return self.layer(x)
 
-    def compare(choices):
-        times = [call() for _ in range(9) for call in choices]
-        return [float(len(times)), 1.0]
+    def often(models, places, arguments, seconds, least=2, show=None):
+        for _ in range(9):
+            for model in models:
+                model(*arguments[0])
 
     model = sparsify(Model(forward, layer=nn.Linear(8, 6)), 0.4)
     model.calls = 0
-    monkeypatch.setattr(conversion, "compare", compare)
+    monkeypatch.setattr(in_place, "time_in_turns", often)
     converted, report = convert(model, torch.randn(4, 8))
     assert type(converted.layer) is nn.Linear
     assert "raises RuntimeError when it runs again and again" in report.layers[0].note

@@ -1,0 +1,54 @@
+"""Names of release 1.0 that code written for it reads of a Masking and of schedules; docs/migration.md has them all."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from sparselearning import reports
+
+
+class OldNames:
+    """What functions of release 1.0 read of a Masking, besides the names that have stayed."""
+
+    layers: list[Any]  # SparseLayer
+    prune: Callable
+    grow: Callable
+    measure: Callable
+
+    growth_threshold = 0.001  # that of a user's search; no built-in function searches one
+    growth_increment = increment = 0.2
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the masked weights."""
+        return [layer.name for layer in self.layers]
+
+    @property
+    def prune_func(self) -> Callable:
+        """The function that prunes."""
+        return self.prune
+
+    @property
+    def growth_func(self) -> Callable:
+        """The function that grows."""
+        return self.grow
+
+    @property
+    def redistribution_func(self) -> Callable:
+        """The function that measures the importance of a layer."""
+        return self.measure
+
+    @property
+    def name_to_32bit(self) -> dict[str, Tensor]:
+        """The fp32 copies that the optimizer steps, of weights in half precision."""
+        return {layer.name: layer.master for layer in self.layers if layer.master is not layer.weight}
+
+    @property
+    def half(self) -> bool:
+        """Whether there are such copies."""
+        return bool(self.name_to_32bit)
+
+    def print_nonzero_counts(self) -> None:
+        """Print the active weights of every layer and of the network; `summary` says more, and `verbose` logs them."""
+        print("\n".join(reports.lines_of_counts(self)))
