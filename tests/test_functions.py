@@ -18,7 +18,7 @@ TENTH = Updates(density=lambda step: 0.1)
 @pytest.mark.parametrize(
     ("argument", "names"),
     [
-        ("prune_mode", "'magnitude', 'SET', 'threshold', 'adaptive_threshold', 'global_magnitude'"),
+        ("prune_mode", "'magnitude', 'soft_magnitude', 'SET', 'threshold', 'adaptive_threshold', 'global_magnitude'"),
         ("growth_mode", "'momentum', 'gradient', 'random', 'guided', 'momentum_neuron', 'global_momentum'"),
         ("redistribution_mode", "'momentum', 'magnitude', 'nonzeros', 'nonzero', 'remaining', 'none'"),
     ],
