@@ -53,6 +53,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["sparselearning", "sparselearning.*"]),
+    package_data={"sparselearning": ["py.typed"]},
     ext_modules=[native],
     cmdclass={"build_py": BuildWithScripts},
     entry_points={"console_scripts": ["sparselearning = sparselearning.commands:main"]},

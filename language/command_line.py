@@ -65,7 +65,7 @@ def build_parser(description=None):
     add("--top-k", type=positive_int, metavar="K", help="draw from the K likeliest tokens alone (default: all)")
     add_run_args(parser)
     # fmt: on
-    add_sparse_args(parser)
+    add_sparse_args(parser, {})
     parser.set_defaults(optimizer="adamw", density=0.2)
     defaults_from(parser, "--resume", defaults_of_run, "--sparse-init")
     return parser

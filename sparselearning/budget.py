@@ -13,7 +13,7 @@ many weights as it lacks: what was pruned, less what the density fell by, or plu
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from sparselearning.budgets import layers_of
 from sparselearning.layer import SparseLayer
@@ -92,6 +92,17 @@ def shares(importance: Sequence[float], layers: Layers) -> list[float]:
         name = layers[importance.index(max(importance))].name
         raise ValueError(f"{name} has importance inf; expected a finite number. Training has probably diverged.")
     return [value / total if total else 1 / len(layers) for value in importance]
+
+
+def rate_at(decay: Callable[[int], float], step: int) -> float:
+    """Return the prune rate at a step.
+
+    Raises:
+        ValueError: if the schedule gives a number outside [0, 1].
+    """
+    if not 0 <= (rate := decay(step)) <= 1:
+        raise ValueError(f"Expected a prune rate in [0, 1] at step {step}, got {rate} of prune_rate_decay.")
+    return rate
 
 
 def prune_rates(rate: float, layers: Layers, after_pruning: bool = False) -> list[float]:

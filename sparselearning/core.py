@@ -10,7 +10,6 @@ One update (sparse momentum, Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/
     W_i <- W_i * m_i                             apply
 """
 
-import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -85,9 +84,9 @@ class Masking(Steps, OldNames):
         optimizer: Any,
         prune_rate_decay: Schedule | None,
         prune_rate: float = 0.5,
-        prune_mode: str | Callable = "magnitude",
-        growth_mode: str | Callable = "momentum",
-        redistribution_mode: str | Callable = "momentum",
+        prune_mode: str | Callable[..., Any] = "magnitude",
+        growth_mode: str | Callable[..., Any] = "momentum",
+        redistribution_mode: str | Callable[..., Any] = "momentum",
         prune_every_k_steps: int = 0,
         verbose: bool = False,
         fp16: bool = False,
@@ -105,7 +104,6 @@ class Masking(Steps, OldNames):
         self.grow = find_function("growth_mode", growth_mode)
         self.measure = find_function("redistribution_mode", redistribution_mode)
         self.verbose, self.steps, self.steps_of_last_epoch = verbose, 0, 0
-        self.tolerance = 0.02  # of prune_mode="threshold"
         self._masters = master_weights(optimizer, required=fp16)
         self._gradients_read: list[tuple[Tensor, Tensor]] | None = None  # (weight, gradient) during an update
         self.held = hold(weights, self.optimizer, self.prune, self.grow, self.measure)
@@ -113,7 +111,13 @@ class Masking(Steps, OldNames):
 
     @classmethod
     def from_method(
-        cls, method: str | Method, module: nn.Module, optimizer: Any, total_steps: int, density: Density = 0.05, **parts
+        cls,
+        method: str | Method,
+        module: nn.Module,
+        optimizer: Any,
+        total_steps: int,
+        density: Density = 0.05,
+        **parts: Any,
     ) -> "Masking":
         """Return the masks of a published method on `module`, ready to train for `total_steps` optimizer steps.
 
@@ -270,7 +274,7 @@ class Masking(Steps, OldNames):
         self.held.updated(self.updates.ahead(self.steps))
 
     def _set_prune_rates(self):
-        rate = schedules.rate_at(self.prune_rate_decay, self.steps)
+        rate = budget.rate_at(self.prune_rate_decay, self.steps)
         after_pruning = functions.is_marked(self.measure, "after_pruning")
         for layer, own in zip(self.layers, budget.prune_rates(rate, self.layers, after_pruning), strict=True):
             layer.prune_rate = own
@@ -316,15 +320,6 @@ class Masking(Steps, OldNames):
     def prune_rate(self) -> float:
         """The fraction of active weights that an update would move now."""
         return self.prune_rate_decay(self.steps)
-
-    @property
-    def prune_every_k_steps(self) -> int:
-        """Optimizer steps between two updates; 0 for one at the end of every epoch."""
-        return self.updates.every
-
-    @prune_every_k_steps.setter
-    def prune_every_k_steps(self, steps: int) -> None:
-        self.updates = dataclasses.replace(self.updates, every=steps or 0)
 
     apply_to, clip_grad_norm_ = copies.apply_to, clipping.clip_grad_norm_
     summary = reports.summary

@@ -25,6 +25,8 @@ from sparselearning.start.scores import SCORES
 from sparselearning.weights.regrowth import START_VALUES
 from sparselearning.weights.start_states import START_STATES
 
+Extensions = Mapping[str, Mapping[str, Callable[..., Any]]]  # argument -> name -> function
+
 
 def parse_value(text: str, convert: Callable[[str], Any], holds: Callable[[Any], bool], expected: str) -> Any:
     """Return the value that `convert` makes of a text; refuse it unless `holds`, and say what was `expected`."""
@@ -195,9 +197,7 @@ DEST = {"weights": "inactive"}  # of a part whose flag has another name
 STATE = "--state-of-regrown"  # names a start of START_STATES
 
 
-def add_sparse_args(
-    parser: argparse.ArgumentParser, extensions: Mapping[str, Mapping[str, Callable]] | None = None
-) -> None:
+def add_sparse_args(parser: argparse.ArgumentParser, extensions: Extensions | None = None) -> None:
     """Add the flags of sparse training: how to prune, redistribute and grow, how much, and how dense.
 
     `--method NAME` sets the defaults of the others to the parts of that method. `extensions` holds more functions by
@@ -299,7 +299,7 @@ def holds_active_alone(args: argparse.Namespace) -> bool:
     return args.sparse_backend is not None or args.inactive == "sparse"
 
 
-def chosen_method(args: argparse.Namespace, extensions: Mapping[str, Mapping[str, Callable]] | None = None) -> Method:
+def chosen_method(args: argparse.Namespace, extensions: Extensions | None = None) -> Method:
     """Return the method that the arguments of `add_sparse_args` describe, for `Masking.from_method`.
 
     Raises:

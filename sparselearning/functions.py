@@ -24,7 +24,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, SupportsFloat
+from typing import Any, SupportsFloat, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ SIGNATURES = {
     "growth_mode": ("masking", "name", "new_mask", "total_regrowth", "weight"),
 }
 NETWORK_WIDE_SIGNATURES = {"prune_mode": ("masking",), "growth_mode": ("masking", "total_regrowth")}
+Function = TypeVar("Function", bound=Callable[..., Any])
 READABLE = ("momentum", "gradient", "second_moment", "inactive", "nothing")
 
 
@@ -53,17 +54,17 @@ class FunctionError(TypeError):
 # Marks
 
 
-def network_wide(function: Callable) -> Callable:
+def network_wide(function: Function) -> Function:
     """Mark a prune or grow function that treats all layers at once."""
     return _mark(function, "network_wide", True)
 
 
-def after_pruning(function: Callable) -> Callable:
+def after_pruning(function: Function) -> Function:
     """Mark a redistribute function that measures the layers after pruning."""
     return _mark(function, "after_pruning", True)
 
 
-def in_proportion(function: Callable) -> Callable:
+def in_proportion(function: Function) -> Function:
     """Mark a redistribute function by whose importance the others share what full layers cannot take.
 
     Without this mark they share it in equal parts, and 1% of each layer stays free while others have room.
@@ -71,17 +72,17 @@ def in_proportion(function: Callable) -> Callable:
     return _mark(function, "in_proportion", True)
 
 
-def gives_back(function: Callable) -> Callable:
+def gives_back(function: Function) -> Function:
     """Mark a redistribute function that moves no weights between layers: each layer grows what it lost."""
     return _mark(function, "gives_back", True)
 
 
-def single_weights(function: Callable) -> Callable:
+def single_weights(function: Function) -> Function:
     """Mark a prune or grow function that chooses single weights, whatever the pattern of a layer (patterns.py)."""
     return _mark(function, "single_weights", True)
 
 
-def entrywise(function: Callable) -> Callable:
+def entrywise(function: Function) -> Function:
     """Mark a prune or redistribute function that looks at active entries alone, and not at where they are.
 
     A layer that holds only its active weights (weights='sparse') gives it these in a row: mask, weight, momentum and
@@ -90,7 +91,7 @@ def entrywise(function: Callable) -> Callable:
     return _mark(function, "entrywise", True)
 
 
-def reads(*what: str) -> Callable[[Callable], Callable]:
+def reads(*what: str) -> Callable[[Function], Function]:
     """Mark a function with what it reads besides masks and active weights.
 
     'momentum' and 'second_moment' are the optimizer's; 'gradient' is that of the last step; 'inactive' are the values
@@ -108,17 +109,17 @@ def reads(*what: str) -> Callable[[Callable], Callable]:
     return lambda function: _mark(function, "reads", frozenset(what))
 
 
-def is_marked(function: Callable, mark: str) -> bool:
+def is_marked(function: Callable[..., Any], mark: str) -> bool:
     """Tell whether a function has a mark, such as 'network_wide'."""
     return bool(_mark_of(function, mark))
 
 
-def surely_reads(function: Callable, what: str) -> bool:
+def surely_reads(function: Callable[..., Any], what: str) -> bool:
     """Tell whether a function is marked to read this."""
     return what in (_mark_of(function, "reads") or ())
 
 
-def may_read(function: Callable, what: str) -> bool:
+def may_read(function: Callable[..., Any], what: str) -> bool:
     """Tell whether a function reads this, or has no mark that says what it reads."""
     marked = _mark_of(function, "reads")
     return marked is None or what in marked
@@ -138,7 +139,9 @@ def _mark_of(function, name):
 # Checks before training
 
 
-def resolve(argument: str, mode: str | Callable, table: Mapping[str, Callable]) -> Callable:
+def resolve(
+    argument: str, mode: str | Callable[..., Any], table: Mapping[str, Callable[..., Any]]
+) -> Callable[..., Any]:
     """Return the function that a mode argument means: itself, or its entry in the table.
 
     Raises:
@@ -174,7 +177,7 @@ def _hint(argument, mode):
     return " It treats all layers at once: mark it with @network_wide (from sparselearning import network_wide)."
 
 
-def check_readable(functions: Sequence[Callable], optimizer: torch.optim.Optimizer, keeps_inactive: bool) -> None:
+def check_readable(functions: Sequence[Any], optimizer: torch.optim.Optimizer, keeps_inactive: bool) -> None:
     """Check that there is what the functions are marked to read.
 
     Raises:
@@ -262,7 +265,7 @@ entrywise(_drop_excess)
 
 
 @contextmanager
-def looking(masking: Any, function: Callable) -> Iterator[None]:
+def looking(masking: Any, function: Callable[..., Any]) -> Iterator[None]:
     """Let layers that hold active weights alone show these in a row, while a function looks that is `entrywise`."""
     with ExitStack() as stack:
         for layer in masking.layers if is_marked(function, "entrywise") else ():

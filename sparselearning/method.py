@@ -57,9 +57,9 @@ class Method:
 
     name: str  # as papers write it
     paper: str  # authors, year, link
-    prune: str | Callable = "magnitude"
-    redistribution: str | Callable = "none"
-    growth: str | Callable = "random"
+    prune: str | Callable[..., Any] = "magnitude"
+    redistribution: str | Callable[..., Any] = "none"
+    growth: str | Callable[..., Any] = "random"
     sparse_init: SparseInit = "constant"
     prune_rate: float = 0.5  # fraction of active weights that the first update moves
     decay_schedule: str = "cosine"  # of the prune rate, until stop_fraction; a key of DECAYS

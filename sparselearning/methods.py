@@ -26,7 +26,7 @@ from sparselearning.weights.start_states import refuse_unfit_optimizer
 from sparselearning.weights.together import members_of
 from sparselearning.weights.zeros import Zeros
 
-FUNCTIONS: Mapping[str, Mapping[str, Callable]] = {
+FUNCTIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "prune_mode": PRUNE_FUNCTIONS,
     "redistribution_mode": REDISTRIBUTION_FUNCTIONS,
     "growth_mode": GROWTH_FUNCTIONS,
@@ -123,7 +123,7 @@ def find_method(method: str | Method, **parts: Any) -> Method:
 PARTS = [field.name for field in dataclasses.fields(Method) if field.name not in ("name", "paper")]
 
 
-def find_function(argument: str, mode: str | Callable) -> Callable:
+def find_function(argument: str, mode: str | Callable[..., Any]) -> Callable[..., Any]:
     """Return the function that `prune_mode`, `growth_mode` or `redistribution_mode` means.
 
     Raises:
@@ -133,7 +133,11 @@ def find_function(argument: str, mode: str | Callable) -> Callable:
 
 
 def hold(
-    weights: str | Zeros, optimizer: torch.optim.Optimizer, prune: Callable, grow: Callable, measure: Callable
+    weights: str | Zeros,
+    optimizer: torch.optim.Optimizer,
+    prune: Callable[..., Any],
+    grow: Callable[..., Any],
+    measure: Callable[..., Any],
 ) -> Zeros:
     """Return what holds the weights of one Masking, told which dense gradients the functions read.
 

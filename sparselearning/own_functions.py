@@ -12,7 +12,9 @@ from sparselearning.functions import FunctionError, resolve
 from sparselearning.methods import FUNCTIONS
 
 
-def find_mode(argument: str, text: str, extensions: Mapping[str, Callable] | None = None) -> str | Callable:
+def find_mode(
+    argument: str, text: str, extensions: Mapping[str, Callable[..., Any]] | None = None
+) -> str | Callable[..., Any]:
     """Return what `Masking` takes for a mode given on the command line: a key of its table, or a function.
 
     `argument` is 'prune_mode', 'redistribution_mode' or 'growth_mode'; `text` a key, the name of an
@@ -33,7 +35,7 @@ def find_mode(argument: str, text: str, extensions: Mapping[str, Callable] | Non
     return function
 
 
-def load_function(spec: str) -> Callable:
+def load_function(spec: str) -> Callable[..., Any]:
     """Return the function named by 'path/to/file.py:function'; the file is executed, once.
 
     What the function raises becomes a FunctionError that names the line.

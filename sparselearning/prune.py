@@ -1,5 +1,7 @@
 """Pruning: which active weights leave."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -227,7 +229,7 @@ def adaptive_threshold_prune(masking) -> dict[str, Tensor]:
     return kept
 
 
-def count_to_remove(masking, name: str) -> int:
+def count_to_remove(masking: Any, name: str) -> int:
     """Return how many weights a layer is to remove: ceil(prune rate * active weights)."""
     return count_of(masking.name2prune_rate[name], masking.name2nonzeros[name])
 

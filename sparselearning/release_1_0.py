@@ -1,23 +1,36 @@
 """Names of release 1.0 that code written for it reads of a Masking and of schedules; docs/migration.md has them all."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from sparselearning import reports
+from sparselearning.schedules import Updates
 
 
 class OldNames:
     """What functions of release 1.0 read of a Masking, besides the names that have stayed."""
 
     layers: list[Any]  # SparseLayer
-    prune: Callable
-    grow: Callable
-    measure: Callable
+    updates: Updates
+    prune: Callable[..., Any]
+    grow: Callable[..., Any]
+    measure: Callable[..., Any]
 
+    tolerance = 0.02  # of prune_mode="threshold", and of a user's search
     growth_threshold = 0.001  # that of a user's search; no built-in function searches one
     growth_increment = increment = 0.2
+
+    @property
+    def prune_every_k_steps(self) -> int:
+        """Optimizer steps between two updates; 0 for one at the end of every epoch."""
+        return self.updates.every
+
+    @prune_every_k_steps.setter
+    def prune_every_k_steps(self, steps: int) -> None:
+        self.updates = replace(self.updates, every=steps or 0)
 
     @property
     def names(self) -> list[str]:
@@ -25,17 +38,17 @@ class OldNames:
         return [layer.name for layer in self.layers]
 
     @property
-    def prune_func(self) -> Callable:
+    def prune_func(self) -> Callable[..., Any]:
         """The function that prunes."""
         return self.prune
 
     @property
-    def growth_func(self) -> Callable:
+    def growth_func(self) -> Callable[..., Any]:
         """The function that grows."""
         return self.grow
 
     @property
-    def redistribution_func(self) -> Callable:
+    def redistribution_func(self) -> Callable[..., Any]:
         """The function that measures the importance of a layer."""
         return self.measure
 

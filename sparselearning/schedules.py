@@ -1,11 +1,12 @@
 """When masks move, and schedules: functions from the step to a prune rate in [0, 1] or a density in (0, 1]."""
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, SupportsIndex
+
+from sparselearning.stepped import Counting, Replayed
 
 Schedule = Callable[[int], float]
 
@@ -119,7 +120,7 @@ def decay_of(prune_rate_decay: Schedule | Any | None, prune_rate: float) -> Sche
         TypeError: if it is no function of the step.
     """
     if getattr(type(prune_rate_decay), "get_dr", Counting.get_dr) is not Counting.get_dr:
-        return _Replayed(prune_rate_decay, prune_rate)
+        return Replayed(prune_rate_decay, prune_rate)
     if prune_rate_decay is not None and not callable(prune_rate_decay):
         raise TypeError(
             "Expected prune_rate_decay to be a function of the step, such as CosineDecay(0.5, T_max=1000), "
@@ -127,48 +128,6 @@ def decay_of(prune_rate_decay: Schedule | Any | None, prune_rate: float) -> Sche
         )
     decay: Any = prune_rate_decay
     return Constant(prune_rate) if decay is None else decay
-
-
-class Counting:
-    """`step` and `get_dr` of release 1.0, for code that steps a schedule itself. A Masking calls it with its steps."""
-
-    _steps = 0
-
-    def step(self) -> None:
-        """Count a step."""
-        object.__setattr__(self, "_steps", self._steps + 1)
-
-    def get_dr(self, prune_rate: float | None = None) -> float:
-        """Return the prune rate after the steps that `step` has counted."""
-        return self(self._steps)
-
-    @abstractmethod
-    def __call__(self, step: int) -> float:
-        """Return the prune rate at a step."""
-
-
-class _Replayed:
-    """A schedule of release 1.0, which can only go on to its next step, as a function of the step."""
-
-    def __init__(self, decay: Any, prune_rate: float):
-        self.decay, self.rates = decay, [prune_rate]
-
-    def __call__(self, step: int) -> float:
-        while len(self.rates) <= step:
-            self.decay.step()
-            self.rates.append(self.decay.get_dr(self.rates[-1]))
-        return self.rates[step]
-
-
-def rate_at(decay: Schedule, step: int) -> float:
-    """Return the prune rate at a step.
-
-    Raises:
-        ValueError: if the schedule gives a number outside [0, 1].
-    """
-    if not 0 <= (rate := decay(step)) <= 1:
-        raise ValueError(f"Expected a prune rate in [0, 1] at step {step}, got {rate} of prune_rate_decay.")
-    return rate
 
 
 @dataclass(frozen=True)

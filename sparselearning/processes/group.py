@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -127,6 +127,9 @@ class Group:
 
 
 ALONE = Group([0], [], False)
+Parameters = ParamSpec("Parameters")
+Returned = TypeVar("Returned")
+
 _current: ContextVar[Group | None] = ContextVar("group", default=None)
 _channels: dict[Any, dict[tuple[Any, ...], Any]] = {}  # {the group of all: {(use, *ranks): group}}
 
@@ -154,13 +157,14 @@ def within(group: Group | None) -> Iterator[None]:
         _current.reset(token)
 
 
-def together(method: Callable) -> Callable:
+def together(method: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
     """Let the processes of `masking.group` run a method of a Masking together: if it fails on one, it fails on all."""
 
     @functools.wraps(method)
-    def call(masking, *args, **kwargs):
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
+        masking: Any = args[0]
         with within(masking.group), failing_together(method.__name__):
-            return method(masking, *args, **kwargs)
+            return method(*args, **kwargs)
 
     return call
 

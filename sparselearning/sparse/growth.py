@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +92,7 @@ def remaining(layer: CompactLayer) -> tuple[Tensor, Tensor, int]:
 
 
 @cache
-def growing_forms() -> dict[Callable, Form]:
+def growing_forms() -> dict[Callable[..., Any], Form]:
     """Return growth function -> its form without dense tensors."""
     return {
         grow.gradient_growth: by_gradient,

@@ -80,7 +80,7 @@ def rebuilt(description: dict[str, Any], tensors: Sequence[Any]) -> Any:
     return CONTAINERS[kind]((key, rebuilt(inside[key], tensors)) for key in description["order"])
 
 
-def operator_of(name: str) -> Callable:
+def operator_of(name: str) -> Callable[..., Any]:
     """Return the operator of a step.
 
     Raises:
@@ -99,7 +99,7 @@ def operator_of(name: str) -> Callable:
     return found
 
 
-def in_any_order(name: str, step: Callable, args: list[Any]) -> tuple[Callable, list[Any]]:
+def in_any_order(name: str, step: Callable[..., Any], args: list[Any]) -> tuple[Callable[..., Any], list[Any]]:
     """Return a step and its arguments, such that it takes and keeps images whose batch is last in memory."""
     x, *rest = args
     if name == "sparselearning.conv2d_plain.default":

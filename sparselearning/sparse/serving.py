@@ -36,7 +36,9 @@ PROGRAM, TENSORS, POSITIONS = "program.json", "tensors", "positions"
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*PACKABLE, torch.complex128)}
 
 
-def save(model: nn.Module, path: str | os.PathLike, example_input: Any = None, *, dynamic_batch: bool = True) -> int:
+def save(
+    model: nn.Module, path: str | os.PathLike[str], example_input: Any = None, *, dynamic_batch: bool = True
+) -> int:
     """Write a model that is to be served into one file, and return its bytes.
 
     `load` needs torch and this package to run it, not the model's class. The file holds no zeros. What it holds is
@@ -70,7 +72,7 @@ def save(model: nn.Module, path: str | os.PathLike, example_input: Any = None, *
     return len(content)
 
 
-def load(path: str | os.PathLike) -> Program:
+def load(path: str | os.PathLike[str]) -> Program:
     """Return what `save` wrote: call it as the model. It runs on a CPU, without gradients, on torch's threads.
 
     No code of the file is executed, and none but functional operators of torch are called.

@@ -50,7 +50,7 @@ class SparseTraining(Observing):
         RuntimeError: if the installation has no sparse kernels.
     """
 
-    def before_step(self, layers: Layers, closure: Callable | None) -> None:
+    def before_step(self, layers: Layers, closure: Callable[..., Any] | None) -> None:
         """Give the optimizer the values.
 
         Raises:
@@ -109,7 +109,7 @@ class SparseTraining(Observing):
             optimizer_state.compact(self.optimizer, module)
         module.value.grad = None
 
-    def grow(self, function: Callable, layer: SparseLayer, number: int) -> bool:
+    def grow(self, function: Callable[..., Any], layer: SparseLayer, number: int) -> bool:
         """Grow without dense tensors, if the function has such a form (growth.py) and the layer no pattern."""
         form, reads_gradient = growing_forms().get(function), surely_reads(function, "gradient")
         if form is None or not isinstance(layer, CompactLayer) or layer.pattern != UNSTRUCTURED:

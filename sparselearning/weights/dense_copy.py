@@ -85,7 +85,7 @@ class DenseCopy(Zeros):
         return list(layers)
 
     @torch.no_grad()
-    def before_step(self, layers: Layers, closure: Callable | None) -> None:
+    def before_step(self, layers: Layers, closure: Callable[..., Any] | None) -> None:
         """Let the optimizer step the dense copy, or see what a closure is to see of it."""
         self.notice(layers)
         super().before_step(layers, closure)

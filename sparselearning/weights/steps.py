@@ -38,7 +38,7 @@ class Steps(Layers, ABC):
         """Clear the gradients, as the optimizer does. (Apex's names the argument otherwise, or has none.)"""
         self.stepper.zero_grad(*(() if set_to_none else (False,)))
 
-    def step(self, closure: Callable | None = None) -> Any:
+    def step(self, closure: Callable[..., Any] | None = None) -> Any:
         """Step the optimizer; the masks are applied right after, as after any step of the optimizer.
 
         A closure sees the masked network whenever the optimizer evaluates it.

@@ -72,7 +72,7 @@ class Together(torch.optim.Optimizer):
         found = [value for value in found if value is not None]
         return torch.stack([value.to(found[0].device) for value in found]).max() if found else None
 
-    def step(self, closure: Callable | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Callable[..., Any] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Step all.
 
         Raises:
@@ -88,11 +88,11 @@ class Together(torch.optim.Optimizer):
         for stepper in self.steppers:
             stepper.zero_grad(*(() if set_to_none else (False,)))
 
-    def register_step_pre_hook(self, hook: Callable) -> Any:
+    def register_step_pre_hook(self, hook: Callable[..., Any]) -> Any:
         """Call `hook` before every step of each."""
         return Handles(member.register_step_pre_hook(hook) for member in self.members)
 
-    def register_step_post_hook(self, hook: Callable) -> Any:
+    def register_step_post_hook(self, hook: Callable[..., Any]) -> Any:
         """Call `hook` after every step of each; `behind` is empty when the last of them has stepped."""
         return Handles(member.register_step_post_hook(partial(self._note, hook)) for member in self.members)
 

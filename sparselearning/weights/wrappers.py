@@ -18,7 +18,7 @@ PERTURBING = ("first_step", "ascent_step", "perturb_weights", "perturb")  # meth
 class Watched:
     """A method of one object, called through `around(method, args, kwargs)` until `remove`; copies have their own."""
 
-    def __init__(self, owner: Any, name: str, around: Callable[[Callable, tuple, dict[str, Any]], Any]):
+    def __init__(self, owner: Any, name: str, around: Callable[[Callable[..., Any], tuple, dict[str, Any]], Any]):
         self.owner, self.name, self.method = owner, name, getattr(owner, name)
         self.own = name in vars(owner)  # an LR scheduler has patched it before
         self.removed = False

@@ -125,7 +125,7 @@ class Zeros:
         """Let go of weights that stay dense from now on."""
 
     @torch.no_grad()
-    def before_step(self, layers: Layers, closure: Callable | None) -> None:
+    def before_step(self, layers: Layers, closure: Callable[..., Any] | None) -> None:
         """Give the optimizer what it is to step; if it evaluates a closure, that comes after each evaluation."""
         if closure is None and not (self.ready and self.copies.wrapped):  # a wrapper may have evaluated a closure
             self.give(layers)
@@ -182,7 +182,7 @@ class Zeros:
         """
         refuse_unfit_state(self.start_state, self.optimizer, map(self.stepped_for, layers))
 
-    def grow(self, function: Callable, layer: SparseLayer, number: int) -> bool:
+    def grow(self, function: Callable[..., Any], layer: SparseLayer, number: int) -> bool:
         """Grow weights of a layer as a growth function would, without dense tensors; tell whether that is possible."""
         return False
 

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ def check(
     parser: argparse.ArgumentParser,
     args: argparse.Namespace,
     own: Iterable[Condition],
-    extensions: Mapping[str, Mapping[str, Callable]] | None = None,
+    extensions: Mapping[str, Mapping[str, Callable[..., Any]]] | None = None,
 ) -> None:
     """End with one line and status 2 if arguments exclude each other, then let `args.amp` say what --fp16 means.
 
