@@ -103,7 +103,8 @@ setup(
         **{trainer: [trainer] for trainer in ("lightning", "accelerate")},
         "transformers": ["transformers", "accelerate"],
         "language": ["transformers", "tokenizers"],  # --arch transformers:CONFIG, --tokens FILE.json
+        "tensorboard": ["tensorboard"],  # --tensorboard
         "docs": docs,
-        "test": docs + export + test,
+        "test": [*docs, *export, "tensorboard", *test],
     },
 )

@@ -322,7 +322,7 @@ class Masking(Steps, OldNames):
         return self.prune_rate_decay(self.steps)
 
     apply_to, clip_grad_norm_ = copies.apply_to, clipping.clip_grad_norm_
-    summary = reports.summary
+    summary, metrics = reports.summary, reports.metrics
 
     # Saving
 

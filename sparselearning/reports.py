@@ -61,6 +61,27 @@ def summary(masking: Any) -> str:
     return "\n".join(rows)
 
 
+def metrics(masking: Any) -> dict[str, float]:
+    """Return numbers for any logger: of the network, and density and importance of each layer, by its name.
+
+        wandb.log({f"sparse/{name}": number for name, number in masking.metrics().items()}, step=masking.steps)
+
+    `removed_weights` and importance are those of the last update. Call it after an update, or once an epoch.
+    """
+    numbers: dict[str, float] = dict(
+        steps=masking.steps,
+        density=masking.density,
+        active_weights=masking.total_nonzero,
+        inactive_weights=masking.total_zero,
+        removed_weights=masking.total_removed,
+        prune_rate=masking.prune_rate,
+        exploration_rate=masking.exploration_rate,
+    )
+    for layer in masking.layers:
+        numbers |= {f"density/{layer.name}": layer.density, f"importance/{layer.name}": layer.importance}
+    return numbers
+
+
 def describe(
     model: nn.Module,
     optimizer: Any = None,

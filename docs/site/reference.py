@@ -6,12 +6,13 @@ PUBLIC: dict[str, tuple[str, str, dict[str, Sequence[str] | None]]] = {
     # page -> title, what it is for, {name: the members that are shown; None: all}
     "masking": (
         "Masking",
-        "`from sparselearning import Masking, describe`. `summary`, `apply_to` and `clip_grad_norm_` below are "
+        "`from sparselearning import Masking, describe`. `summary`, `metrics`, `apply_to`, `clip_grad_norm_` below are "
         "methods of a Masking. [Your own function](../../How_to_add_your_own_algorithms.md#what-a-function-reads) "
         "lists its counts by name.",
         {
             "sparselearning.core.Masking": None,
             "sparselearning.reports.summary": None,
+            "sparselearning.reports.metrics": None,
             "sparselearning.weights.copies.apply_to": None,
             "sparselearning.weights.clipping.clip_grad_norm_": None,
             "sparselearning.reports.describe": None,

@@ -189,6 +189,7 @@ SHOWN = {
     "--run-dir": "test_a_second_run_keeps_the_first",
     "--resume": "test_a_run_resumed_by_its_folder_alone_is_bitwise_the_uninterrupted_one",
     "--checkpoint-every": "test_a_run_goes_on_from_any_kept_checkpoint_to_the_bit",
+    "--tensorboard": "test_tensorboard_shows_what_the_metrics_say",
     "--save-model": "test_features_bench_and_model_are_kept",
     "--save-features": "test_features_bench_and_model_are_kept",
     "--bench": "test_features_bench_and_model_are_kept",

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
         help="compile the model with torch.compile")
     add("--run-dir", default="runs", help="folder of the run folders (default: runs)")
+    add("--tensorboard", action="store_true", help="also write the metrics for TensorBoard, in the run folder")
     add("--resume", metavar="PATH",
         help="run folder or checkpoint to go on from; the other arguments default to those of its run. "
         "auto: the newest good checkpoint of the run with these arguments, if there is one")
@@ -121,6 +123,10 @@ def _of_both(args: argparse.Namespace) -> list[Condition]:
         (
             args.batch_size % (processes() * parts) != 0,
             f"--batch-size {args.batch_size} cannot be divided evenly among {among}",
+        ),
+        (
+            args.tensorboard and find_spec("tensorboard") is None,
+            '--tensorboard needs TensorBoard: pip install "sparselearning[tensorboard]"',
         ),
         (args.fp16 and args.amp == "bf16", "--fp16 and --amp bf16 are two precisions: leave out one"),
         *_of_sparse_backend(args),
