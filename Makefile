@@ -6,8 +6,8 @@ EXTRAS ?= test
 BIN := .venv/bin
 SOURCES := setup.py $(wildcard sparselearning/native/kernels/*)
 
-.PHONY: demo demo-imagenet demo-language test soak coverage mutants lint wheel docs docs-serve bench results-mnist \
-	results-cifar clean
+.PHONY: demo demo-imagenet demo-language test soak coverage mutants lint wheel docs docs-serve bench bench-engines \
+	results-mnist results-cifar clean
 
 demo: .venv/installed
 	$(BIN)/python mnist_cifar/demo.py
@@ -76,6 +76,11 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/sparse_layers.py --rounds 7
 	$(BIN)/python benchmarks/sparse_models.py --rounds 7
 	$(BIN)/python benchmarks/sparse_table.py
+
+# Every engine that a user could pick, side by side; the first run installs them (2 GB), the whole takes hours and goes on
+# where it was stopped. ARGS="--quick" or ARGS="--rows resnet50 --threads 1" does less.
+bench-engines: .venv/installed
+	$(BIN)/python benchmarks/engines.py $(ARGS)
 
 # Hours, or days with lenet5; goes on where it was stopped. ARGS="--models lenet300-100 --seeds 1" does less.
 results-mnist: .venv/installed

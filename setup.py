@@ -11,6 +11,7 @@ from setuptools.command.build_py import build_py
 root = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (root / "sparselearning/__init__.py").read_text())[1]
 
+# Where the repository is shown: links of the package's page on an index lead there.
 repository = "https://github.com/TimDettmers/sparse_learning"
 
 scripts = ["torchvision", "scikit-learn", "matplotlib", "tqdm", "tabulate"]

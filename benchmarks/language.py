@@ -52,15 +52,16 @@ COLUMNS = [
 ]
 
 
-def commands(args: argparse.Namespace) -> list[tuple[str, int, str]]:
-    """Return (method, seed, command line) of the runs, seed by seed."""
+def commands(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return method, seed, steps and command line of the runs, seed by seed."""
     every = args.steps // 20 if args.steps % 20 == 0 else args.steps
     common_flags = f"{MODEL} --steps {args.steps} --eval-every {every} {args.flags}".strip()
     found = []
     for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
         for method in args.methods:
             choice = "--dense" if method == DENSE else f"--method {method} {SPARSE} --weights {args.weights}"
-            found.append((method, seed, f"{common_flags} {choice} --seed {seed}"))
+            command = f"{common_flags} {choice} --seed {seed}"
+            found.append(dict(command=command, method=method, seed=seed, steps=args.steps))
     return found
 
 
@@ -125,44 +126,51 @@ def report(rows: Sequence[Mapping[str, str]], path: Path) -> None:
     path.write_text(head + tabulate(lines, headers, tablefmt="github", disable_numparse=True) + "\n")
 
 
-def main() -> int:
-    """Make the runs that are left, and write the table; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None, name: str, steps: int) -> argparse.ArgumentParser:
+    """Return a parser of what runs of language/main.py take; `name` is that of their folder and results."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--methods", nargs="+", default=METHODS, metavar="METHOD", help=f"default: {' '.join(METHODS)}")
     add("--seeds", type=positive_int, default=2, help=f"from {FIRST_SEED} on (default: %(default)s)")
-    add("--steps", type=positive_int, default=5000, help="steps of a run (default: %(default)s)")
+    add("--steps", type=positive_int, default=steps, help="steps of a run (default: %(default)s)")
     add("--weights", default="sparse", help="how weights of sparse runs are held (default: %(default)s)")
-    add("--flags", default="", help="more flags of every run, such as '--dropout 0.1' (default: none)")
     add("--max-threads", type=positive_int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
     add("--data-dir", help="folder of the data files (default: that of main.py)")
-    add("--run-dir", type=Path, default=Path("runs/language"), help="folder of the runs (default: %(default)s)")
-    add("--csv", type=Path, default=common.RESULTS / "language.csv", help="results (default: %(default)s)")
-    add("--report", action="store_true", help="write the table, and make no run")
-    args = parser.parse_args()
+    add("--run-dir", type=Path, default=Path("runs") / name, help="folder of the runs (default: %(default)s)")
+    add("--csv", type=Path, default=common.RESULTS / f"{name}.csv", help="results (default: %(default)s)")
+    add("--report", action="store_true", help="write what is made of the results, and make no run")
+    return parser
+
+
+def make_all(runs: Sequence[Mapping[str, Any]], columns: list[str], args: argparse.Namespace) -> int:
+    """Make the runs that have no results yet, each with a command, and keep what they give; return how many failed."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     machine = common.machine("cpu")
     here = dict(
         threads=args.max_threads, torch=machine["torch"], commit=machine["commit"], hardware=machine["processor"]
     )
     failed = 0
-    for method, seed, command in [] if args.report else commands(args):
+    for run in [] if args.report else runs:
+        command = run["command"]
         if command in {row["command"] for row in kept.read(args.csv)}:
             continue
-        place = args.run_dir / f"{method}-{seed}-{hashlib.sha256(command.encode()).hexdigest()[:8]}"
+        place = args.run_dir / hashlib.sha256(command.encode()).hexdigest()[:12]
         if (found := make(command, place, args)) is None:
             failed += 1
             continue
-        kept.append(
-            args.csv, dict(command=command, method=method, seed=seed, steps=args.steps, **found, **here), COLUMNS
-        )
+        kept.append(args.csv, {**run, **found, **here}, columns)
         logging.info(
-            "%s, seed %d: %.4f nats, %d tokens per second",
-            method,
-            seed,
-            found["best_valid_loss"],
-            found["tokens_per_second"],
+            "%.4f nats, %d tokens per second: %s", found["best_valid_loss"], found["tokens_per_second"], command
         )
+    return failed
+
+
+def main() -> int:
+    """Make the runs that are left, and write the table; return the exit status."""
+    parser = parser_of(__doc__, "language", steps=5000)
+    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help=f"default: {' '.join(METHODS)}")
+    parser.add_argument("--flags", default="", help="more flags of every run, such as '--dropout 0.1' (default: none)")
+    args = parser.parse_args()
+    failed = make_all(commands(args), COLUMNS, args)
     if rows := kept.read(args.csv):
         report(rows, args.csv.with_suffix(".md"))
     return 1 if failed else 0

@@ -11,18 +11,16 @@ the table to results/language_budgets.md and the picture to results/language_bud
 """
 
 import argparse
-import logging
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
-import common
 from campaign import kept
 from tabulate import tabulate
 
-from language import FIRST_SEED, MEASURED, make
+from language import FIRST_SEED, MEASURED, make_all, parser_of
 from sparselearning.experiments.report import plots
 from sparselearning.flags import positive_int
 
@@ -32,7 +30,7 @@ COLUMNS = ["command", "kind", "width", "density", "seed", *MEASURED, "peak_mb", 
 COLUMNS += ["threads", "torch", "commit", "hardware"]
 
 
-def commands(args: argparse.Namespace) -> list[dict[str, str]]:
+def commands(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the runs, seed by seed: command line, kind, width, density, seed."""
     found = []
     every = max(args.steps // 10, 1)
@@ -86,39 +84,15 @@ def report(rows: Sequence[Mapping[str, str]], path: Path) -> None:
 
 def main() -> int:
     """Make the runs that are left, and write table and picture; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "language_budgets", steps=2000)
     add = parser.add_argument
     add("--widths", type=positive_int, nargs="+", default=[64, 128, 256], help="multiples of 32 (default: 64 128 256)")
     add("--method", default="rigl", help="of the sparse networks (default: %(default)s)")
-    add("--seeds", type=positive_int, default=2, help=f"from {FIRST_SEED} on (default: %(default)s)")
-    add("--steps", type=positive_int, default=2000, help="steps of a run (default: %(default)s)")
-    add("--weights", default="sparse", help="how weights of sparse runs are held (default: %(default)s)")
-    add("--max-threads", type=positive_int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
-    add("--data-dir", help="folder of the data files (default: that of main.py)")
-    add("--run-dir", type=Path, default=Path("runs/budgets"), help="folder of the runs (default: %(default)s)")
-    add("--csv", type=Path, default=common.RESULTS / "language_budgets.csv", help="results (default: %(default)s)")
-    add("--report", action="store_true", help="write table and picture, and make no run")
     args = parser.parse_args()
     if wrong := [width for width in args.widths if width % HEAD_WIDTH]:
         parser.error(f"--widths: expected multiples of {HEAD_WIDTH}, got {wrong[0]}")
     args.widths = sorted(set(args.widths))
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    machine = common.machine("cpu")
-    here = dict(
-        threads=args.max_threads, torch=machine["torch"], commit=machine["commit"], hardware=machine["processor"]
-    )
-    failed = 0
-    for run in [] if args.report else commands(args):
-        if run["command"] in {row["command"] for row in kept.read(args.csv)}:
-            continue
-        place = args.run_dir / "-".join(str(run[name]) for name in ("width", "density", "seed")) / args.method
-        if (found := make(f"{run['command']}", place, args)) is None:
-            failed += 1
-            continue
-        kept.append(args.csv, run | found | here, COLUMNS)
-        logging.info(
-            "%s, density %s, seed %s: %.4f nats", run["kind"], run["density"], run["seed"], found["valid_loss"]
-        )
+    failed = make_all(commands(args), COLUMNS, args)
     if rows := kept.read(args.csv):
         report(rows, args.csv.with_suffix(".md"))
     return 1 if failed else 0

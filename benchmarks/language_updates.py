@@ -18,6 +18,7 @@ from statistics import fmean
 
 import common
 import torch
+from regrown_steps import STARTS
 from torch.nn import functional as F
 
 from sparselearning import Masking
@@ -25,13 +26,6 @@ from sparselearning.experiments.data import tokens
 from sparselearning.experiments.report import plots
 from sparselearning.models.gpt import GPT
 
-STARTS = {
-    "as it is": dict(reset_state=False),
-    "zero": dict(reset_state=True),
-    "mean": dict(reset_state="mean"),
-    "own time step": dict(reset_state="restart"),
-    "own time step and warm-up (SMET)": dict(reset_state="restart", regrown_warm_up=100),
-}
 STAYS = "masks stay"
 EVERY, BEFORE = 100, 20
 DENSITY = {"*attention*": 0.3, "*mlp*": 0.1}

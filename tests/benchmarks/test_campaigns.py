@@ -130,9 +130,9 @@ def computed(words):
     return {name: value for name, value in args.items() if name not in (*NOT_IN_THE_NAME, "seed", "method")}
 
 
-def test_the_commands_of_the_readme_make_the_same_runs(mnist, load):
-    section = (ROOT / "README.md").read_text().partition("## Results")[2].partition("## The map")[0]
-    commands = [line for line in section.splitlines() if line.startswith("|") and "python main.py" in line]
+def test_the_commands_of_the_page_make_the_same_runs(mnist, load):
+    page = (ROOT / "docs" / "results.md").read_text()
+    commands = [line for line in page.splitlines() if line.startswith("|") and "python main.py" in line]
     assert len(commands) >= 4
     for line in commands:
         words = re.search(r"`python main.py (.+)`", line)[1].split()

@@ -18,11 +18,13 @@ def language(monkeypatch):
 def test_the_runs_are_commands_of_the_script(language):
     args = argparse.Namespace(steps=40, seeds=2, methods=["dense", "rigl"], weights="sparse", flags="--dropout 0.1")
     runs = language.commands(args)
-    assert [(method, seed) for method, seed, _ in runs] == [("dense", 17), ("rigl", 17), ("dense", 18), ("rigl", 18)]
-    assert all("--steps 40 --eval-every 2 --dropout 0.1 " in command for *_, command in runs)
-    assert runs[2][2].endswith("--dropout 0.1 --dense --seed 18")
-    assert "--method rigl --layer-density attention=0.3,mlp=0.1 " in runs[1][2]
-    assert "--weights sparse --seed 17" in runs[1][2]
+    methods = [(run["method"], run["seed"]) for run in runs]
+    assert methods == [("dense", 17), ("rigl", 17), ("dense", 18), ("rigl", 18)]
+    typed = [run["command"] for run in runs]
+    assert all("--steps 40 --eval-every 2 --dropout 0.1 " in command for command in typed)
+    assert typed[2].endswith("--dropout 0.1 --dense --seed 18")
+    assert "--method rigl --layer-density attention=0.3,mlp=0.1 " in typed[1]
+    assert "--weights sparse --seed 17" in typed[1]
 
 
 def test_the_table_sets_methods_beside_dense(language, tmp_path):
