@@ -76,7 +76,7 @@ class Comparison:
             axes.errorbar(row.mean, place, xerr=error, fmt="o", color="#0072B2", capsize=4)
             axes.plot(row.scores, [place] * len(row.scores), ".", color="#D55E00", alpha=0.6)
         axes.set_yticks(range(len(self.rows)), [row.method for row in self.rows])
-        axes.invert_yaxis()
+        axes.set_ylim(len(self.rows) - 0.5, -0.5)
         axes.set_xlabel("score: mean and standard error, and every seed")
         axes.grid(axis="x", alpha=0.3)
         figure.savefig(path, dpi=150)
