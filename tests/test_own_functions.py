@@ -56,7 +56,7 @@ def test_a_key_is_itself_and_an_extension_its_function():
 
 def test_an_unknown_key_names_the_known_ones():
     with pytest.raises(
-        ValueError, match=r"^expected one of magnitude, SET, .*, mine, or path/to/file.py:function, got"
+        ValueError, match=r"^expected one of magnitude, soft_magnitude, SET, .*, mine, or path/to/file.py:function, got"
     ):
         find_mode("prune_mode", "magnitud", {"mine": magnitude_prune})
 

@@ -29,7 +29,7 @@ MODES = [modes for modes in MODES if not APART & set(modes.values())]
 
 def refusal(pattern, prune_mode, growth_mode, redistribution_mode):
     """Return the error for a combination that makes no sense; None for the others."""
-    single = ("SET", "threshold", "adaptive_threshold")
+    single = ("soft_magnitude", "SET", "threshold", "adaptive_threshold")
     if growth_mode == "momentum_neuron":
         return f"growth_mode='momentum_neuron' moves single weights, and the pattern '{pattern}' does not let it"
     if prune_mode in single and pattern in ("block:4x2", "neuron"):

@@ -41,6 +41,7 @@ def grown_are_zero(run):
     return any((run.saved["model"][name][mask] == 0).any() for name, mask in masks(run).items())
 
 
+ADAM = ["--optimizer", "adam", "--lr", "0.002"]
 LAST_UPDATE = ["--prune-every-k-steps", "13"]  # of the 13 steps of a run
 # {flag: (arguments with it, arguments without it, whether two runs (with, without) show its effect)}
 EFFECTS = {
@@ -143,6 +144,16 @@ EFFECTS = {
         [*LAST_UPDATE, "--optimizer", "adam", "--reset-state"],
         lambda a, b: second_moments_of_grown(a) == 1 and second_moments_of_grown(b) == 0,
     ),
+    "--regrown-warm-up": (
+        [*OFTEN, *ADAM, "--regrown-warm-up", "1000"],
+        [*OFTEN, *ADAM],
+        lambda a, b: smallest_of_active(a) < 0.1 * smallest_of_active(b),
+    ),
+    "--lr-by-density": (
+        [*ADAM, "--lr-by-density"],
+        ADAM,
+        lambda a, b: moved(a, b) == 0 and weights(a).norm() > 1.05 * weights(b).norm(),
+    ),
 }
 
 
@@ -171,6 +182,11 @@ def second_moments_of_grown(run):
     moments, grown = run.saved["optimizer"]["state"][0]["exp_avg_sq"], mask & (weight == 0)
     assert len(moments[grown].unique()) == 1
     return pytest.approx(moments[grown].mean().item() / moments[mask & ~grown].mean().item(), rel=1e-5)
+
+
+def smallest_of_active(run):
+    """The magnitude below which a tenth of the active weights of the first layer lies: among those that have grown."""
+    return run.saved["model"]["fc1.weight"][masks(run)["fc1.weight"]].abs().quantile(0.1)
 
 
 # What other tests show, by running the script: {flag: test}
