@@ -42,7 +42,7 @@ ON_SIZES = {
     )
 } | {f"torch.{name}": getattr(torch, name) for name in ("sym_max", "sym_min", "sym_not", "sym_int", "sym_float")}
 OWN = ("conv2d", "conv2d_plain", "linear", "affine")
-RISKY = ("from_file", "_unsafe_")  # operators that touch files, or read without checks
+RISKY = ("from_file", "_unsafe_index", "_unsafe_masked", "tensor_unsafe")  # they touch files, or read without checks
 READ_ORDER = ("as_strided", "sym_stride", "sym_storage_offset", "view.dtype", "view_as_real", "view_as_complex")
 
 

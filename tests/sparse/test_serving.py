@@ -362,6 +362,7 @@ def changed(path, change):
         (["aten.from_file.default", ["harmed", True, 8], []], "reads files"),
         (["aten.relu_.default", [{"input": 0}], []], "changes what it is given"),
         (["aten._unsafe_index.Tensor", [{"input": 0}, []], []], "reads files"),
+        (["aten._sparse_coo_tensor_unsafe.default", [{"input": 0}], []], "reads files"),
         (["aten.__class__.__init__", [], []], "has no operator"),
         (["sparselearning.transpose.default", [], []], "has no operator"),
         (["operator.attrgetter", ["__class__"], []], "has no operator"),
@@ -430,3 +431,13 @@ def test_no_bytes_are_taken_for_a_model(tmp_path_factory, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="is damaged or no saved model"):
         load(path)
+
+
+def test_models_whose_layers_stay_dense_are_saved_too(tmp_path):
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 10)
+    ).eval()
+    x = torch.randn(4, 3, 16, 16)
+    save(model, tmp_path / "model.sparse", x)
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path / "model.sparse")(x[:3]), model(x[:3]))
