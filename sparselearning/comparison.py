@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparselearning.core import Masking
 from sparselearning.methods import Method, find_method
+from sparselearning.start.maskable import maskable_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class Loader(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """The scores of a method, one for each seed, with the density and the active weights at the end."""
+    """The scores of a method, one for each seed; of the weights that masks go on, how many are active at the end."""
 
     method: str
     density: float
@@ -127,7 +128,7 @@ def compare(
             model = build().to(device)
             stepper = (optimizer or _sgd)(model)
             masking = method and _masking(method, model, stepper, epochs, loader, density, device)
-            _train(model, stepper, masking, epochs, loader, loss, device)
+            _train(model, stepper, masking, epochs, loader, loss, device, seed)
             model.eval()
             with torch.no_grad():
                 score = float(evaluate(model))
@@ -152,9 +153,10 @@ def _masking(method, model, optimizer, epochs, loader, density, device):
     return Masking.from_method(method, model, optimizer, total_steps=steps, density=density, batches=batches)
 
 
-def _train(model, optimizer, masking, epochs, loader, loss, device):
+def _train(model, optimizer, masking, epochs, loader, loss, device, seed):
     model.train()
     for epoch in range(1, epochs + 1):
+        torch.manual_seed(seed * epochs + epoch)  # every method sees the batches of an epoch in the same order
         for inputs, labels in loader:
             optimizer.zero_grad()
             loss(model(inputs.to(device)), labels.to(device)).backward()
@@ -164,7 +166,7 @@ def _train(model, optimizer, masking, epochs, loader, loss, device):
 
 
 def _size(model, masking):
-    """Return the density of the masked weights and how many of them are active; of a dense model all parameters."""
+    """Return the density of the weights that masks go on, and how many of them are active."""
     if masking is None:
-        return 1.0, sum(parameter.numel() for parameter in model.parameters())
+        return 1.0, sum(weight.numel() for _, weight in maskable_parameters(model))
     return masking.density, masking.total_nonzero
