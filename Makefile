@@ -6,8 +6,8 @@ EXTRAS ?= test
 BIN := .venv/bin
 SOURCES := setup.py $(wildcard sparselearning/native/kernels/*)
 
-.PHONY: demo demo-imagenet demo-language test soak coverage mutants lint wheel docs docs-serve bench bench-engines \
-	results-mnist results-cifar clean
+.PHONY: demo demo-imagenet demo-language test test-long soak coverage mutants lint wheel docs docs-serve bench \
+	bench-engines results-mnist results-cifar clean
 
 demo: .venv/installed
 	$(BIN)/python mnist_cifar/demo.py
@@ -24,17 +24,21 @@ demo-language: .venv/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+# Tests of more than four seconds each: trainings in processes of their own, whole networks, demos.
+test-long: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "long and not slow"
+
 # What takes minutes to hours: 100 killed runs, one that is requeued 50 times, 1,000 corrupted checkpoints, 10,000
 # examples of fuzzing, sanitizers, 200 mask updates on four processes, and models of timm and transformers where these
 # are installed.
 soak: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --durations 0
 
-# Lines and branches of the package that the tests run, processes of their own included; without three tests that
+# Lines and branches of the package that all but the slow tests run, processes of their own included; without three tests that
 # coverage's files, signal handler and random numbers disturb.
 coverage: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check pytest-cov
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report term \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" --cov --cov-report term \
 		--deselect tests/mnist_cifar/test_main.py::test_the_same_seed_gives_the_same_run \
 		--deselect tests/experiments/run/test_resuming.py::test_a_thread_other_than_the_main_one_leaves_signals_alone \
 		--deselect tests/experiments/run/test_resuming.py::test_a_disk_too_full_for_the_log_ends_in_one_line

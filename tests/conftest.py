@@ -35,8 +35,9 @@ def photograph_folder(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Run what takes minutes only when asked for by `-m slow`."""
-    if "slow" not in config.getoption("-m"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
+    """Run what takes longer only where `-m` says what to run, such as `-m long`, `-m "not slow"`."""
+    if config.getoption("-m"):
+        return
+    for item in items:
+        if marker := item.get_closest_marker("slow") or item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.skip(reason=f"takes longer; run with -m {marker.name}"))

@@ -202,6 +202,7 @@ def test_a_failing_save_leaves_the_old_file_alone(tmp_path):
     assert os.listdir(tmp_path) == ["c.pt"]
 
 
+@pytest.mark.long
 def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path):
     pytest.importorskip("resource")
     checkpoint.save(tmp_path / "c.pt", epoch=1)

@@ -54,6 +54,7 @@ def assert_frequencies(found, expected):
         assert found.get(places, 0) == pytest.approx(chance, abs=5 * (chance / DRAWS) ** 0.5 + 1e-3), places
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("step", "progress"), [(0, 0.0), (50, 0.5), (100, 1.0), (150, 1.0)])
 def test_weights_are_kept_in_proportion_to_a_power_of_their_magnitude(step, progress):
     """Of five weights two leave; the power goes from 1 to 9, and beyond the end of the decay it stays."""
@@ -66,6 +67,7 @@ def test_weights_are_kept_in_proportion_to_a_power_of_their_magnitude(step, prog
     assert_frequencies(frequencies(lambda: pruned(soft_magnitude_prune, masking)), expected)
 
 
+@pytest.mark.long
 def test_the_softness_stays_where_no_schedule_says_when_training_ends():
     masking = layer_with([[1.0, 2.0]])
     masking.prune_rate_decay, masking.steps = lambda step: 0.5, 10**6
@@ -79,6 +81,7 @@ def test_active_zeros_leave_first():
     assert all(pruned(soft_magnitude_prune, masking) == [[T, F, T, F]] for _ in range(50))
 
 
+@pytest.mark.long
 def test_links_come_in_proportion_to_their_score():
     """The links [1, 0], [1, 2] have scores 3 and 3, [2, 0]... those of the oracle; one comes."""
     mask = [[T, T, T, F], [F, T, F, F], [F, F, T, T]]

@@ -24,6 +24,7 @@ def call(*argv, cwd, status=0, **environment):
     return done.stdout if status == 0 else done.stderr
 
 
+@pytest.mark.long
 def test_train_is_the_script_and_results_reads_its_runs(tmp_path):
     call("train", "digits", *SMALL, cwd=tmp_path)
     folder = run_folder(tmp_path / "runs")
@@ -32,6 +33,7 @@ def test_train_is_the_script_and_results_reads_its_runs(tmp_path):
     assert "lenet300-100" in call("results", cwd=tmp_path)
 
 
+@pytest.mark.long
 def test_a_built_package_holds_the_scripts_and_runs_them(tmp_path):
     build_command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(build_command, cwd=ROOT, check=True, capture_output=True, timeout=120)
@@ -42,6 +44,7 @@ def test_a_built_package_holds_the_scripts_and_runs_them(tmp_path):
         assert (tmp_path / "sparselearning" / "scripts" / script).read_bytes() == (ROOT / script).read_bytes()
 
 
+@pytest.mark.long
 def test_the_demo_takes_its_flags(tmp_path):
     assert "Picture: runs/demo.png" in call("demo", "--epochs", "1", cwd=tmp_path)
     assert (tmp_path / "runs" / "demo.png").exists()
@@ -53,6 +56,7 @@ def test_every_script_that_trains_has_a_command():
     assert all(commands.place_of(script).is_file() for script in scripts)
 
 
+@pytest.mark.long
 def test_a_mistake_is_one_line_that_names_the_command(tmp_path):
     said = call("train", "digits", "--epochs", "0", cwd=tmp_path, status=2)
     assert (

@@ -146,6 +146,7 @@ def test_a_weight_without_gradient_is_kept_at_its_masks():
     assert_masks_hold(masking)
 
 
+@pytest.mark.long
 def test_a_thousand_layers():
     model = nn.ModuleList(nn.Linear(4, 5, bias=False) for _ in range(1000))
     masking = masked(model, density=0.1)

@@ -151,6 +151,7 @@ def replicas():
     return states
 
 
+@pytest.mark.long
 def test_two_processes_agree():
     first, second = run_processes(replicas, 2)
     assert len(first) == len(KEPT)

@@ -211,6 +211,7 @@ def follow(data, module, masking, density, size):
     saved_and_loaded(module, masking)[1].check()
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:A density of")  # which a pattern's units cannot keep in every layer
 @pytest.mark.parametrize("examples", EXAMPLES)
 def test_invariants_hold_whatever_is_trained(examples):

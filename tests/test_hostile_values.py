@@ -211,6 +211,7 @@ def main():
         print(json.dumps([os.path.basename(line.strip()), said, seconds, grown]), flush=True)
 
 
+@pytest.mark.long
 def test_hostile_values_are_refused_or_load_whole_within_bounds(tmp_path, examples):
     pytest.importorskip("resource")
     paths = []

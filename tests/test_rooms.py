@@ -99,6 +99,7 @@ def test_an_update_reads_like_the_paper():
     assert source.count("\n") <= 40
 
 
+@pytest.mark.long
 def test_the_library_needs_torch_and_numpy_alone():
     code = (
         "import sys, numpy, torch; before = set(sys.modules); import sparselearning; "

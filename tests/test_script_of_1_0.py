@@ -124,6 +124,7 @@ def call(place, *argv):
     return done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "argv",
     [
@@ -138,6 +139,7 @@ def test_the_script_runs(place, argv):
     assert "torch.Size([10, 10])" in said
 
 
+@pytest.mark.long
 def test_the_script_goes_on_from_its_checkpoint(place):
     call(place, "--model", "lenet5")
     call(place, "--model", "lenet5", "--resume", "./models/model.pt")

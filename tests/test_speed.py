@@ -34,6 +34,7 @@ def synchronisations(benchmark):
     return benchmark("common").Synchronisations
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize("name", ["step", "update", "loop", "epoch", "scaling"])
 def test_benchmarks_run(benchmark, name, monkeypatch, tmp_path):

@@ -99,6 +99,7 @@ def test_no_document_with_python_blocks_is_forgotten():
     assert with_blocks == {*DOCUMENTS, *OF_LANGUAGE, *LIBRARIES, *RUN_ELSEWHERE}
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # of torch.export
 def test_a_new_process_serves_what_the_page_saves(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from script import ROOT
 
@@ -70,6 +71,7 @@ model.load_state_dict(load_compressed("small.safetensors"))
 SETTINGS = '{"typeCheckingMode": "strict", "venvPath": ".", "venv": "venv", "include": ["user.py"]}'
 
 
+@pytest.mark.long
 def test_a_user_s_script_has_no_unknown_types(tmp_path):
     # As an installed package, whose py.typed counts: pyright does not follow the import hook of an editable one.
     packages = tmp_path / "venv/lib/python3.10/site-packages"

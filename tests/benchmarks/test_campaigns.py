@@ -172,6 +172,7 @@ def test_masks_that_are_chosen_by_a_score_are_not_rescaled(mnist):
 # Making the runs
 
 
+@pytest.mark.long
 def test_finished_runs_are_kept_and_not_repeated(mnist, load, arguments, tmp_path, monkeypatch):
     write_mnist(tmp_path / "MNIST" / "raw")
     words = "--models lenet300-100 --methods dense set --densities 0.05 --seeds 2 --epochs 2"
@@ -200,6 +201,7 @@ def test_finished_runs_are_kept_and_not_repeated(mnist, load, arguments, tmp_pat
         assert args.csv.with_name(picture).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_a_run_on_cifar_has_its_first_test_images_apart(cifar, load, arguments, tmp_path, monkeypatch):
     write_cifar_records(tmp_path, count=6)
     script = load("results_cifar")
@@ -230,6 +232,7 @@ def epochs_in(path):
     return [json.loads(line).get("epoch") for line in path.read_text().splitlines()] if path.is_file() else []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "whom", ["campaign", *(pytest.param(one, marks=pytest.mark.slow) for one in ("run", "campaign alone"))]
 )

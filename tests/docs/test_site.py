@@ -246,6 +246,7 @@ def test_the_picture_shows_what_the_page_says(site):
     assert f"the second layer gets {came_too} of {left + left_too} places though it lost {left_too}" in text
 
 
+@pytest.mark.long
 def test_pictures_are_drawn(site, tmp_path):
     site.pictures.draw_update(tmp_path / "update.png")
     site.pictures.draw_results(tmp_path / "results.png")

@@ -147,6 +147,7 @@ def test_verify_lists_faults_of_shards(tmp_path, caplog):
         assert listed.count(line) == 1, line
 
 
+@pytest.mark.long
 def test_verify_needs_a_place_and_no_model(tmp_path, capfd):
     assert run(tmp_path / "gone", "--verify") == 2
     assert "Expected a folder that holds train/ and val/" in capfd.readouterr().err

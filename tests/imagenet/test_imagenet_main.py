@@ -80,6 +80,7 @@ def test_a_run_leaves_its_files_and_keeps_its_density(whole_run):
     assert metrics[0]["density_per_layer"] != metrics[2]["density_per_layer"]
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_elsewhere_is_the_uninterrupted_one_to_the_bit(whole_run, folder, tmp_path):
     path, metrics = whole_run
     again, resumed = train(folder, tmp_path, "--resume", path / "checkpoint-1.pt", "--gather-checkpoints")
@@ -87,6 +88,7 @@ def test_a_run_that_goes_on_elsewhere_is_the_uninterrupted_one_to_the_bit(whole_
     same_state(again / "checkpoint.pt", path / "checkpoint.pt")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("where", "argv"),
     [
@@ -140,6 +142,7 @@ def train_and_stop(step, given):
             return str(stop)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("more", [(), pytest.param(("--fsdp",), marks=pytest.mark.slow)])
 def test_processes_stopped_inside_an_epoch_go_on_to_the_bit(folder, tmp_path, more):
     more = ["--epochs", "2", "--checkpoint-every", "1", "--batch-size", "4", *more]  # statistics of BatchNorm differ
@@ -158,6 +161,7 @@ def train_together(*given):
     return without_times(folder.metrics), str(folder.path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("more", [(), ("--fsdp",)])
 def test_processes_go_on_with_a_run_of_one(whole_run, folder, tmp_path, more):
     path, metrics = whole_run
@@ -182,6 +186,7 @@ def test_accumulated_gradients_make_the_same_number_of_steps(folder, tmp_path, m
     assert metrics[0]["steps"] == 2
 
 
+@pytest.mark.long
 def test_benchmarks_and_the_profile_end_without_training(folder, tmp_path):
     few = ["--bench-iterations", "1", "--bench-warmup", "1"]
     _, metrics = train(folder, tmp_path, "--benchmark-training", "--benchmark-inference", *few)
@@ -236,6 +241,7 @@ def compiled_by(backend, patch):
 
 
 # Inductor takes minutes for a ResNet on a CPU.
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_masks_move_without_compiling_again(folder, tmp_path, monkeypatch, backend):
     compiled_by(backend, monkeypatch)
@@ -253,6 +259,7 @@ def train_small_together(*given):
         return train_together(*given)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("more", ["--compile", "--fsdp", "--fsdp --compile"])
 def test_processes_move_masks_after_an_evaluation(folder, tmp_path, more):
     given = arguments(folder, tmp_path, "--epochs", "2", "--density", "0.3", *more.split())
@@ -262,6 +269,7 @@ def test_processes_move_masks_after_an_evaluation(folder, tmp_path, more):
     assert first[0]["density_per_layer"] != first[1]["density_per_layer"]
 
 
+@pytest.mark.long
 def test_a_run_begins_with_scores_of_one_step(folder, tmp_path):
     more = ("--epochs", "1", "--accumulate", "2", "--dense-layers", "first", "*.downsample.*", "--density", "0.05")
     path, metrics = train(folder, tmp_path, "--sparse-init", "snip", *more)
@@ -477,6 +485,7 @@ def test_mistakes_that_show_later_are_one_line_too(folder, tmp_path, given, mess
         train(folder, tmp_path, *given)
 
 
+@pytest.mark.long
 def test_torchrun_starts_it(folder, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     given = arguments(folder, tmp_path, "--epochs", "1", "--device", "cpu")

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 TRAINERS = ["accelerate", "lightning", "transformers"]
 
 
+@pytest.mark.long
 def test_the_library_imports_no_trainer():
     code = f"import sys, sparselearning.core, sparselearning.sparse; assert not {{*{TRAINERS}}} & {{*sys.modules}}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -13,6 +13,7 @@ from sparselearning.models.gpt import GPT
 from sparselearning.sparse import available
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not available(), reason="built without sparse kernels")
 def test_the_demo_trains_both_models(tmp_path):
     (tmp_path / "text.txt").write_text("to be or not to be\n" * 200)

@@ -54,6 +54,7 @@ def masks_of(folder):
     return {name: expanded(layer["mask"]) for name, layer in checkpoint_of(folder)["mask"]["layers"].items()}
 
 
+@pytest.mark.long
 def test_a_run_as_a_user_starts_it(tmp_path):
     """Files, densities of attention and MLP, losses, a sample, and an evaluation that writes nothing."""
     densities = ["--method", "rigl", "--layer-density", "attention=0.3,mlp=0.1", "--sample", "def ", "--data-dir", "x"]
@@ -179,6 +180,7 @@ def train_on_two(place, weights):
     return masks, without_times(folder.metrics)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "weights", ["zero", pytest.param("sparse", marks=pytest.mark.skipif(not available(), reason=""))]
 )
@@ -371,6 +373,7 @@ def log_of(folder):
     return (folder / "log.txt").read_text()
 
 
+@pytest.mark.long
 def test_every_flag_has_its_effect(tmp_path):
     plain = train(tmp_path / "plain")
     for number, (flag, (argv, shows)) in enumerate(EFFECTS.items()):

@@ -171,6 +171,7 @@ def test_models_of_transformers_are_built_and_cached(config, tmp_path):
             OfTransformers(wrong, 50, 16)
 
 
+@pytest.mark.long
 @torch.no_grad()
 @pytest.mark.skipif(not available(), reason="built without sparse kernels")
 @pytest.mark.parametrize("name", MODELS)

@@ -285,6 +285,7 @@ def test_an_own_function_that_is_wrong(refusal, tmp_path, mistake):
 # As a user types it
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("argv", ["--density 2", "--lr 1e10"])
 def test_a_process_ends_with_one_line_and_status_2(tmp_path, argv):
     process = type_command(*DIGITS.split(), *argv.split(), cwd=tmp_path)

@@ -99,6 +99,7 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.mark.long
 def test_a_bar_is_shown_on_a_terminal(run, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     log = run("--log-interval", "1") / "log.txt"
@@ -363,6 +364,7 @@ def apex(monkeypatch):
     apex_stand_in.install(monkeypatch)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("apex")
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
 def test_fp16_with_apex_trains_and_resumes(run, interrupt, tmp_path):
@@ -399,6 +401,7 @@ def eager(model, compile_=torch.nn.Module.compile):
     compile_(model, backend="eager")
 
 
+@pytest.mark.long
 def test_features_bench_and_model_are_kept(measured):
     folder, model = measured
     with np.load(folder / "features.npz") as seen:

@@ -41,6 +41,7 @@ def train(place, stop_at):
     return orders, None
 
 
+@pytest.mark.long
 def test_a_run_goes_on_on_any_number_of_processes(tmp_path):
     for processes, stop_at in ((2, 1), (1, 2), (3, None)):
         (orders, where), *others = run_processes(train, processes, tmp_path, stop_at)

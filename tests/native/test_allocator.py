@@ -41,6 +41,7 @@ def count_faults(keep, **environment):
     return map(int, run.stdout.split())
 
 
+@pytest.mark.long
 @needs_glibc
 @pytest.mark.parametrize(
     "keep",
@@ -55,6 +56,7 @@ def test_the_second_use_of_memory_needs_no_pages(keep):
     assert after < before / 8  # once or twice a block finds its place taken
 
 
+@pytest.mark.long
 @needs_glibc
 def test_what_the_environment_says_stays():
     before, after = count_faults(BY_A_SPARSE_LAYER, MALLOC_TRIM_THRESHOLD_="131072")
@@ -104,6 +106,7 @@ print(kept - before, resident() - before, inside - before)
 """
 
 
+@pytest.mark.long
 @needs_glibc
 def test_freed_memory_is_given_back_when_asked():
     run = subprocess.run([sys.executable, "-c", GIVE], capture_output=True, text=True, check=True)

@@ -61,6 +61,7 @@ def train_shards(updates, wrap=None):
 SIZES = [(2, 40), (4, 40), *(pytest.param(processes, 200, marks=pytest.mark.slow) for processes in (2, 4))]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("processes", "updates"), SIZES)
 def test_replicas_that_divide_the_batches_end_with_the_masks_of_one_process(processes, updates):
     alone = train_replicas(updates)
@@ -70,6 +71,7 @@ def test_replicas_that_divide_the_batches_end_with_the_masks_of_one_process(proc
             assert same_masks(found, expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("processes", "updates"), SIZES)
 def test_shards_train_the_network_of_one_process_to_the_bit(processes, updates):
     # With the same batch on 2 or 4 processes the mean of the gradients is exact.
@@ -96,6 +98,7 @@ def train_modes(wrap=None):
     return [train("momentum", wrap=wrap, updates=6, **modes) for modes in MODES]
 
 
+@pytest.mark.long
 def test_every_other_mode_moves_the_masks_of_shards_as_of_the_whole():
     alone = train_modes()
     for trained in run(train_modes, 2, shard):
@@ -224,6 +227,7 @@ def train_digits(place, *more):
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("more", ["--growth momentum", "--growth random", "--pattern 2:4 --sparse-init snip"])
 def test_digits_are_learned_by_two_processes_as_by_one(tmp_path, more):
     more = more.split()

@@ -164,6 +164,7 @@ def come_late():
             masking.step()
 
 
+@pytest.mark.long
 def test_an_update_that_one_process_waits_for_ends_soon():
     with pytest.raises(RuntimeError) as error:
         run(come_late, 2)

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+import pytest
 from launch import run
 
 PAGE = (Path(__file__).parents[2] / "docs" / "processes.md").read_text()
@@ -20,6 +21,7 @@ def run_blocks(place):
     return totals
 
 
+@pytest.mark.long
 def test_the_loops_of_the_page_run(tmp_path):
     assert len(BLOCKS) == 4
     assert run(run_blocks, 2, tmp_path) == [[192] * 4] * 2  # 20% of 20 * 40 + 40 * 4

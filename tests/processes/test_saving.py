@@ -94,6 +94,7 @@ def save_and_load(place):
     return found, str(error.value)
 
 
+@pytest.mark.long
 def test_whole_checkpoints_of_parts_are_those_of_one_process(tmp_path):
     first, second = run(save_and_load, 2, tmp_path)
     for found, error in (first, second):
@@ -134,6 +135,7 @@ def load_parts(folder):
     return state_of(model, masking), said
 
 
+@pytest.mark.long
 def test_distributed_checkpoints_load_on_another_number_of_processes_or_change_nothing(tmp_path):
     saved = run(save_parts, 2, Path(tmp_path) / "parts")[0]
     for loaded, said in run(load_parts, 4, tmp_path / "parts"):

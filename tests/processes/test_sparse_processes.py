@@ -104,6 +104,7 @@ def train(steps, names=tuple(WAYS), sparingly=False):
 SIZES = [(2, 20), *(pytest.param(processes, 200, marks=pytest.mark.slow) for processes in (2, 4))]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("processes", "steps"), SIZES)
 def test_processes_that_divide_the_batches_train_the_network_of_one(processes, steps):
     alone = train(steps)
@@ -151,6 +152,7 @@ def both(place):
     return train_among_candidates(12), go_on(place)
 
 
+@pytest.mark.long
 def test_candidates_are_those_of_all_and_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     alone = train_among_candidates(12)
     (of_first, resumed), (of_second, as_well) = run(both, 2, tmp_path / "checkpoint.pt")
@@ -281,6 +283,7 @@ def rest():
     return unequal_branches(), late_penalty(), copies(), refusals()
 
 
+@pytest.mark.long
 def test_gradients_are_those_of_ddp_whatever_a_process_uses_and_misuse_is_said():
     results = run(rest, 2)
     for branches, late, _, _ in results:

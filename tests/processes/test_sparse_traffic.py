@@ -34,6 +34,7 @@ def test_a_step_sends_four_bytes_for_each_active_weight_and_little_more():
         assert 4 <= sent <= 1.1 * 4
 
 
+@pytest.mark.long
 def test_torchrun_trains_on_active_weights_as_one_process_does(tmp_path):
     given = "--data digits --epochs 2 --batch-size 64 --device cpu --sparse-backend cpu --density 0.1 --max-threads 1"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(FOLDER / "main.py")]

@@ -101,6 +101,7 @@ def train_all(ways, updates):
     return {name: train(wrap, optimizer, updates, growth) for name, (wrap, optimizer, growth) in ways.items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("processes", "updates"), [(2, 40), (4, 40), pytest.param(4, 200, marks=pytest.mark.slow)])
 def test_every_way_moves_the_masks_of_one_process(processes, updates):
     ways = WAYS | (OF_FOUR if processes == 4 else {})

@@ -75,6 +75,7 @@ def check(model, images, density, share):
     assert_equal(model, small, torch.randn(2, *images.shape[1:]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TORCHVISION]
 )

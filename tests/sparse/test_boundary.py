@@ -269,6 +269,7 @@ def test_large_steps_on_small_images_cost_no_memory(kwargs, batch):
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_what_no_kernel_is_for_is_refused_at_once():
     with pytest.raises(ValueError, match="leave it dense"):
         SparseConv2d.from_dense(nn.Conv2d(3, 8, 3, stride=65536))

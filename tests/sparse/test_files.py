@@ -302,6 +302,7 @@ def test_onnx_computes_the_same(tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("rows", [1, 4])
 def test_onnx_takes_any_number_of_rows(tmp_path, rows):
@@ -316,6 +317,7 @@ def test_onnx_takes_any_number_of_rows(tmp_path, rows):
         torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_onnxruntime_takes_any_number_of_rows(tmp_path):
     pytest.importorskip("onnxscript")

@@ -38,6 +38,7 @@ def test_gradients_are_the_same_without_the_turned_indices(batch):
         torch.testing.assert_close(twice.detach(), expected[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_layers_give_gradients_without_the_turned_indices():
     for layer, shape in layers():

@@ -110,6 +110,7 @@ def test_the_kernels_add_before_the_relu(batch, dtype, instruction_set):
         kernels().instruction_set = kernels().best
 
 
+@pytest.mark.long
 def test_residual_networks_have_no_sums_left(tmp_path):
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=10).eval()

@@ -231,6 +231,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.long
 def test_nothing_of_the_dense_size_is_made():
     done = subprocess.run([sys.executable, "-c", MEMORY], check=True, timeout=120, capture_output=True, text=True)
     of_highest, of_drawing = map(float, done.stdout.split())  # MB

@@ -18,6 +18,7 @@ print(found["steady"], found["peak"])
 """
 
 
+@pytest.mark.long
 @needs_glibc
 @pytest.mark.parametrize(
     ("density", "steady", "peak"), [(0.05, 2.0, 3.0), pytest.param(0.01, 0.6, 1.6, marks=pytest.mark.slow)]

@@ -187,6 +187,7 @@ def test_modules_without_a_reset_and_with_one_that_fails_are_refused():
         recorded(reading, "weight")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux")
 def test_a_dense_weight_of_four_terabytes_costs_what_its_active_weights_cost():
     """The peak is VmHWM, set back by clear_refs: ru_maxrss begins with that of the process that started this one."""

@@ -44,6 +44,7 @@ def saved(small, tmp_path_factory):
     return path
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_saved_models_serve_any_number_of_rows_from_a_smaller_file(tmp_path, name):
     model, inputs = served_model(name)
@@ -64,6 +65,7 @@ def test_saved_models_serve_any_number_of_rows_from_a_smaller_file(tmp_path, nam
         assert not found.requires_grad
 
 
+@pytest.mark.long
 def test_another_process_needs_torch_and_this_package_alone(tmp_path):
     model = SmallGPT()
     fast, _ = convert(sparsify(model, 0.2), torch.randint(0, 50, (8, 16)))

@@ -534,6 +534,7 @@ def test_parameters_are_those_of_the_dense_model():
     assert all(p.grad is None for group in optimizer.param_groups for p in group["params"])
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own, at a graph break
 def test_a_compiled_model_trains_the_same():
     model, optimizer, _masking = begin(every=3)

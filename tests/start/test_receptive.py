@@ -21,6 +21,7 @@ def test_counts_are_those_of_the_distribution_and_outputs_have_equally_many(dens
         assert degrees.max() - degrees.min() <= 1
 
 
+@pytest.mark.long
 def test_an_output_draws_an_input_as_often_as_its_distance_says():
     draws = 1500
     found = torch.zeros(3, 7)

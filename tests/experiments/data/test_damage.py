@@ -312,6 +312,7 @@ def outcomes(place, seeds, caplog):
     return counts
 
 
+@pytest.mark.long
 def test_damaged_data_sets_are_named_and_never_mislabelled(tmp_path, caplog):
     torch.set_num_threads(1)
     counts = outcomes(tmp_path, range(210), caplog)

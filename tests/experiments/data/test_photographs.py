@@ -124,6 +124,7 @@ raise RuntimeError("unforeseen")
 """
 
 
+@pytest.mark.long
 def test_an_unforeseen_error_does_not_wait_for_the_workers(photograph_folder):
     done = subprocess.run(
         [sys.executable, "-c", FAILING, photograph_folder], capture_output=True, text=True, timeout=100

@@ -88,6 +88,7 @@ def test_evaluation_does_not_count_them(folder, workers, caplog):
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize(("limit", "workers"), [(0, 0), (0, 1), (2, 0), (2, 2)])
 def test_one_more_ends_the_run_with_one_line(folder, limit, workers, train):
@@ -100,6 +101,7 @@ def test_one_more_ends_the_run_with_one_line(folder, limit, workers, train):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.long
 def test_training_and_evaluation_have_one_limit_and_a_second_epoch_counts_nothing_again(folder, caplog):
     spoil(folder, 1, 2)
     skips = images.Skips(2)
@@ -135,6 +137,7 @@ def labels_together(*cases):
     return results
 
 
+@pytest.mark.long
 def test_processes_know_of_each_others(folder, tmp_path_factory):
     """One bad image in each process's share; and then all are bad."""
     bad = shutil.copytree(folder, tmp_path_factory.mktemp("bad") / "all")

@@ -111,6 +111,7 @@ def test_a_failed_picture_leaves_the_old_one(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.long
 def test_pyplot_is_not_imported(tmp_path):
     """pyplot would choose a backend for the whole process and keep every figure in memory."""
     code = (

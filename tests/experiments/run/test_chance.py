@@ -41,6 +41,7 @@ def warnings_of(folder):
     return [line for line in (folder / "log.txt").read_text().splitlines() if line.startswith("WARNING")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_that_cannot_learn_says_so_once(run, script):
     folder = run(script, "--lr 0 --epochs 4")

@@ -36,6 +36,7 @@ def begin(place):
     return process
 
 
+@pytest.mark.long
 def test_killed_runs_end_as_the_uninterrupted_one(tmp_path, runs):
     begin(tmp_path / "first").join()  # starts the server that the others are forked from
     started = time.monotonic()

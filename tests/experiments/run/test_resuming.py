@@ -171,6 +171,7 @@ def test_a_thread_other_than_the_main_one_leaves_signals_alone():
     assert seen == [signal.SIG_DFL]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_process_that_gets_a_signal_writes_a_checkpoint_and_ends(tmp_path, number, status):
     argv = [*DIGITS, "--epochs", "2000", "--checkpoint-every", "1"]
@@ -281,6 +282,7 @@ def limit_files(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
+@pytest.mark.long
 def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(stop, tmp_path):
     pytest.importorskip("resource")
     stop(step=3)
@@ -299,6 +301,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(stop, tmp_p
     assert not [path for path in tmp_path.rglob(".*")]
 
 
+@pytest.mark.long
 def test_a_disk_too_full_for_the_log_ends_in_one_line(tmp_path):
     pytest.importorskip("resource")
     command = [sys.executable, str(FOLDER / "main.py"), *DIGITS]
@@ -361,6 +364,7 @@ def train_two(place, stop_at, *more):
     return without_times(folder.metrics)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stop_at", [2, STEPS])
 def test_a_signal_on_one_process_stops_all_at_the_same_step(tmp_path, stop_at):
     whole = run_processes(train_two, 2, tmp_path / "whole", None)
