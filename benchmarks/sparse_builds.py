@@ -23,7 +23,7 @@ from sparselearning.sparse.memory_order import in_order, is_batch_last
 def main():
     """Measure, log and save."""
     more = dict(builds=("", "files, with commas between"), images=(32, "per call"), rows=(128, "of a linear layer"))
-    args = common.parse(__doc__, rounds=15, **more)
+    args = common.parse(__doc__, rounds=15, densities=("0.05,0.02", "with commas between"), **more)
     builds = {Path(file).stem: library.Library(Path(file)) for file in args.builds.split(",")}
     convolutions = [
         (f"conv {channels}@{size}", convolution, (channels, size, args.images)) for channels, size in CONVOLUTIONS
@@ -34,7 +34,7 @@ def main():
     for threads in [1] if args.threads == 1 else [1, args.threads]:
         torch.set_num_threads(threads)
         for name, make, sizes in convolutions[:1] if args.quick else convolutions + linears:
-            for density in [0.05] if args.quick else [0.05, 0.02]:
+            for density in [0.05] if args.quick else map(float, args.densities.split(",")):
                 row = measure(args, builds, *make(*sizes, density))
                 rows.append(dict(layer=name, density=density, threads=threads) | row)
                 logging.info(" ".join(f"{key}={value}" for key, value in rows[-1].items()))

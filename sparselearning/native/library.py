@@ -10,7 +10,7 @@ from pathlib import Path
 import torch  # loads the OpenMP library whose threads the kernels run on
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
-INTERFACE = 6  # of kernels/interface.h
+INTERFACE = 7  # of kernels/interface.h
 STRUCTS = 8  # whose sizes the library tells
 FAILURES = {  # by what a function returns: Status of kernels/interface.h
     1: (ValueError, "The indices of a sparse layer do not fit its shape; load a state_dict of the same layer."),

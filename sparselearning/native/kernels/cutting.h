@@ -160,16 +160,20 @@ inline int64_t count_tiles(const Grid& grid, const Unit& unit, int64_t images) {
 
 // How many input channels are computed before the next ones. Their part under one tile fits into a core's first-level
 // cache, so that all rows find it there; but a row has some nonzeros among them, because its sums are loaded and stored
-// again for each block. It is all channels where cutting the rows costs more than it gains: where half the second-level
-// cache holds the input under a tile, or all of that cache where there are few tiles.
+// again for each block. If it has too few in what fits, blocks are larger, or all channels where cutting the rows costs
+// more than it gains: where half the second-level cache holds the input under a tile, or all of that cache where there
+// are few tiles. With the batch last, a single tap reads each line of its input once, which a block would halve.
 inline int64_t channels_together(const Grid& grid, const Unit& unit, int64_t images, int64_t channels, int64_t nonzeros,
                                  int64_t rows) {
     const int64_t whole = (grid.images * grid.image_pitch + unit.lanes - 1) / unit.lanes * unit.lanes;
     const int64_t across = unit.width > 1 ? unit.tile_positions() : std::min(unit.tile_positions(), whole);
     const int64_t touched = std::min((grid.reach_y + 1) * (across + grid.reach_x), across + grid.before + grid.after);
     const int64_t bytes = touched * unit.width * unit.bytes * int64_t(grid.read.size());
+    const int64_t fitting = std::max<int64_t>(L1_BYTES / bytes, 1);
     const int64_t enough = NONZEROS_TOGETHER * channels * rows / std::max<int64_t>(nonzeros, 1);
-    const int64_t together = std::max<int64_t>({L1_BYTES / bytes, enough, 1});
+    const bool read_again = unit.width == 1 || grid.tap_shift.size() > 1;
+    if (fitting >= enough && channels >= 2 * fitting && read_again) return fitting;
+    const int64_t together = std::max(fitting, enough);
     const int64_t room = count_tiles(grid, unit, images) < 8 ? cache_bytes() : cache_bytes() / 2;
     return channels >= 3 * together && channels * bytes > room ? together : channels;
 }

@@ -7,7 +7,7 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Counts the changes of this file. library.py refuses a library that was built from another version of it.
-constexpr int64_t INTERFACE = 6;
+constexpr int64_t INTERFACE = 7;
 
 // What every function returns; library.py turns all but OK into errors.
 enum Status { OK, MISFIT, NO_MEMORY, TOO_LARGE, WRONG_SIZES };

@@ -229,8 +229,8 @@ void weight_gradient(const Machine& machine, const Layer<S>& layer) {
     require(layer.x.count == input_numbers(c) && layer.dy.count == written_numbers(layer));
     require(layer.dbias.count == 0 || layer.dbias.count == c.out_channels);
     kernels<S>(machine, is_narrow<S>(c)).weight_gradient({forward_grid(c), c.images, c.in_channels, c.groups, c.batch_last != 0,
-                                         !c.batch_last && c.x_first, false, rows, layer.x.data, layer.dy.data, nullptr,
-                                         false, layer.result.data, threads_for(c, rows.nonzeros(), parallel),
+                                         !c.batch_last && c.x_first, !c.batch_last && c.y_first, rows, layer.x.data,
+                                         layer.dy.data, nullptr, false, layer.result.data, threads_for(c, rows.nonzeros(), parallel),
                                          layer.dbias.count ? layer.dbias.data : nullptr, {}, layer.window});
 }
 

@@ -22,7 +22,7 @@ template <class S>
 struct Product {
     Grid grid;
     int64_t images, channels, groups;
-    bool batch_last, x_rows, result_rows;  // whether input and result are the rows of a linear layer
+    bool batch_last, x_rows, result_rows;  // whether input and result (or dy) are the rows of a linear layer
     Rows<S> rows;
     const S *x, *dy, *bias;  // the planes that the grid reads; of the others those that there are
     bool relu;
