@@ -9,6 +9,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import few_rows
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from peers import rows
 from peers.processes import PEERS, Process, Skipped
+from peers.server import turn
 from torch import Tensor, nn
 
 from sparselearning.sparse import convert
@@ -57,20 +59,6 @@ def pair(ours: Callable[[float], float], other: Callable[[float], float], rounds
     )
 
 
-def turn_of(call: Callable[[], object]) -> Callable[[float], float]:
-    """Return a function that gives the seconds per call of as many calls as fit into its argument."""
-
-    def turn(least: float) -> float:
-        start, calls, spent = time.perf_counter(), 0, 0.0
-        while not calls or spent < least:
-            call()
-            calls += 1
-            spent = time.perf_counter() - start
-        return spent / calls
-
-    return turn
-
-
 def error_of(expected: np.ndarray, got: np.ndarray) -> dict[str, float]:
     """Return the largest difference of outputs, and the largest output."""
     return dict(largest_difference=float(np.abs(expected - got).max()), largest_output=float(np.abs(expected).max()))
@@ -90,7 +78,7 @@ def measure(job: Mapping) -> dict:
     start = time.perf_counter()
     fast, report = convert(model, x, progress=False)
     converting = time.perf_counter() - start
-    ours = turn_of(lambda: fast(x))
+    ours = partial(turn, lambda: fast(x))
     result: dict = {OURS: dict(convert_seconds=converting, sparse_layers=sum(r.replaced for r in report.layers))}
     result[OURS] |= error_of(expected, fast(x).numpy())
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +89,7 @@ def measure(job: Mapping) -> dict:
                 if kind in TORCH:
                     call = torch_kind(kind, model, x)
                     found = error_of(expected, call().numpy())
-                    result[kind] = found | pair(ours, turn_of(call), rounds, least)
+                    result[kind] = found | pair(ours, partial(turn, call), rounds, least)
                     continue
                 if job["isa"] == "avx2" and kind in NO_AVX2:
                     raise Skipped(NO_AVX2[kind])
