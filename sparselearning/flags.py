@@ -229,7 +229,7 @@ def add_sparse_args(parser: argparse.ArgumentParser, extensions: Extensions | No
         "that of --reset-state)",
     )
     kind_of_run = group.add_mutually_exclusive_group()
-    kind_of_run.add_argument("--dense", action="store_true", help="train the dense model")
+    kind_of_run.add_argument("--dense", action="store_true", help="train the dense model, whatever the flags above say")
     kind_of_run.add_argument("--sparse", action="store_false", dest="dense", help="train sparse (default)")
     group.add_argument("--verbose", action="store_true", help="log the density of every layer per update")
     defaults_from(parser, "--method", _parts)
