@@ -24,7 +24,7 @@ demo-language: .venv/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# Tests of more than four seconds each: trainings in processes of their own, whole networks, demos.
+# Tests of more than two seconds each: trainings in processes of their own, whole networks, demos.
 test-long: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "long and not slow"
 

@@ -115,6 +115,7 @@ write_atomically(sys.argv[1], write)
 """
 
 
+@pytest.mark.long
 @needs_posix
 @pytest.mark.parametrize("killed", [False, True])
 def test_the_scratch_file_of_a_process_stays_while_it_lives(tmp_path, killed):

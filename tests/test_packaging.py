@@ -50,6 +50,7 @@ def test_the_version_is_the_same_everywhere():
     assert f"## {sparselearning.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+@pytest.mark.long
 def test_the_source_distribution_holds_what_its_tests_read(tmp_path):
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), "sdist", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)

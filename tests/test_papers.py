@@ -26,6 +26,7 @@ def test_every_method_has_its_oracle():
         assert "http" in (oracle.__doc__ or ""), f"the oracle of {method} names no source"
 
 
+@pytest.mark.long
 def test_rigl_with_its_uniform_distribution_is_that_of_the_paper():
     """The first layer is dense, and the others have the density."""
     rigl, uniform = oracle_of("rigl"), oracle_of("sparse_momentum")
@@ -34,6 +35,7 @@ def test_rigl_with_its_uniform_distribution_is_that_of_the_paper():
         train_both("rigl", seed, oracle, uniform=True)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:A density of")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_training_is_that_of_the_paper(method):

@@ -83,6 +83,7 @@ def test_a_neuron_that_was_removed_returns_and_the_others_give_up_their_lowest_s
     assert add_highest(score, mask, 2).int().tolist() == [[0, 1, 1, 0], [1, 1, 0, 0], [1, 0, 1, 0]]
 
 
+@pytest.mark.long
 @given(st.data())
 def test_ablation_is_that_of_the_authors(data):
     outputs, inputs, gamma = data.draw(st.integers(2, 6)), data.draw(st.integers(3, 8)), data.draw(st.integers(1, 9))

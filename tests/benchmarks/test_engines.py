@@ -62,6 +62,7 @@ def job(**more):
     return dict(row=row, threads=1, isa="default", rounds=2, least=0.0, kinds=KINDS, pythons=pythons) | more
 
 
+@pytest.mark.long
 def test_kinds_are_measured_compared_and_skipped_by_name(measured):
     result = measured.measure(job())["result"]
     assert list(result) == ["ours", *KINDS]
@@ -129,6 +130,7 @@ def test_a_row_without_dense_engines_has_no_goal_met(engines):
     assert math.isnan(table.over_best_dense({})[1])
 
 
+@pytest.mark.long
 def test_rows_that_have_results_are_not_run_again(engines, monkeypatch, tmp_path):
     ran, asked = [], []
 

@@ -123,6 +123,7 @@ def test_sparse_weights_train_on_active_weights_alone(arch, tmp_path, caplog):
     assert smaller < 0.8 * larger
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "weights", ["zero", pytest.param("sparse", marks=pytest.mark.skipif(not available(), reason=""))]
 )

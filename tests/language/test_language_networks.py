@@ -83,6 +83,7 @@ def by_dense_layers(models, places, *_, **__):
     return [Times([ms, ms], dict.fromkeys(places, ms), dict.fromkeys(places, ms)) for ms in dense]
 
 
+@pytest.mark.long
 @torch.no_grad()
 @pytest.mark.skipif(not available(), reason="built without sparse kernels")
 def test_a_converted_model_generates_the_same(monkeypatch):

@@ -117,6 +117,7 @@ def test_the_same_seed_gives_the_same_run(typed, run):
     assert_same_run(folder, expected)
 
 
+@pytest.mark.long
 def test_iters_are_runs_of_their_own_with_further_seeds(typed, run, tmp_path):
     with pytest.raises(ValueError, match="too many values"):
         run("--iters", "2")
@@ -193,6 +194,7 @@ def test_a_run_begins_with_scores_before_training(run, init):
     assert all(layer["mask"].any() for layer in layers)
 
 
+@pytest.mark.long
 def test_a_run_begins_with_the_masks_of_another(run, tmp_path):
     first = run("--sparse-init", "synflow", "--epochs", "1", "--density", "0.1", place="first")
     masks = {name: layer["mask"] for name, layer in checkpoint_of(first)["mask"]["layers"].items()}
@@ -497,6 +499,7 @@ def test_mnist_files_train(run, tmp_path):
     assert (metrics_of(folder)[0]["steps"], metrics_of(folder)[-1]["test_total"]) == (6, 20)
 
 
+@pytest.mark.long
 def test_cifar_files_train_a_convolutional_network(run, tmp_path, monkeypatch):
     write_cifar_records(tmp_path / "data", count=20)
     monkeypatch.setenv("SPARSELEARNING_DATA", str(tmp_path / "data"))

@@ -24,6 +24,7 @@ def test_a_run_keeps_its_pattern(pattern, tmp_path):
     assert pattern == "fan-in:0.3" or counts == [counts[0]] * 3
 
 
+@pytest.mark.long
 def test_a_run_from_scores_goes_on_with_its_fan_in(tmp_path):
     main = load_main()
     given = f"--data digits --max-threads 1 --device cpu --density 0.05 --run-dir {tmp_path} --method snip"

@@ -58,6 +58,7 @@ def by_the_longest_dimension(shape):
     return shape.index(max(shape))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("mesh_shape", "dimension_of"), [((3,), by_rows), ((2,), by_the_longest_dimension), ((2, 2), by_rows)]
 )

@@ -29,6 +29,7 @@ def count_bytes():
     return masking.held.bytes_per_step / masking.total_nonzero
 
 
+@pytest.mark.long
 def test_a_step_sends_four_bytes_for_each_active_weight_and_little_more():
     for sent in run(count_bytes, 2):
         assert 4 <= sent <= 1.1 * 4

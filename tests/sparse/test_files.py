@@ -291,6 +291,7 @@ def test_to_dense_has_only_torch_layers_and_computes_the_same():
     torch.testing.assert_close(dense(x), model(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_computes_the_same(tmp_path):
     pytest.importorskip("onnxscript")

@@ -38,6 +38,7 @@ def chi_square(counts, draws):
     return sum((count - expected) ** 2 / expected for count in counts)
 
 
+@pytest.mark.long
 def test_the_highest_are_those_of_the_whole_gradient():
     for seed in range(1000):
         draw = random.Random(seed)

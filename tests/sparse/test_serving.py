@@ -305,6 +305,7 @@ def test_tensors_keep_dtype_layout_and_numbers(shape, dtype, density, data):
         assert found.stride() == tensor.stride()
 
 
+@pytest.mark.long
 def test_tied_weights_are_stored_once(tmp_path):
     layer = nn.Linear(300, 300, bias=False)
     one = save(nn.Sequential(layer), tmp_path / "one", torch.randn(2, 300))

@@ -81,6 +81,7 @@ def test_a_layer_keeps_one_unit():
     assert_same_outputs(model, small, torch.randn(2, 3))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "density"), [("lenet300-100", 0.01), ("lenet5", 0.03), ("vgg-d", 0.002), ("wrn-16-8", 0.002)]
 )

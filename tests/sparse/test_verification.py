@@ -95,6 +95,7 @@ def test_a_model_that_converts_runs_few_times():
     assert len(runs) < 12
 
 
+@pytest.mark.long
 def test_the_search_ends_where_every_layer_is_wrong(monkeypatch):
     break_layers(monkeypatch, *range(100))
     model = many_layers()

@@ -66,6 +66,7 @@ def test_patterns_are_taken_from_the_state():
     second.check()
 
 
+@pytest.mark.long
 def test_the_state_of_two_modules_is_taken_when_the_second_is_added():
     first, second = mlp(20, 30, 10), mlp(10, 20)
     masking = Masking(sgd(first, second), None)

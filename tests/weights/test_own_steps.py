@@ -267,6 +267,7 @@ def of_processes():
     return trained(shard=True), replicas() if available() else None
 
 
+@pytest.mark.long
 def test_shards_and_replicas_make_the_same_steps():
     torch.manual_seed(0)
     (first, mine), (second, other) = run(of_processes, 2)

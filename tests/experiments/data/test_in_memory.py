@@ -8,6 +8,7 @@ from data_files import same_split, write_mnist
 from sparselearning.experiments.data.in_memory import Split, batches, count_batches, crop_and_flip, draw_crops, load
 
 
+@pytest.mark.long
 def test_digits_need_no_files(tmp_path):
     data = load("digits", folder=tmp_path / "missing")
     assert (len(data.train), len(data.valid), len(data.test)) == (1294, 144, 359)

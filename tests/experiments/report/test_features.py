@@ -59,6 +59,7 @@ def test_a_shared_relu_counts_once_per_use():
     assert {name: list(layer.shape) for name, layer in found.items()} == {"1": [4, 3], "1#2": [6, 3]}
 
 
+@pytest.mark.long
 def test_a_compiled_model_is_not_compiled_again(model):
     data = batches(4, 5)
     expected = features.collect(model, data, classes=3)

@@ -116,6 +116,7 @@ def test_a_run_stopped_in_its_evaluation_goes_on_to_the_bit(run, stop, tmp_path,
     assert_same_run(run(*more, "--resume", "auto"), whole)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not available(), reason="built without sparse kernels")
 @pytest.mark.parametrize("more", [(), ("--method", "rigl", "--prune-every-k-steps", "7")])
 def test_a_run_on_sparse_kernels_stopped_in_an_epoch_goes_on_to_the_bit(run, stop, more):
