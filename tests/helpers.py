@@ -2,10 +2,18 @@
 
 from itertools import pairwise
 
+import pytest
 import torch
 from torch import nn
 
 from sparselearning import Masking
+
+TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
+
+
+def needs_torch(major, minor, what):
+    """Return the mark of tests of what older versions of torch cannot do."""
+    return pytest.mark.skipif((major, minor) > TORCH, reason=f"{what} needs torch {major}.{minor}")
 
 
 def mlp(*widths):

@@ -7,6 +7,7 @@ import tempfile
 import traceback
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -39,6 +40,8 @@ def run(function, processes, *arguments):
                 process.join(5)
                 process.kill()
     errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(answers) if error]
+    if any("'Stream' object has no attribute 'record_event'" in error for error in errors):
+        pytest.skip("FSDP2 on a CPU needs torch 2.7")
     if errors:
         raise RuntimeError("\n".join(errors))
     return [torch.load(io.BytesIO(result), weights_only=False) for _, result in answers]

@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import needs_torch
 from helpers_conversion import sparsify
 from torch import nn
 
@@ -135,6 +136,7 @@ def test_converted_models_export():
 
 
 @needs_kernels
+@needs_torch(2, 7, "a dynamic batch of convolutions")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("always_faster")
 @pytest.mark.parametrize("rows", [2, 8, 16])

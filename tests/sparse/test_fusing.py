@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torchvision
+from helpers import needs_torch
 from helpers_conversion import sparsify
 from helpers_sparse import instruction_sets
 from torch import nn
@@ -12,7 +13,10 @@ from sparselearning.sparse.fusing import ADDED, fused
 from sparselearning.sparse.interface import kernels
 from sparselearning.sparse.memory_order import to_batch_last
 
-pytestmark = pytest.mark.skipif(not available(), reason="built without sparse kernels")
+pytestmark = [
+    needs_torch(2, 7, "a dynamic batch of convolutions"),
+    pytest.mark.skipif(not available(), reason="built without sparse kernels"),
+]
 CONV = "sparselearning.conv2d.default"
 
 

@@ -12,6 +12,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from helpers import needs_torch
 from helpers_conversion import sparsify
 from helpers_serving import NAMES, SmallGPT, served_model
 from hypothesis import given, settings
@@ -22,6 +23,7 @@ from sparselearning.sparse import SparseConv2d, SparseLinear, available, convert
 from sparselearning.sparse.serving import PROGRAM, Pieces, read_tensor, write_tensor
 
 pytestmark = [
+    needs_torch(2, 7, "a dynamic batch of convolutions"),
     pytest.mark.skipif(not available(), reason="built without sparse kernels"),
     pytest.mark.usefixtures("always_faster"),
 ]
@@ -85,7 +87,7 @@ for threads in (1, 2):
     torch.set_num_threads(threads)
     torch.testing.assert_close(serve(ids), expected)
 """
-    subprocess.run([sys.executable, "-P", "-c", code], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=tmp_path)
 
 
 class Served(nn.Module):

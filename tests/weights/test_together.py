@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_masks_hold, backward, mlp, same, train
+from helpers import assert_masks_hold, backward, mlp, needs_torch, same, train
 
 from sparselearning import Masking, Updates
 from sparselearning.schedules import StepDensity
+
+pytestmark = needs_torch(2, 9, "torch.optim.Muon")
 
 
 def optimizers(model):
