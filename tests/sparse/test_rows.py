@@ -61,6 +61,7 @@ def test_ties_nans_and_zeros_go_where_torch_lets_them(relu):
     same(found, wanted, equal_nan=True, atol=0, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch._vmap_internals")  # of torch 2.6 itself
 @pytest.mark.parametrize("relu", [False, True])
 def test_pooling_has_all_gradients(relu):
     x = images(2, 3, 5, 7, dtype=torch.float64)
@@ -217,6 +218,7 @@ class Doubled(nn.Sequential):
         return 2 * super().forward(input)
 
 
+@pytest.mark.filterwarnings("ignore:(Dynamo does not know how|Graph break due)")  # of torch 2.8 and older
 @pytest.mark.parametrize("kind", [nn.Sequential, Doubled])
 def test_a_row_is_the_class_that_it_was(kind):
     model = kind(OrderedDict(conv=nn.Conv2d(1, 3, 3), relu=nn.ReLU(), pool=nn.MaxPool2d(2)))
