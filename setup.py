@@ -20,6 +20,7 @@ export = ["onnx", "onnxscript", "onnxruntime", "safetensors"]
 models = ["timm", "transformers", "tokenizers", "peft"]
 trainers = ["transformers", "lightning", "accelerate"]  # sparselearning.integrations
 docs = [*scripts, "mkdocs-material", "mkdocstrings-python"]  # `make docs`; the scripts' parsers are read
+docs += ['pymdown-extensions<12; python_version < "3.11"']  # the last mkdocstrings for Python 3.10 takes no newer one
 test = ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright"]
 
 
