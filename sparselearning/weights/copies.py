@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparselearning.native.zero import zero_inactive
 from sparselearning.processes.sharded import placed_like
 from sparselearning.start.maskable import canonical_name, named_parameters
 
@@ -36,8 +37,8 @@ def apply_to(masking: Any, other: nn.Module | Mapping[str, Tensor], module: nn.M
             f"Expected a copy of {type(module).__name__}, got a {type(other).__name__} in which {'; '.join(lines)}. "
             "Pass the module or the state_dict whose weights have the names of the masked ones."
         )
-    for name, layer in layers.items():
-        weights[name].masked_fill_(~placed_like(weights[name], layer.mask), 0)
+    masks = [placed_like(weights[name], layer.mask) for name, layer in layers.items()]
+    zero_inactive([weights[name] for name in layers], masks)
 
 
 def _only(modules):
