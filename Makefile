@@ -34,8 +34,8 @@ test-long: .venv/installed
 soak: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --durations 0
 
-# Lines and branches of the package that all but the slow tests run, processes of their own included; without three tests that
-# coverage's files, signal handler and random numbers disturb.
+# Lines and branches of the package that all but the slow tests run, processes of their own included; without three
+# tests that coverage's files, signal handler and random numbers disturb.
 coverage: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check pytest-cov
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" --cov --cov-report term \

@@ -60,7 +60,9 @@ inline void check_window(const Window& window, int64_t height, int64_t width) {
     require(window.pixels() <= NOWHERE && height >= window.y && width >= window.x);
 }
 
-inline int64_t output_numbers(const Conv& c) { return product_of({c.images, c.out_channels, c.out_height, c.out_width}); }
+inline int64_t output_numbers(const Conv& c) {
+    return product_of({c.images, c.out_channels, c.out_height, c.out_width});
+}
 
 // Whether all of `count` indices lie in [0, limit), in the widest instruction set of this processor.
 bool all_below(const int32_t* index, int64_t count, int64_t limit);

@@ -54,8 +54,8 @@ struct Piece {
     std::vector<std::vector<Run>> runs;  // one list for each view written
 };
 
-// With the batch last, strips of whole rows, and of whole windows that are as many rows high. The strips of each of `parts` of the rows come together, of all images, so
-// that a thread for each part has memory pages of its own.
+// With the batch last, strips of whole rows, and of whole windows that are as many rows high. The strips of each of
+// `parts` of the rows come together, of all images, so that a thread for each part has memory pages of its own.
 inline std::vector<Strip> cut_rows(const Grid& grid, const Unit& unit, int64_t images, int64_t room, int64_t parts,
                                    int64_t window) {
     const int64_t even = 2 * std::max<int64_t>(window, 1);
@@ -162,7 +162,8 @@ inline int64_t count_tiles(const Grid& grid, const Unit& unit, int64_t images) {
 // cache, so that all rows find it there; but a row has some nonzeros among them, because its sums are loaded and stored
 // again for each block. If it has too few in what fits, blocks are larger, or all channels where cutting the rows costs
 // more than it gains: where half the second-level cache holds the input under a tile, or all of that cache where there
-// are few tiles. With the batch last, a single tap reads each line of its input once, which a block would halve.
+// are few tiles. With the batch last only layers of several taps, which read the same input again, gain from blocks of
+// the first-level cache: these hold a vector at a position, and others a cache line.
 inline int64_t channels_together(const Grid& grid, const Unit& unit, int64_t images, int64_t channels, int64_t nonzeros,
                                  int64_t rows) {
     const int64_t whole = (grid.images * grid.image_pitch + unit.lanes - 1) / unit.lanes * unit.lanes;

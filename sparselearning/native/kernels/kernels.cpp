@@ -171,8 +171,8 @@ template <class S>
 void multiply_few(const Machine& machine, const Conv& c, const Rows<S>& rows, const S* x, int64_t features,
                   bool by_rows, const S* bias, bool relu, S* result) {
     const Parallel parallel = threads_for(c, rows.nonzeros(), parallel_of(machine));
-    const Product<S> product{{}, c.width, features, 1, false, by_rows, true, rows, x, nullptr, bias, relu, result,
-                             parallel};
+    Product<S> product{{}, c.width, features, 1, false, by_rows, true, rows, x, result, parallel};
+    product.bias = bias, product.relu = relu;
     require(kernels<S>(machine).multiply_few(product), MISFIT);
 }
 
@@ -189,10 +189,12 @@ void forward(const Machine& machine, const Layer<S>& layer) {
         return multiply_few(machine, c, rows, x, c.in_channels, c.x_first, bias, layer.relu, layer.result.data);
     }
     const Rows<S> rows = rows_of(layer, parallel);
-    kernels<S>(machine, is_narrow<S>(c)).convolve({forward_grid(c), c.images, c.in_channels, c.groups, c.batch_last != 0,
-                                  !c.batch_last && c.x_first, !c.batch_last && c.y_first, rows, x, nullptr, bias,
-                                  layer.relu != 0, layer.result.data, threads_for(c, rows.nonzeros(), parallel),
-                                  nullptr, {}, {}, layer.window, layer.residual.data});
+    Product<S> product{forward_grid(c), c.images, c.in_channels, c.groups, c.batch_last != 0,
+                       !c.batch_last && c.x_first, !c.batch_last && c.y_first, rows, x, layer.result.data,
+                       threads_for(c, rows.nonzeros(), parallel)};
+    product.bias = bias, product.relu = layer.relu != 0;
+    product.window = layer.window, product.residual = layer.residual.data;
+    kernels<S>(machine, is_narrow<S>(c)).convolve(product);
 }
 
 // A row is one phase plane of one input channel.
@@ -214,10 +216,11 @@ void input_gradient(const Machine& machine, const Layer<S>& layer) {
     const Rows<S> rows{planes, layer.start.data, layer.column.data, ordered};
     if (makes_few_rows(c, c.x_first) && !layer.window.y)
         return multiply_few(machine, c, rows, layer.dy.data, c.out_channels, c.y_first, {}, false, layer.result.data);
-    kernels<S>(machine, is_narrow<S>(c)).convolve({input_gradient_grid(c), c.images, c.out_channels, c.groups, c.batch_last != 0,
-                                  !c.batch_last && c.y_first, !c.batch_last && c.x_first, rows, layer.dy.data, nullptr,
-                                  nullptr, false, layer.result.data, threads_for(c, nonzeros, parallel), nullptr,
-                                  layer.window, {}, {}});
+    Product<S> product{input_gradient_grid(c), c.images, c.out_channels, c.groups, c.batch_last != 0,
+                       !c.batch_last && c.y_first, !c.batch_last && c.x_first, rows, layer.dy.data, layer.result.data,
+                       threads_for(c, nonzeros, parallel)};
+    product.x_window = layer.window;
+    kernels<S>(machine, is_narrow<S>(c)).convolve(product);
 }
 
 template <class S>
@@ -228,10 +231,12 @@ void weight_gradient(const Machine& machine, const Layer<S>& layer) {
     require(layer.result.count == layer.column.count);
     require(layer.x.count == input_numbers(c) && layer.dy.count == written_numbers(layer));
     require(layer.dbias.count == 0 || layer.dbias.count == c.out_channels);
-    kernels<S>(machine, is_narrow<S>(c)).weight_gradient({forward_grid(c), c.images, c.in_channels, c.groups, c.batch_last != 0,
-                                         !c.batch_last && c.x_first, !c.batch_last && c.y_first, rows, layer.x.data,
-                                         layer.dy.data, nullptr, false, layer.result.data, threads_for(c, rows.nonzeros(), parallel),
-                                         layer.dbias.count ? layer.dbias.data : nullptr, {}, layer.window});
+    Product<S> product{forward_grid(c), c.images, c.in_channels, c.groups, c.batch_last != 0,
+                       !c.batch_last && c.x_first, !c.batch_last && c.y_first, rows, layer.x.data, layer.result.data,
+                       threads_for(c, rows.nonzeros(), parallel)};
+    product.dy = layer.dy.data, product.dy_window = layer.window;
+    product.dbias = layer.dbias.count ? layer.dbias.data : nullptr;
+    kernels<S>(machine, is_narrow<S>(c)).weight_gradient(product);
 }
 
 template <class S>

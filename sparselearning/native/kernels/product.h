@@ -24,10 +24,11 @@ struct Product {
     int64_t images, channels, groups;
     bool batch_last, x_rows, result_rows;  // whether input and result (or dy) are the rows of a linear layer
     Rows<S> rows;
-    const S *x, *dy, *bias;  // the planes that the grid reads; of the others those that there are
-    bool relu;
+    const S* x;  // the planes that the grid reads
     S* result;
     Parallel parallel;
+    const S *dy = nullptr, *bias = nullptr;  // of a weight gradient and a forward pass, if there is a bias
+    bool relu = false;
     S* dbias = nullptr;                         // where the weight gradient writes the sums of dy, if anywhere
     Window x_window{}, dy_window{}, window{};  // of x, dy and the result, where one is a pooled output or its gradient
     const S* residual = nullptr;                // what is added to the result before the ReLU, if anything
