@@ -147,6 +147,16 @@ Span<T> target(std::vector<T>& numbers) {
     return {numbers.empty() ? nullptr : numbers.data(), int64_t(numbers.size())};
 }
 
+// A forward pass of a layer that adds no residual and is not pooled; what it writes is to be filled in.
+template <class S>
+Layer<S> layer_of(const Case<S>& t, const Conv& c) {
+    Layer<S> layer{};
+    layer.conv = c, layer.relu = t.relu;
+    layer.start = span(t.start), layer.column = span(t.column), layer.value = span(t.value), layer.bias = span(t.bias);
+    layer.x = span(t.x), layer.dy = span(t.dy);
+    return layer;
+}
+
 // The sum of dy over each channel.
 template <class S>
 std::vector<double> sums_over_channels(const Case<S>& t) {
@@ -165,9 +175,11 @@ void check(const Case<S>& t, int64_t set, int64_t threads) {
     Conv written = c;  // what is written has the order of the vectors
     written.x_first = written.y_first = false;
     std::vector<double> y(t.dy.size()), dx(t.x.size()), dw(t.value.size());
+    const std::vector<S> residual = numbers<S>(draw(0, 1) ? y.size() : 0);
     for (size_t i = 0; i < y.size(); ++i) {
         const size_t pixels = c.out_height * c.out_width;
         y[i] = t.bias[c.batch_last ? i / (pixels * c.images) : i / pixels % c.out_channels];
+        if (!residual.empty()) y[i] += residual[i];
     }
     t.products([&](int64_t k, int64_t x_at, int64_t dy_at, int64_t dx_at, int64_t y_at) {
         y[y_at] += double(t.value[k]) * t.x[x_at];
@@ -178,11 +190,10 @@ void check(const Case<S>& t, int64_t set, int64_t threads) {
         for (double& v : y) v = std::max(v, 0.0);
 
     const Machine machine{set, threads, nullptr};
-    Layer<S> layer{written, span(t.start), span(t.column), {}, span(t.value), span(t.bias), span(t.x), span(t.dy), {},
-                   {}, {}, t.relu};
+    Layer<S> layer = layer_of(t, written);
     std::vector<S> found(y.size());
     layer.conv.x_first = c.x_first;
-    layer.result = target(found);
+    layer.residual = span(residual), layer.result = target(found);
     forward(machine, layer);
     compare("forward", found, y);
 
@@ -213,31 +224,39 @@ void check(const Case<S>& t, int64_t set, int64_t threads) {
     if (back != from) std::abort();
 }
 
-// The forward pass and the input gradient of a linear layer.
+// The forward pass and the gradients of a linear layer.
 template <class S>
 void check_rows(const Case<S>& t, int64_t set, int64_t threads) {
     const Conv& c = t.c;
     const auto at = [&](int64_t n, int64_t channel, int64_t channels, bool by_rows) {
         return by_rows ? n * channels + channel : channel * c.width + n;
     };
-    std::vector<double> y(t.dy.size()), dx(t.x.size());
+    std::vector<double> y(t.dy.size()), dx(t.x.size()), dw(t.value.size()), dbias(c.out_channels);
     for (int64_t n = 0; n < c.width; ++n)
         for (int64_t o = 0; o < c.out_channels; ++o) {
             const int64_t y_at = at(n, o, c.out_channels, c.y_first);
             y[y_at] = t.bias[o];
+            dbias[o] += t.dy[y_at];
             for (int64_t k = t.start[o]; k < t.start[o + 1]; ++k) {
                 const int64_t x_at = at(n, t.column[k], c.in_channels, c.x_first);
                 y[y_at] += double(t.value[k]) * t.x[x_at];
                 dx[x_at] += double(t.value[k]) * t.dy[y_at];
+                dw[k] += double(t.dy[y_at]) * t.x[x_at];
             }
             if (t.relu) y[y_at] = std::max(y[y_at], 0.0);
         }
     const Machine machine{set, threads, nullptr};
     std::vector<S> found(y.size());
-    Layer<S> layer{c, span(t.start), span(t.column), {}, span(t.value), span(t.bias), span(t.x), span(t.dy),
-                   target(found), {}, {}, t.relu};
+    Layer<S> layer = layer_of(t, c);
+    layer.result = target(found);
     forward(machine, layer);
     compare("rows", found, y);
+
+    std::vector<S> dw_found(dw.size()), dbias_found(dbias.size());
+    layer.result = target(dw_found), layer.dbias = target(dbias_found);
+    weight_gradient(machine, layer);
+    compare("weight gradient of rows", dw_found, dw);
+    compare("bias gradient of rows", dbias_found, dbias);
 
     std::vector<int32_t> start(c.in_channels + 1), column(t.column.size()), order(t.column.size());
     transpose_rows(machine, {c, span(t.start), span(t.column), target(start), target(column), target(order)});
@@ -256,7 +275,8 @@ void check_pooling(Case<S> t, int64_t set, int64_t threads) {
     const int64_t y = draw(1, std::min<int64_t>(c.out_height, 3)), x = draw(1, std::min<int64_t>(c.out_width, 4));
     const int64_t pooled = c.images * c.out_channels * (c.out_height / y) * (c.out_width / x);
     std::vector<uint8_t> place(pooled), found_place(pooled);
-    Layer<S> layer{c, span(t.start), span(t.column), {}, span(t.value), span(t.bias), span(t.x), {}, {}, {}, {}, 0};
+    Layer<S> layer = layer_of(t, c);
+    layer.dy = {}, layer.relu = false;
     std::vector<S> whole(t.dy.size()), expected(pooled), found(pooled);
     layer.result = target(whole);
     forward(machine, layer);
@@ -347,6 +367,7 @@ int refused_of_wrong(Status (*run)(const Machine*, const Layer<S>*)) {
     Case<S> t = draw(0, 3) ? random_case<S>() : random_rows<S>();
     std::vector<S> result(draw(0, 1) ? t.dy.size() : draw(0, 1) ? t.x.size() : t.value.size());
     std::vector<S> dbias(draw(0, 9) ? draw(0, 1) * t.c.out_channels : draw(0, 9));
+    const std::vector<S> residual(draw(0, 1) ? 0 : draw(0, 5) ? t.dy.size() : draw(0, 9));
     std::vector<int32_t> order(t.column.size());
     for (size_t i = 0; i < order.size(); ++i) order[i] = int32_t(i);
     for (int64_t changes = draw(0, 2); changes > 0; --changes) {
@@ -363,8 +384,9 @@ int refused_of_wrong(Status (*run)(const Machine*, const Layer<S>*)) {
         if (which == 7) damage(result);
     }
     const Machine machine{draw(0, 20) ? 0 : wrong_number(), draw(0, 9) ? 1 : draw(-3, 3), nullptr};
-    Layer<S> layer{t.c, span(t.start), span(t.column), span(order), span(t.value), span(t.bias), span(t.x),
-                   span(t.dy), target(result), target(dbias), {}, 1};
+    Layer<S> layer = layer_of(t, t.c);
+    layer.order = span(order), layer.residual = span(residual);
+    layer.result = target(result), layer.dbias = target(dbias);
     std::vector<uint8_t> place;
     if (draw(0, 1)) {
         const int64_t y = draw(0, 5) ? draw(1, 4) : wrong_number(), x = draw(0, 5) ? draw(1, 4) : wrong_number();
@@ -433,9 +455,11 @@ int main(int argc, char** argv) {
         for (auto run : {sl_forward_double, sl_input_gradient_double, sl_weight_gradient_double})
             refused += refused_of_wrong<double>(run);
         other_functions_with_wrong_numbers(sl_affine_float, sl_transpose_float, sl_normalise_float, sl_pool_float);
-        other_functions_with_wrong_numbers(sl_affine_float, sl_transpose_float, sl_normalise_gradient_float, sl_pool_gradient_float);
+        other_functions_with_wrong_numbers(sl_affine_float, sl_transpose_float, sl_normalise_gradient_float,
+                                           sl_pool_gradient_float);
         other_functions_with_wrong_numbers(sl_affine_double, sl_transpose_double, sl_normalise_double, sl_pool_double);
-        other_functions_with_wrong_numbers(sl_affine_double, sl_transpose_double, sl_normalise_gradient_double, sl_pool_gradient_double);
+        other_functions_with_wrong_numbers(sl_affine_double, sl_transpose_double, sl_normalise_gradient_double,
+                                           sl_pool_gradient_double);
     }
     std::printf("%d calls with wrong arguments: %d refused, none out of bounds\n", wrong / 6 * 6, refused);
     std::printf("%d rounds on %d instruction sets: no difference\n", rounds, sl_instruction_set() + 1);

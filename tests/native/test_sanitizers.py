@@ -7,13 +7,25 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).with_name("sanitize.cpp")
+SANITIZERS = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+def build(*flags):
+    subprocess.run(["g++", "-std=c++17", "-Wno-psabi", SOURCE, *flags], check=True)
+
+
+@pytest.mark.long
+@needs_compiler
+def test_what_the_sanitizers_run_fits_the_kernels():
+    """The build with sanitizers takes minutes and is left to the slow tests; this one notices a changed interface."""
+    build("-fsyntax-only")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@needs_compiler
 def test_kernels_pass_address_and_undefined_behaviour_sanitizers(tmp_path):
-    flags = ["-std=c++17", "-g", "-O1", "-Wno-psabi", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     program = tmp_path / "sanitize"
-    subprocess.run(["g++", *flags, SOURCE, "-o", program], check=True)
+    build(*SANITIZERS, "-o", program)
     run = subprocess.run([program, "100", "100000"], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

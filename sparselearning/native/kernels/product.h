@@ -29,9 +29,9 @@ struct Product {
     Parallel parallel;
     const S *dy = nullptr, *bias = nullptr;  // of a weight gradient and a forward pass, if there is a bias
     bool relu = false;
-    S* dbias = nullptr;                         // where the weight gradient writes the sums of dy, if anywhere
+    S* dbias = nullptr;                        // where the weight gradient writes the sums of dy, if anywhere
     Window x_window{}, dy_window{}, window{};  // of x, dy and the result, where one is a pooled output or its gradient
-    const S* residual = nullptr;                // what is added to the result before the ReLU, if anything
+    const S* residual = nullptr;               // what is added to the result before the ReLU, if anything
 
     int64_t planes() const { return channels * int64_t(grid.read.size()); }
     int64_t channels_per_group() const { return channels / groups; }
