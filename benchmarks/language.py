@@ -65,13 +65,13 @@ def commands(args: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-def make(command: str, place: Path, args: argparse.Namespace) -> dict[str, Any] | None:
+def make(command: str, place: Path, threads: int, data_dir: str | None, script: Path = SCRIPT) -> dict[str, Any] | None:
     """Make a run in the folder `place`, or go on with it; return what was measured, or None if it failed."""
     place.mkdir(parents=True, exist_ok=True)
-    argv = [sys.executable, str(SCRIPT), *shlex.split(command), "--device", "cpu", "--resume", "auto"]
-    argv += ["--max-threads", str(args.max_threads), "--run-dir", str(place)]
-    argv += ["--data-dir", str(args.data_dir)] if args.data_dir else []
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.max_threads)}
+    argv = [sys.executable, str(script), *shlex.split(command), "--device", "cpu", "--resume", "auto"]
+    argv += ["--max-threads", str(threads), "--run-dir", str(place)]
+    argv += ["--data-dir", data_dir] if data_dir else []
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with (place / "console.txt").open("w+") as console:
         process = subprocess.Popen(argv, env=environment, stdout=console, stderr=subprocess.STDOUT)
         _, status, used = os.wait4(process.pid, 0)
@@ -154,7 +154,7 @@ def make_all(runs: Sequence[Mapping[str, Any]], columns: list[str], args: argpar
         if command in {row["command"] for row in kept.read(args.csv)}:
             continue
         place = args.run_dir / hashlib.sha256(command.encode()).hexdigest()[:12]
-        if (found := make(command, place, args)) is None:
+        if (found := make(command, place, args.max_threads, args.data_dir)) is None:
             failed += 1
             continue
         kept.append(args.csv, {**run, **found, **here}, columns)

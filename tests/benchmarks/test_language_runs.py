@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import sys
 
 import pytest
@@ -51,6 +52,21 @@ def test_a_run_that_is_in_the_file_is_not_made_again(language, tmp_path, monkeyp
     assert language.main() == 1
     assert len(made) == 3  # the one that failed is tried again
     assert (tmp_path / "runs.md").is_file()
+
+
+@pytest.mark.long
+def test_speeds_are_measured_by_the_script_beside_a_dense_model(language, tmp_path, monkeypatch):
+    speed = importlib.import_module("language_speed")
+    argv = ["language_speed.py", "--quick", "--rounds", "1", "--methods", "rigl", "--parts", "1", "--threads", "1"]
+    argv += ["--other", str(language.SCRIPT), "--output", str(tmp_path / "speed.json")]
+    monkeypatch.setattr(sys, "argv", argv)
+    speed.main()
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [row["kind"] for row in rows] == ["dense", "rigl", "rigl, other"]
+    assert rows[0]["tokens_per_second / dense"] == 1
+    assert rows[1]["held_mb"] == rows[2]["held_mb"] < rows[0]["held_mb"]
+    expected = round(rows[2]["tokens_per_second"] / rows[1]["tokens_per_second"], 3)
+    assert rows[2]["tokens_per_second / this checkout"] == expected
 
 
 @pytest.fixture
