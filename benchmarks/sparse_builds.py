@@ -22,13 +22,18 @@ from sparselearning.sparse.memory_order import in_order, is_batch_last
 
 def main():
     """Measure, log and save."""
-    more = dict(builds=("", "files, with commas between"), images=(32, "per call"), rows=(128, "of a linear layer"))
+    more = dict(
+        builds=("", "files, with commas between"),
+        images=(32, "per call"),
+        rows=(128, "of a linear layer"),
+        linears=(",".join(f"{features}x{features}" for features in LINEARS), "inputs x outputs of linear layers"),
+    )
     args = common.parse(__doc__, rounds=15, densities=("0.05,0.02", "with commas between"), **more)
     builds = {Path(file).stem: library.Library(Path(file)) for file in args.builds.split(",")}
     convolutions = [
         (f"conv {channels}@{size}", convolution, (channels, size, args.images)) for channels, size in CONVOLUTIONS
     ]
-    linears = [(f"linear {features}", linear, (features, args.rows)) for features in LINEARS]
+    linears = [(f"linear {size}", linear, (size, args.rows)) for size in args.linears.split(",")]
     args.builds = list(builds)
     rows = []
     for threads in [1] if args.threads == 1 else [1, args.threads]:
@@ -48,11 +53,12 @@ def convolution(channels, size, images, density):
     return layer, SparseConv2d.from_dense(layer), torch.randn(images, channels, size, size)
 
 
-def linear(features, rows, density):
-    """Return a dense layer, its sparse form and an input."""
-    layer = nn.Linear(features, features)
+def linear(size, rows, density):
+    """Return a dense layer, its sparse form and an input; `size` is "inputs x outputs", without spaces."""
+    inputs, outputs = map(int, size.split("x"))
+    layer = nn.Linear(inputs, outputs)
     prune(layer, density)
-    return layer, SparseLinear.from_dense(layer), torch.randn(rows, features)
+    return layer, SparseLinear.from_dense(layer), torch.randn(rows, inputs)
 
 
 def measure(args, builds, layer, sparse, inputs):
