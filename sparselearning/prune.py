@@ -106,7 +106,7 @@ def threshold_prune(masking) -> dict[str, Tensor]:
     """
     expected = sum(count_to_remove(masking, layer.name) for layer in masking.layers)
     kept = {layer.name: layer.mask & (layer.master.abs() > masking.prune_threshold) for layer in masking.layers}
-    removed = masking.total_nonzero - sum(mask.sum() for mask in kept.values())
+    removed = masking.total_nonzero - sum(fetch([mask.sum() for mask in kept.values()]))
     if abs(removed - expected) <= masking.tolerance * expected:
         return kept
     exact = global_magnitude_prune(masking)

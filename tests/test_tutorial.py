@@ -88,8 +88,8 @@ def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
         warnings.simplefilter("ignore")  # of trainers, on few workers, a CPU, newer torch
     if document == "docs/patterns.md" and TORCH < (2, 9):
         pytest.skip("torch.optim.Muon needs torch 2.9")
-    if document in OF_LANGUAGE and TORCH < (2, 7):
-        pytest.skip("a dynamic batch of language models needs torch 2.7")
+    if document in OF_LANGUAGE and TORCH < (2, 8):
+        pytest.skip("a dynamic batch of language models needs torch 2.8")
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "document", **a_training()}
     blocks = list(python_blocks((ROOT / document).read_text()))

@@ -92,7 +92,7 @@ def traced(model: nn.Module, takes: dict[str, Any], tensors: list[Tensor], rows:
         raise ValueError(
             f"torch.export cannot trace the model for any number of rows: {why.partition('! For more')[0]}. Take the "
             "number from x.shape[0], not len(x), or save the model for the rows of the example: dynamic_batch=False, "
-            "as torch before 2.7 needs for convolutions and attention."
+            "as torch before 2.8 needs for convolutions and attention."
         ) from error
 
 

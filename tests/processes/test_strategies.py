@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import mlp
+from helpers import TORCH, mlp
 from launch import run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -107,6 +107,8 @@ def test_every_way_moves_the_masks_of_one_process(processes, updates):
     ways = WAYS | (OF_FOUR if processes == 4 else {})
     if updates == 40:  # the others: test_distributed_training.py, or slow
         ways = {name: way for name, way in ways.items() if name in QUICK[processes]}
+    if TORCH < (2, 8):  # whose FSDP2 fails on a CPU
+        ways = {name: way for name, way in ways.items() if "SDP" not in name}
     of_one = {name: (alone, OF_ONE.get(optimizer, optimizer), growth) for name, (_, optimizer, growth) in ways.items()}
     expected = train_all(of_one, updates)
     for found in run(train_all, processes, ways, updates):

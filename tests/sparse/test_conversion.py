@@ -136,7 +136,7 @@ def test_converted_models_export():
 
 
 @needs_kernels
-@needs_torch(2, 7, "a dynamic batch of convolutions")
+@needs_torch(2, 8, "a dynamic batch of convolutions")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("always_faster")
 @pytest.mark.parametrize("rows", [2, 8, 16])

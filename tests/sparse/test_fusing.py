@@ -14,7 +14,7 @@ from sparselearning.sparse.interface import kernels
 from sparselearning.sparse.memory_order import to_batch_last
 
 pytestmark = [
-    needs_torch(2, 7, "a dynamic batch of convolutions"),
+    needs_torch(2, 8, "a dynamic batch of convolutions"),
     pytest.mark.skipif(not available(), reason="built without sparse kernels"),
 ]
 CONV = "sparselearning.conv2d.default"

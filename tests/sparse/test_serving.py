@@ -23,7 +23,7 @@ from sparselearning.sparse import SparseConv2d, SparseLinear, available, convert
 from sparselearning.sparse.serving import PROGRAM, Pieces, read_tensor, write_tensor
 
 pytestmark = [
-    needs_torch(2, 7, "a dynamic batch of convolutions"),
+    needs_torch(2, 8, "a dynamic batch of convolutions"),
     pytest.mark.skipif(not available(), reason="built without sparse kernels"),
     pytest.mark.usefixtures("always_faster"),
 ]

@@ -85,7 +85,7 @@ def test_slow_first_calls_do_not_count(monkeypatch):
     assert layer.seconds == 1.0
 
 
-@needs_torch(2, 7, "a model that compiles after it was forced to run eagerly")
+@needs_torch(2, 8, "a model that compiles after it was forced to run eagerly")
 def test_a_compiled_model_runs_eagerly_meanwhile():
     graphs = []
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
