@@ -58,7 +58,7 @@ def commands_of(args: argparse.Namespace) -> dict[str, tuple[Path, str]]:
     commands = {language.DENSE: (language.SCRIPT, f"{model} {steps} --dense")}
     commands |= {method: (language.SCRIPT, command) for method, command in sparse.items()}
     if args.other:
-        commands |= {f"{method}, other": (Path(args.other), command) for method, command in sparse.items()}
+        commands |= {f"{method}, other": (Path(args.other).absolute(), command) for method, command in sparse.items()}
     return commands
 
 

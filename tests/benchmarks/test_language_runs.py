@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import shutil
 import sys
 
 import pytest
@@ -57,10 +58,16 @@ def test_a_run_that_is_in_the_file_is_not_made_again(language, tmp_path, monkeyp
 @pytest.mark.long
 def test_speeds_are_measured_by_the_script_beside_a_dense_model(language, tmp_path, monkeypatch):
     speed = importlib.import_module("language_speed")
+    other = tmp_path / "other"
+    for folder in ("sparselearning", "language"):
+        shutil.copytree(ROOT / folder, other / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    with (other / "sparselearning/__init__.py").open("a") as file:
+        file.write("__import__('pathlib').Path(__file__).with_name('imported').touch()\n")
     argv = ["language_speed.py", "--quick", "--rounds", "1", "--methods", "rigl", "--parts", "1", "--threads", "1"]
-    argv += ["--other", str(language.SCRIPT), "--output", str(tmp_path / "speed.json")]
+    argv += ["--other", str(other / "language/main.py"), "--output", str(tmp_path / "speed.json")]
     monkeypatch.setattr(sys, "argv", argv)
     speed.main()
+    assert (other / "sparselearning/imported").exists()
     rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
     assert [row["kind"] for row in rows] == ["dense", "rigl", "rigl, other"]
     assert rows[0]["tokens_per_second / dense"] == 1
