@@ -152,7 +152,7 @@ def save(args: argparse.Namespace, benchmark: str, rows: list[dict[str, Any]]) -
     """Write the rows with hardware, versions and load to results/<benchmark>-<device>.json."""
     path = Path(args.output) if args.output else RESULTS / f"{benchmark}-{args.device.partition(':')[0]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {name: value for name, value in vars(args).items() if name not in ("output", "data_dir")}
+    settings = {name: value for name, value in vars(args).items() if name not in ("output", "data_dir", "other")}
     report = dict(benchmark=benchmark, settings=settings, machine=machine(args.device), rows=rows)
     path.write_text(json.dumps(report, indent=1) + "\n")
     logging.info("Wrote %s", path)
