@@ -71,8 +71,8 @@ def make(command: str, place: Path, threads: int, data_dir: str | None, script: 
     argv = [sys.executable, str(script), *shlex.split(command), "--device", "cpu", "--resume", "auto"]
     argv += ["--max-threads", str(threads), "--run-dir", str(place)]
     argv += ["--data-dir", data_dir] if data_dir else []
-    package = os.pathsep.join(filter(None, [str(script.parents[1]), os.environ.get("PYTHONPATH")]))  # beside the script
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": package}
+    path = os.pathsep.join(filter(None, [str(script.parents[1]), os.environ.get("PYTHONPATH")]))  # the script's package
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
     with (place / "console.txt").open("w+") as console:
         process = subprocess.Popen(argv, env=environment, stdout=console, stderr=subprocess.STDOUT)
         _, status, used = os.wait4(process.pid, 0)

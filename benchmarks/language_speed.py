@@ -4,11 +4,11 @@
     python benchmarks/language_speed.py --quick
     python benchmarks/language_speed.py --other OTHER/language/main.py    # a checkout with a build of its own, too
 
-Each run is a command of language/main.py in a process of its own: the model of language.py, whose attention has 30% of
-its weights and whose MLPs have 10%. The kinds take turns. Speed is that of the median of --parts parts of a run, each
-of --steps steps, so that what happens once, as compiling or an update of the masks, does not count; a ratio is the
-median over rounds. Memory is the largest resident size of the process, and what weights, gradients and optimizer state
-take. Writes results/language_speed-cpu.json.
+Each run is a command of language/main.py in a process of its own: the model of language.py dense, dense with --compile,
+and sparse, where attention has 30% of its weights and the MLPs have 10%. The kinds take turns. Speed is that of the
+median of --parts parts of a run, each of --steps steps, so that what happens once, as compiling or an update of the
+masks, does not count; a ratio is the median over rounds. Memory is the largest resident size of the process, and what
+weights, gradients and optimizer state take. Writes results/language_speed-cpu.json.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import common
 
 import language
 
+COMPILED = "dense, compiled"
 MEASURED = ["tokens_per_second", "peak_mb", "held_mb"]
 SMALL = "--data python --tokens characters --layers 2 --width 64 --heads 2 --context 32 --batch-size 4"
 
@@ -55,7 +56,8 @@ def commands_of(args: argparse.Namespace) -> dict[str, tuple[Path, str]]:
         method: f"{model} {steps} --method {method} {language.SPARSE} --weights sparse"
         for method in args.methods.split(",")
     }
-    commands = {language.DENSE: (language.SCRIPT, f"{model} {steps} --dense")}
+    dense = f"{model} {steps} --dense"
+    commands = {language.DENSE: (language.SCRIPT, dense), COMPILED: (language.SCRIPT, f"{dense} --compile")}
     commands |= {method: (language.SCRIPT, command) for method, command in sparse.items()}
     if args.other:
         commands |= {f"{method}, other": (Path(args.other).absolute(), command) for method, command in sparse.items()}
@@ -80,6 +82,7 @@ def rows_of(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         row["range"] = [pick(run["tokens_per_second"] for run in runs) for pick in (min, max)]
         for name in MEASURED:
             row[f"{name} / dense"] = ratio(runs, found[language.DENSE], name)
+        row[f"tokens_per_second / {COMPILED}"] = ratio(runs, found[COMPILED], "tokens_per_second")
         if ours := found.get(kind.removesuffix(", other")):
             row["tokens_per_second / this checkout"] = ratio(runs, ours, "tokens_per_second")
         rows.append(row)

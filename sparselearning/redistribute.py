@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparselearning.functions import after_pruning, entrywise, gives_back, in_proportion, reads
 from sparselearning.native.zero import zero_inactive
-from sparselearning.processes.sharded import added_up, is_sharded, local_part
+from sparselearning.processes.sharded import added_up, local_part
 
 
 @entrywise
@@ -65,8 +65,7 @@ def _mean_over_active(score, mask, count):
     if type(score) is Tensor and score.device.type == "cpu" and score.dtype == torch.float32:
         # torch would first copy the tensor to float64; numpy converts it a piece at a time.
         return float(score.detach().numpy().sum(dtype=np.float64)) / max(count, 1)
-    part = local_part(score).sum(dtype=precision) / max(count, 1)
-    return added_up(part, score) if is_sharded(score) else part
+    return added_up(local_part(score).sum(dtype=precision) / max(count, 1), score)
 
 
 REDISTRIBUTION_FUNCTIONS = {

@@ -202,9 +202,15 @@ def joined(part: Tensor, like: Any) -> Any:
 
 
 def added_up(part: Tensor, like: Any) -> Any:
-    """Return a 0-d tensor of which each part of the DTensor `like` has a summand; `add_up` and `fetch` add them up."""
+    """Return a 0-d tensor of which each part of the DTensor `like` has a summand; `part` itself if `like` is whole.
+
+    `add_up` and `fetch` add the summands up. Compute with numbers before: torch 2.6 and 2.7 divide such a tensor by the
+    number that they divided the first one by.
+    """
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
+    if not is_sharded(like):
+        return part
     placements = [Replicate() if placement.is_replicate() else Partial() for placement in like.placements]
     return DTensor.from_local(part, like.device_mesh, placements, run_check=False)
 
