@@ -26,14 +26,16 @@ def main():
         builds=("", "files, with commas between"),
         images=(32, "per call"),
         rows=(128, "of a linear layer"),
+        convolutions=(
+            ",".join(f"{channels}@{size}" for channels, size in CONVOLUTIONS),
+            "channels @ height and width of 3x3 convolutions",
+        ),
         linears=(",".join(f"{features}x{features}" for features in LINEARS), "inputs x outputs of linear layers"),
     )
     args = common.parse(__doc__, rounds=15, densities=("0.05,0.02", "with commas between"), **more)
     builds = {Path(file).stem: library.Library(Path(file)) for file in args.builds.split(",")}
-    convolutions = [
-        (f"conv {channels}@{size}", convolution, (channels, size, args.images)) for channels, size in CONVOLUTIONS
-    ]
-    linears = [(f"linear {size}", linear, (size, args.rows)) for size in args.linears.split(",")]
+    convolutions = [(f"conv {size}", convolution, (size, args.images)) for size in args.convolutions.split(",") if size]
+    linears = [(f"linear {size}", linear, (size, args.rows)) for size in args.linears.split(",") if size]
     args.builds = list(builds)
     rows = []
     for threads in [1] if args.threads == 1 else [1, args.threads]:
@@ -46,8 +48,9 @@ def main():
     common.save(args, "sparse_builds", rows)
 
 
-def convolution(channels, size, images, density):
-    """Return a dense layer, its sparse form and an input."""
+def convolution(size, images, density):
+    """Return a dense layer, its sparse form and an input; `size` is "channels @ height and width", without spaces."""
+    channels, size = map(int, size.split("@"))
     layer = nn.Conv2d(channels, channels, 3, padding=1)
     prune(layer, density)
     return layer, SparseConv2d.from_dense(layer), torch.randn(images, channels, size, size)

@@ -16,7 +16,7 @@ from sparselearning.sparse.dispatch import unobserved
 from sparselearning.sparse.memory_order import is_turned, to_batch_first
 from sparselearning.sparse.modules import SparseConv2d, SparseLinear, SparseModule
 from sparselearning.sparse.normalisation import has_kernel, normalised
-from sparselearning.sparse.pooling import BatchLastAvgPool2d, BatchLastMaxPool2d
+from sparselearning.sparse.pooling import BatchLastAdaptiveAvgPool2d, BatchLastAvgPool2d, BatchLastMaxPool2d
 from sparselearning.sparse.rows import Row, row_for
 from sparselearning.sparse.trained import Trained
 
@@ -41,6 +41,7 @@ class BatchLastBatchNorm2d(nn.BatchNorm2d):
 KEEPING = {
     nn.MaxPool2d: BatchLastMaxPool2d,
     nn.AvgPool2d: BatchLastAvgPool2d,
+    nn.AdaptiveAvgPool2d: BatchLastAdaptiveAvgPool2d,
     nn.BatchNorm2d: BatchLastBatchNorm2d,
 }
 

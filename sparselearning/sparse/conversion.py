@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 SECONDS_PER_LAYER = 0.05
 SECONDS_COMPILED = 1.0
+FEW_WEIGHTS = 1 << 16  # of a convolution without zeros that may be sparse too, to keep the memory order
 NAN = math.nan
 
 
@@ -53,7 +54,8 @@ def convert(
     folded into it. The fastest model is compared with the dense one, in time and in outputs, on the example and on a
     second input: what makes them differ or raises stays dense, and the report says so. Times depend on the batch, so
     pass an example of the batch size to be served, and call `torch.set_num_threads` first. `save` takes the example
-    too, which is kept as long as the model. Layers without zeros stay dense, and so do models that are not on a CPU.
+    too, which is kept as long as the model. Layers without zeros stay dense, except small convolutions between sparse ones,
+    whose outputs' memory order may matter more; and so do models that are not on a CPU.
 
     layout: 'unstructured' for the kernels of this package; '2:4' or 'bsr' for masks of that pattern on a GPU.
     progress: whether to draw a bar on stderr; None for where it is a terminal.
@@ -255,7 +257,7 @@ def sparse_of(name: str, layer: Layer, seen: Seen, relu: nn.Module | None) -> tu
     try:
         if isinstance(layer, nn.Conv2d):
             numeric_padding(layer)
-        if density == 1:
+        if density == 1 and not (isinstance(layer, nn.Conv2d) and layer.weight.numel() <= FEW_WEIGHTS):
             return kept(name, layer, "no zeros"), None
         if seen.dtype not in DTYPES or dtype != seen.dtype or device != "cpu":
             return kept(name, layer, f"no kernels for {seen.dtype} with weights of {dtype} on {device}"), None

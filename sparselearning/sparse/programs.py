@@ -20,7 +20,7 @@ from torch import Tensor
 from sparselearning.sparse import ops
 from sparselearning.sparse.fusing import ADDED, fused, steps_in
 from sparselearning.sparse.memory_order import is_turned, to_batch_first
-from sparselearning.sparse.pooling import BatchLastAvgPool2d, BatchLastMaxPool2d
+from sparselearning.sparse.pooling import BatchLastAvgPool2d, BatchLastMaxPool2d, mean_of_planes
 
 CONTAINERS = {"tuple": tuple, "list": list, "dict": dict, "OrderedDict": OrderedDict}
 NUMBERS = (type(None), bool, int, float, str)
@@ -112,7 +112,14 @@ def in_any_order(name: str, step: Callable[..., Any], args: list[Any]) -> tuple[
     if name == "aten.avg_pool2d.default" and not steps_in(rest):
         size, stride, *others = [*rest, *([],)[len(rest) - 1 :]]
         return BatchLastAvgPool2d(size, stride or size, *others), [x]
+    if name == "aten.mean.dim" and rest == [[-1, -2], True]:  # what torch.export makes of a global pooling
+        return partial(pooled_globally, step), [x]
     return step, args
+
+
+def pooled_globally(step: Callable[..., Any], x: Tensor) -> Tensor:
+    """Return the mean of the last two dimensions of x, which stay."""
+    return mean_of_planes(x) if x.dim() == 4 and is_turned(x) else step(x, [-1, -2], True)
 
 
 class Program:

@@ -97,6 +97,17 @@ def test_nothing_slower_is_put_in():
 
 @needs_kernels
 @pytest.mark.usefixtures("always_faster")
+def test_small_convolutions_without_zeros_may_keep_the_memory_order_too():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 1), nn.Conv2d(8, 257, (16, 2)))
+    sparsify(model[0], 0.2)
+    x = torch.randn(16, 3, 20, 20)
+    fast, report = convert(model, x)
+    assert [(layer.density, layer.replaced) for layer in report.layers[1:]] == [(1.0, True), (1.0, False)]
+    torch.testing.assert_close(fast(x), model(x).detach(), atol=1e-5, rtol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("always_faster")
 def test_report_names_layers_and_why_they_stay():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Conv2d(1, 1, 2, padding_mode="circular", padding=1))
     with torch.no_grad():

@@ -43,7 +43,7 @@ struct Strip {
 struct Tile {
     int64_t position;   // from the strip's begin
     int rows, columns;  // columns in vectors
-    int64_t target;     // where its sums go
+    int64_t target;     // where its sums go, from the first ones of a row on
 };
 
 // What one sweep over the weight's rows computes: a whole strip, or a single tile where rows are cut into segments. A
@@ -163,7 +163,7 @@ inline int64_t count_tiles(const Grid& grid, const Unit& unit, int64_t images) {
 // again for each block. If it has too few in what fits, blocks are larger, or all channels where cutting the rows costs
 // more than it gains: where half the second-level cache holds the input under a tile, or all of that cache where there
 // are few tiles. With the batch last only layers of several taps, which read the same input again, gain from blocks of
-// the first-level cache: these hold a vector at a position, and others a cache line.
+// the first-level cache.
 inline int64_t channels_together(const Grid& grid, const Unit& unit, int64_t images, int64_t channels, int64_t nonzeros,
                                  int64_t rows) {
     const int64_t whole = (grid.images * grid.image_pitch + unit.lanes - 1) / unit.lanes * unit.lanes;
