@@ -20,7 +20,9 @@ from sparselearning.sparse.deciding import CHANNELS_LAST, DENSE, SPARSE, WHOLE_M
 from sparselearning.sparse.folding import Affine, Layer, affine_changes, folded, followers, sparse_change, sparse_form
 from sparselearning.sparse.gpu import convert_pattern
 from sparselearning.sparse.interface import DTYPES, available
+from sparselearning.sparse.memory_order import is_batch_last
 from sparselearning.sparse.modules import SparseModule
+from sparselearning.sparse.pointwise import PointwiseConv2d
 from sparselearning.sparse.progress import Show, progress_line
 from sparselearning.sparse.report import LayerReport, Report, density_of, layers_of, others_of
 from sparselearning.sparse.tracing import keep_example
@@ -54,8 +56,8 @@ def convert(
     folded into it. The fastest model is compared with the dense one, in time and in outputs, on the example and on a
     second input: what makes them differ or raises stays dense, and the report says so. Times depend on the batch, so
     pass an example of the batch size to be served, and call `torch.set_num_threads` first. `save` takes the example
-    too, which is kept as long as the model. Layers without zeros stay dense, except small convolutions between sparse ones,
-    whose outputs' memory order may matter more; and so do models that are not on a CPU.
+    too, which is kept as long as the model. Layers without zeros stay dense, except small convolutions beside sparse
+    ones, whose memory order may matter more; and so do models that are not on a CPU.
 
     layout: 'unstructured' for the kernels of this package; '2:4' or 'bsr' for masks of that pattern on a GPU.
     progress: whether to draw a bar on stderr; None for where it is a terminal.
@@ -211,10 +213,15 @@ def plan(model: nn.Module, verifier: Verifier) -> tuple[Report, Trial]:
         entry, sparse = sparse_of(name, fused, flow.inputs[layer], relu)
         entry.density = density_of(layer)
         report.layers.append(entry)
+        pointwise = PointwiseConv2d.of(fused, relu is not None)
         changes = dense_changes(name, layer, fused, norm, flow.inputs[layer])
+        if pointwise is not None:
+            followed = [(module, nn.Identity()) for module in (norm, relu) if module is not None]
+            changes[DENSE] = Change.one_way(name, [(layer, pointwise), *followed])
         if sparse is not None:
             changes[SPARSE] = sparse_change(entry, layer, sparse, norm, relu)
-        candidates.append(Candidate(places[layer], entry, changes))
+        keeps = pointwise is not None and is_batch_last(flow.inputs[layer].shape[0])
+        candidates.append(Candidate(places[layer], entry, changes, keeps))
         taken |= {module for module in (norm, relu if sparse is not None else None) if module is not None}
     report.layers += [kept(name, layer, why) for name, layer, why in others_of(model)]
     names = {name: place for place, (name, _) in enumerate(model.named_modules())}

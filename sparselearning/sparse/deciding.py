@@ -35,12 +35,14 @@ Forms = dict["Candidate", int]
 class Candidate:
     """A layer that can be had in several forms: the changes that make them, by form.
 
-    `place` is the layer's in model.modules(). A layer without zeros has no sparse form.
+    `place` is the layer's in model.modules(). A large layer without zeros has no sparse form. `keeps` says that the
+    dense form keeps the memory order of sparse layers.
     """
 
     place: int
     entry: LayerReport
     changes: dict[int, Change]
+    keeps: bool = False
 
     def in_form(self, form: int) -> int:
         """Return the form, or what comes next to it among those that the layer has."""
@@ -128,7 +130,10 @@ def is_dense(forms: Forms | None) -> bool:
 
 
 def estimated(candidates: list[Candidate], dense: Times, sparse: Times, layout: int) -> Forms:
-    """Return the forms that are faster in a model of all such layers; dense ones take `layout`."""
+    """Return the forms that are faster in a model of all such layers; dense ones take `layout`.
+
+    Beside sparse layers those that keep their memory order do: one that does not, and the sums after it, turn it twice.
+    """
     forms = {}
     for candidate in candidates:
         place, entry = candidate.place, candidate.entry
@@ -137,6 +142,8 @@ def estimated(candidates: list[Candidate], dense: Times, sparse: Times, layout: 
             entry.dense_ms, entry.sparse_ms = dense.own[place], sparse.own[place]
             if sparse.span[place] < dense.span[place] and entry.sparse_ms < SURELY_DENSE * entry.dense_ms:
                 forms[candidate] = SPARSE
+    if SPARSE in forms.values():
+        forms |= {each: DENSE for each, form in forms.items() if each.keeps and form == CHANNELS_LAST}
     return forms
 
 

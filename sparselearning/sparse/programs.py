@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.utils import _pair
 
 from sparselearning.sparse import ops
-from sparselearning.sparse.fusing import ADDED, fused, steps_in
+from sparselearning.sparse.fusing import ADDED, CONVOLUTIONS, fused, steps_in
 from sparselearning.sparse.memory_order import is_turned, to_batch_first
-from sparselearning.sparse.pooling import BatchLastAvgPool2d, BatchLastMaxPool2d, mean_of_planes
+from sparselearning.sparse.pointwise import is_pointwise, product, with_batch_last
+from sparselearning.sparse.pooling import BatchLastAdaptiveAvgPool2d, BatchLastAvgPool2d, BatchLastMaxPool2d
 
 CONTAINERS = {"tuple": tuple, "list": list, "dict": dict, "OrderedDict": OrderedDict}
 NUMBERS = (type(None), bool, int, float, str)
@@ -112,14 +114,19 @@ def in_any_order(name: str, step: Callable[..., Any], args: list[Any]) -> tuple[
     if name == "aten.avg_pool2d.default" and not steps_in(rest):
         size, stride, *others = [*rest, *([],)[len(rest) - 1 :]]
         return BatchLastAvgPool2d(size, stride or size, *others), [x]
-    if name == "aten.mean.dim" and rest == [[-1, -2], True]:  # what torch.export makes of a global pooling
-        return partial(pooled_globally, step), [x]
+    if name == "aten.conv2d.default":
+        return partial(convolved, step), args
+    if name == "aten.adaptive_avg_pool2d.default" and not steps_in(rest):
+        return BatchLastAdaptiveAvgPool2d(*rest), [x]
     return step, args
 
 
-def pooled_globally(step: Callable[..., Any], x: Tensor) -> Tensor:
-    """Return the mean of the last two dimensions of x, which stay."""
-    return mean_of_planes(x) if x.dim() == 4 and is_turned(x) else step(x, [-1, -2], True)
+def convolved(step: Callable[..., Any], x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    """Return the convolution that `step` computes of these arguments."""
+    bias, stride, padding, _, groups = [*others, *(None, [1, 1], [0, 0], [1, 1], 1)[len(others) :]]
+    if is_pointwise(weight, padding, groups) and (turned := with_batch_last(x)) is not None:
+        return product(turned, weight, bias, tuple(_pair(stride)))
+    return step(x, weight, *others)
 
 
 class Program:
@@ -133,7 +140,9 @@ class Program:
         self.stored = {"tensor": tensors, "layer": layers}
         self.size = sum(tensor.nbytes for tensor in [*tensors, *(part for layer in layers for part in layer)])
         steps = description["steps"]
-        any_order = not any(part in name for name, _, _ in steps for part in READ_ORDER)
+        names = [name for name, _, _ in steps]
+        any_order = not any(part in name for name in names for part in READ_ORDER)
+        turning = any(name in CONVOLUTIONS for name in names)  # whether any step gives images whose batch is last
         numbered = enumerate(fused(steps, description["results"]) if any_order else steps)
         left = [(number, *step) for number, step in numbered if step is not None]
         last_use = {index: number for number, _, *given in left for index in steps_in(given)}
@@ -143,7 +152,7 @@ class Program:
         self.steps = []
         for number, name, args, named in left:
             step = ops.conv2d_added if name == ADDED and any_order else operator_of(name)
-            if any_order and args and not named:
+            if any_order and turning and args and not named:
                 step, args = in_any_order(name, step, args)
             given = self.prepared(args), {key: self.prepared(part) for key, part in named}
             self.steps.append((number, step, *given, done[number]))

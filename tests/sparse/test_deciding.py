@@ -10,6 +10,7 @@ from helpers_conversion import LAYERS, sparsify, turns_by
 from torch import nn
 
 from sparselearning.sparse import available, convert, in_place
+from sparselearning.sparse.memory_order import is_turned
 from sparselearning.sparse.modules import SparseModule
 from sparselearning.sparse.progress import progress_line
 
@@ -53,6 +54,22 @@ def test_a_layer_that_is_slower_alone_but_faster_in_place_becomes_sparse(timed):
 
     timed(cost)
     assert replaced(network())[0] == [True, True, True]
+
+
+@pytest.mark.parametrize(("batch", "keeps"), [(8, True), (2, False)])
+def test_dense_convolutions_of_single_pixels_keep_the_memory_order_of_sparse_ones(timed, batch, keeps):
+    timed(lambda modules, place: 9.0 if is_sparse(modules[place]) == (place == 2) else 1.0)
+    first, _, last, *rest = network()
+    model = nn.Sequential(first, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), last, *rest).eval()
+    x = torch.randn(batch, 4, 6, 6)
+    converted, report = convert(model, x)
+    assert [layer.replaced for layer in report.layers] == [True, False, True]
+    orders = []
+    converted[1].register_forward_hook(lambda module, args, y: orders.append(is_turned(y)))
+    with torch.no_grad():
+        torch.testing.assert_close(converted(x), model(x), atol=1e-5, rtol=1e-5)
+    assert orders == [keeps]
+    assert type(converted[3]) is nn.Identity
 
 
 def test_a_layer_that_makes_the_next_one_slower_stays_dense(timed):

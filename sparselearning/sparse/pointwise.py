@@ -1,0 +1,65 @@
+"""Dense convolutions of single pixels beside sparse layers, on images whose batch is last in memory.
+
+Erdos-Renyi-kernel leaves many such layers with few zeros. In CHWN order each is one matrix product of its weight and
+the pixels of all images, as they lie. torch's convolution would copy the images into another order, and return that: a
+sum of both orders takes several times as long as one of two alike.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from sparselearning.sparse.memory_order import is_batch_last, is_turned, to_batch_last
+from sparselearning.sparse.pooling import can_read
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int] = (1, 1)) -> Tensor:
+    """Return the convolution of x (N, C, H, W) in CHWN order with weight (K, C, 1, 1), in the same order.
+
+    The result is new memory: (N, K, H / stride, W / stride).
+    """
+    pixels = x.movedim(0, -1)[:, :: stride[0], :: stride[1]]
+    columns, matrix = pixels.flatten(1), weight.flatten(1)
+    y = matrix @ columns if bias is None else torch.addmm(bias[:, None], matrix, columns)
+    return y.unflatten(1, pixels.shape[1:]).movedim(-1, 0)
+
+
+def with_batch_last(x: Tensor) -> Tensor | None:
+    """Return images in CHWN order if sparse layers keep them so; None for others, and where gradients are wanted."""
+    if x.dim() != 4 or is_turned(x):
+        return x if x.dim() == 4 else None
+    wanted = is_batch_last(len(x)) and can_read(x) and x.numel() > 0 and not torch.is_grad_enabled()
+    return to_batch_last(x) if wanted else None
+
+
+def is_pointwise(weight: Tensor, padding: Any, groups: int) -> bool:
+    """Return whether a convolution with such arguments of F.conv2d reads single pixels, of all channels."""
+    return weight.shape[2:] == (1, 1) and groups == 1 and (padding == "valid" or _pair(padding) in ((0, 0), [0, 0]))
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A dense convolution of single pixels, and the ReLU after it, that give images as sparse layers do."""
+
+    relu: bool
+
+    @classmethod
+    def of(cls, layer: nn.Module, relu: bool) -> PointwiseConv2d | None:
+        """Return what `layer` computes, with the same parameters; None if it is no such convolution."""
+        if type(layer) is not nn.Conv2d or not is_pointwise(layer.weight, layer.padding, layer.groups):
+            return None
+        keeping: Any = copy.copy(layer)
+        keeping.__class__, keeping.relu = cls, relu
+        return keeping
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, (down, right) = with_batch_last(input), _pair(self.stride)
+        y = super().forward(input) if x is None else product(x, self.weight, self.bias, (down, right))
+        return y.relu_() if self.relu else y
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", relu=True" if self.relu else "")

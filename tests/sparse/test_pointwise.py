@@ -1,0 +1,54 @@
+"""Dense convolutions of single pixels compute what torch's do, and give images as sparse layers do."""
+
+import pytest
+import torch
+from torch import nn
+
+from sparselearning.sparse import available
+from sparselearning.sparse.memory_order import is_turned, to_batch_last
+from sparselearning.sparse.pointwise import PointwiseConv2d
+
+pytestmark = pytest.mark.skipif(not available(), reason="built without sparse kernels")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("settings", [{}, dict(bias=False), dict(stride=2), dict(stride=(1, 3), padding="valid")])
+@torch.no_grad()
+def test_outputs_are_those_of_torch_in_the_order_of_sparse_layers(settings, relu, dtype):
+    layer = nn.Conv2d(5, 7, 1, **settings).to(dtype)
+    pointwise = PointwiseConv2d.of(layer, relu)
+    assert pointwise.weight is layer.weight
+    for images, turned in ((8, True), (3, False), (16, True)):
+        x = torch.randn(images, 5, 7, 9, dtype=dtype)
+        expected = layer(x).relu() if relu else layer(x)
+        for given in (x, to_batch_last(x)):
+            y = pointwise(given)
+            torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+            assert is_turned(y) == (turned or is_turned(given))
+    torch.testing.assert_close(pointwise(x[0]), layer(x[0]).relu() if relu else layer(x[0]), atol=1e-5, rtol=1e-5)
+    assert pointwise(x[:0]).shape == layer(x[:0]).shape
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_gradients_are_those_of_torch(turned):
+    layer = nn.Conv2d(5, 7, 1, stride=2)
+    x = torch.randn(8, 5, 6, 6)
+    results = []
+    for module, given in ((layer, x), (PointwiseConv2d.of(layer, False), to_batch_last(x) if turned else x)):
+        given = given.detach().requires_grad_()
+        y = module(given)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (given, *layer.parameters()))))
+    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-5)
+
+
+class Own(nn.Conv2d):
+    pass
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1, padding=1), nn.Conv2d(4, 4, 1, groups=2), nn.Linear(4, 4), Own(4, 4, 1)],
+)
+def test_others_are_none(layer):
+    assert PointwiseConv2d.of(layer, False) is None
