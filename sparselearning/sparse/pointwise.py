@@ -31,10 +31,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, i
 
 def with_batch_last(x: Tensor) -> Tensor | None:
     """Return images in CHWN order if sparse layers keep them so; None for others, and where gradients are wanted."""
-    if x.dim() != 4 or is_turned(x):
-        return x if x.dim() == 4 else None
-    wanted = is_batch_last(len(x)) and can_read(x) and x.numel() > 0 and not torch.is_grad_enabled()
-    return to_batch_last(x) if wanted else None
+    if x.dim() == 4 and is_turned(x):
+        return x
+    may_turn = can_read(x) and x.numel() > 0 and not torch.is_grad_enabled()  # asks for no sizes while torch traces
+    return to_batch_last(x) if may_turn and is_batch_last(len(x)) else None
 
 
 def is_pointwise(weight: Tensor, padding: Any, groups: int) -> bool:

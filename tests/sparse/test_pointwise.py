@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from helpers import needs_torch
 from torch import nn
 
-from sparselearning.sparse import available
+from sparselearning.sparse import SparseConv2d, available, load, save
 from sparselearning.sparse.memory_order import is_turned, to_batch_last
 from sparselearning.sparse.pointwise import PointwiseConv2d
 
@@ -40,6 +41,18 @@ def test_gradients_are_those_of_torch(turned):
         y = module(given)
         results.append((y, *torch.autograd.grad(y.square().sum(), (given, *layer.parameters()))))
     torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-5)
+
+
+@needs_torch(2, 8, "a dynamic batch of convolutions")
+def test_a_model_that_holds_one_is_saved_for_any_batch(tmp_path):
+    sparse = SparseConv2d.from_dense(nn.Conv2d(3, 5, 3))
+    model = nn.Sequential(sparse, PointwiseConv2d.of(nn.Conv2d(5, 7, 1, stride=2), True), nn.Flatten()).eval()
+    save(model, tmp_path / "file", torch.randn(8, 3, 9, 9))
+    serve = load(tmp_path / "file")
+    for images in (1, 8, 13, 16):
+        x = torch.randn(images, 3, 9, 9)
+        with torch.no_grad():
+            torch.testing.assert_close(serve(x), model(x), atol=1e-5, rtol=1e-5)
 
 
 class Own(nn.Conv2d):
