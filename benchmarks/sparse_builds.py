@@ -2,9 +2,11 @@
 
     g++ -std=c++17 -O3 -fPIC -shared -fvisibility=hidden -Wno-psabi sparselearning/native/kernels/*.cpp -o /tmp/new.so
     python benchmarks/sparse_builds.py --builds /tmp/old.so,/tmp/new.so
+    python benchmarks/sparse_builds.py --builds /tmp/old.so,/tmp/new.so --networks "wrn-16-8 0.05 b32,vgg-d"
 
 The builds take turns on the same layers, and a dense one is called before each turn, so that they find in the caches
-what a network leaves there. A ratio is how many times faster than the first a build is.
+what a network leaves there. A ratio is how many times faster than the first a build is. `--networks` takes whole
+networks after `convert` instead: rows of engines.py, whose layers find their input in memory where it is large.
 """
 
 import logging
@@ -12,11 +14,12 @@ from pathlib import Path
 
 import common
 import torch
+from peers.rows import chosen, network
 from sparse_layers import CONVOLUTIONS, LINEARS, both, forward, prune
 from torch import nn
 
 from sparselearning.native import library
-from sparselearning.sparse import SparseConv2d, SparseLinear
+from sparselearning.sparse import SparseConv2d, SparseLinear, convert
 from sparselearning.sparse.memory_order import in_order, is_batch_last
 
 
@@ -30,6 +33,7 @@ def main():
             ",".join(f"{channels}@{size}" for channels, size in CONVOLUTIONS),
             "channels @ height and width of 3x3 convolutions",
         ),
+        networks=("", "parts of the names of rows of engines.py, with commas between, instead of layers"),
         linears=(",".join(f"{features}x{features}" for features in LINEARS), "inputs x outputs of linear layers"),
     )
     args = common.parse(__doc__, rounds=15, densities=("0.05,0.02", "with commas between"), **more)
@@ -37,6 +41,10 @@ def main():
     convolutions = [(f"conv {size}", convolution, (size, args.images)) for size in args.convolutions.split(",") if size]
     linears = [(f"linear {size}", linear, (size, args.rows)) for size in args.linears.split(",") if size]
     args.builds = list(builds)
+    if args.networks:
+        torch.set_num_threads(args.threads)
+        rows = [measure_network(args, builds, row) for row in chosen(args.networks)]
+        return common.save(args, "sparse_builds", rows)
     rows = []
     for threads in [1] if args.threads == 1 else [1, args.threads]:
         torch.set_num_threads(threads)
@@ -77,6 +85,20 @@ def measure(args, builds, layer, sparse, inputs):
             f"{part}_{name}_ms": round(1e3 * common.summary(values)["median"], 3) for name, values in seconds.items()
         }
     return row
+
+
+@torch.no_grad()
+def measure_network(args, builds, row):
+    """Return the ratios of a network of engines.py."""
+    model, x = network(row)
+    fast, _ = convert(model, x)
+    seconds = common.alternate({name: by(build, lambda: fast(x)) for name, build in builds.items()}, args.rounds)
+    first = next(iter(seconds.values()))
+    found = dict(network=row.name, threads=args.threads)
+    found |= {name: round(common.ratio(first, values), 3) for name, values in seconds.items()}
+    found |= {f"{name}_ms": round(1e3 * common.summary(values)["median"], 1) for name, values in seconds.items()}
+    logging.info(" ".join(f"{key}={value}" for key, value in found.items()))
+    return found
 
 
 def by(build, call):
