@@ -120,18 +120,18 @@ PUBLISHED |= {0.1: (1.33, 0.03)}  # Dettmers and Zettlemoyer 2019: error of LeNe
 
 
 def draw_densities(axes: Axes) -> None:
-    """Draw the error of LeNet-300-100 against density: runs_mnist.csv, the dense row of mnist.csv, and the paper."""
+    """Draw the error of LeNet-300-100 against density: runs_mnist.csv and the paper."""
     errors: dict[float, list[float]] = {}
     for row in read("runs_mnist.csv"):
-        if row["model"] == "lenet300-100" and row["method"] == "sparse_momentum" and row["epochs"] == "100":
+        if row["model"] == "lenet300-100" and row["method"] in ("sparse_momentum", "dense") and row["epochs"] == "100":
             errors.setdefault(float(row["density"]), []).append(100 * (1 - float(row["test_accuracy"])))
     ours = {density: error_of(runs) for density, runs in sorted(errors.items())}
-    dense = [row for row in read("mnist.csv") if row["model"] == "lenet300-100" and float(row["density"]) == 1]
+    dense, _ = ours.pop(1.0)
     for points, colour, marker, label in [(ours, BLUE, "o", "this library"), (PUBLISHED, ORANGE, "s", "published")]:
         places = [density * (1 if points is ours else 1.04) for density in points]
         means, deviations = zip(*points.values(), strict=True)
         axes.errorbar(places, means, deviations, color=colour, marker=marker, markersize=5, capsize=3, label=label)
-    axes.axhline(100 * (1 - float(dense[0]["accuracy_mean"])), color=GREY, linestyle="--", label="dense")
+    axes.axhline(dense, color=GREY, linestyle="--", label="dense")
     axes.set_xscale("log")
     axes.set_xticks([*ours], [f"{density:.0%}" for density in ours])
     axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
