@@ -57,7 +57,8 @@ class PointwiseConv2d(nn.Conv2d):
         return keeping
 
     def forward(self, input: Tensor) -> Tensor:
-        x, (down, right) = with_batch_last(input), _pair(self.stride)
+        fits = input.dim() == 4 and input.shape[1] == self.in_channels  # what does not gets torch's error
+        x, (down, right) = with_batch_last(input) if fits else None, _pair(self.stride)
         y = super().forward(input) if x is None else product(x, self.weight, self.bias, (down, right))
         return y.relu_() if self.relu else y
 

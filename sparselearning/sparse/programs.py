@@ -152,7 +152,7 @@ class Program:
         self.steps = []
         for number, name, args, named in left:
             step = ops.conv2d_added if name == ADDED and any_order else operator_of(name)
-            if any_order and turning and args and not named:
+            if any_order and args and not named and (turning or name != "aten.conv2d.default"):
                 step, args = in_any_order(name, step, args)
             given = self.prepared(args), {key: self.prepared(part) for key, part in named}
             self.steps.append((number, step, *given, done[number]))

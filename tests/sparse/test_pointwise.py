@@ -55,6 +55,13 @@ def test_a_model_that_holds_one_is_saved_for_any_batch(tmp_path):
             torch.testing.assert_close(serve(x), model(x), atol=1e-5, rtol=1e-5)
 
 
+def test_a_wrong_number_of_channels_gets_the_error_of_torch():
+    layer = nn.Conv2d(5, 7, 1)
+    for given in (torch.randn(8, 4, 3, 3), to_batch_last(torch.randn(8, 4, 3, 3))):
+        with pytest.raises(RuntimeError, match="to have 5 channels"):
+            PointwiseConv2d.of(layer, False)(given)
+
+
 class Own(nn.Conv2d):
     pass
 

@@ -295,6 +295,18 @@ def test_the_batch_may_be_last_in_memory(tmp_path, function):
         torch.testing.assert_close(serve(x), model(x).detach())
 
 
+def test_a_model_without_sparse_convolutions_serves_images_in_any_order(tmp_path):
+    class Viewed(nn.Module):
+        def forward(self, x):
+            return nn.functional.conv2d(x, torch.ones(2, 3, 1, 1)).flatten(1) + x.reshape(len(x), -1)[:, :1]
+
+    model = nn.Sequential(Viewed(), nn.Linear(32, 4)).eval()
+    save(model, tmp_path / "file", torch.randn(8, 3, 4, 4), dynamic_batch=False)
+    for turned in (False, True):
+        x = torch.randn(3, 4, 4, 8).movedim(-1, 0) if turned else torch.randn(8, 3, 4, 4)
+        torch.testing.assert_close(load(tmp_path / "file")(x), model(x).detach())
+
+
 @given(
     shape=st.lists(st.integers(0, 4), max_size=4),
     dtype=st.sampled_from([*serving.DTYPES.values()]),
