@@ -10,8 +10,8 @@ from pathlib import Path
 import torch  # loads the OpenMP library whose threads the kernels run on
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
-INTERFACE = 7  # of kernels/interface.h
-STRUCTS = 8  # whose sizes the library tells
+INTERFACE = 8  # of kernels/interface.h
+STRUCTS = 11  # whose sizes the library tells
 FAILURES = {  # by what a function returns: Status of kernels/interface.h
     1: (ValueError, "The indices of a sparse layer do not fit its shape; load a state_dict of the same layer."),
     2: (MemoryError, "The sparse kernels ran out of memory."),
@@ -24,7 +24,12 @@ REBUILD = "Reinstall sparselearning (pip install --force-reinstall, or python se
 class Machine(ctypes.Structure):
     """What a function runs on."""
 
-    _fields_ = (("instruction_set", ctypes.c_int64), ("threads", ctypes.c_int64), ("fork", ctypes.c_void_p))
+    _fields_ = (
+        ("instruction_set", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("fork", ctypes.c_void_p),
+        ("awake", ctypes.c_int64),
+    )
 
 
 class Library:
@@ -67,7 +72,7 @@ class Library:
         return INSTRUCTION_SETS.index(name)
 
     def call(self, name: str, *arguments) -> None:
-        """Call a function on structs and integers.
+        """Call a function on structs, arrays and integers.
 
         It runs on the threads that torch may use.
 
@@ -80,10 +85,14 @@ class Library:
             kind, message = FAILURES[status]
             raise kind(message)
 
+    def address(self, name: str) -> int | None:
+        """Return the address of a function, for a list of several."""
+        return ctypes.cast(getattr(self.functions, name), ctypes.c_void_p).value
+
 
 def native(argument):
-    """Return what ctypes takes for a struct or an integer."""
-    return ctypes.byref(argument) if isinstance(argument, ctypes.Structure) else ctypes.c_int64(argument)
+    """Return what ctypes takes for a struct, an array or an integer."""
+    return ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.byref(argument)
 
 
 def load() -> Library | None:

@@ -6,8 +6,12 @@ indices with the layer's shape before it reads or writes anything (native/kernel
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +70,7 @@ class Layer(ctypes.Structure):
     _fields_ = (
         ("conv", Conv),
         *spans("start column order value bias x dy residual result dbias place"),
-        *fields("window_y window_x relu"),
+        *fields("window_y window_x relu checked"),
     )
 
 
@@ -113,6 +117,29 @@ class Sliding(ctypes.Structure):
     )
 
 
+class Averaging(ctypes.Structure):
+    """The mean of each plane."""
+
+    _fields_ = (*spans("x result"), *fields("planes pixels inner"))
+
+
+class Patch(ctypes.Structure):
+    """A field of a function's arguments that is another address in each call: slots[slot] + offset."""
+
+    _fields_ = (*fields("field slot offset"),)
+
+
+class Entry(ctypes.Structure):
+    """A function of a list, and its arguments."""
+
+    _fields_ = (
+        *fields("function arguments", ctypes.c_void_p),
+        ("bytes", ctypes.c_int64),
+        ("patches", ctypes.POINTER(Patch)),
+        ("count", ctypes.c_int64),
+    )
+
+
 STRUCTS = {  # Layer for all other kernels
     "affine": Affine,
     "transpose": Transposition,
@@ -122,13 +149,15 @@ STRUCTS = {  # Layer for all other kernels
     "pool": Pooling,
     "pool_gradient": Pooling,
     "pool_planes": Sliding,
+    "average_planes": Averaging,
 }
 
 
 @functools.cache
 def check_structs(loaded: Library) -> None:
     """Raise an ImportError if the library was built with other structs than these."""
-    ours = [ctypes.sizeof(kind) for kind in (Layer, Sorting, Affine, Transposition, Normalisation, Pooling, Sliding)]
+    kinds = (Layer, Sorting, Affine, Transposition, Normalisation, Pooling, Sliding, Averaging, Patch, Entry)
+    ours = [ctypes.sizeof(kind) for kind in kinds]
     if loaded.sizes[1:] != ours:
         raise ImportError(f"{loaded.path.name} has structs of {loaded.sizes[1:]} bytes, not {ours}. {REBUILD}")
 
@@ -191,20 +220,49 @@ def call(name: str, result: Tensor | None = None, **given) -> None:
                 f"Sparse layers compute in float32 or float64, got {dtype}. Convert the input or the layer."
             )
         suffix = "_" + DTYPES[dtype]
-    arguments, copies = {}, []
+    arguments, copies = {}, {}
     for key, field in given.items():
         wanted = OTHERS.get(key, dtype)
         if isinstance(field, Tensor):
             plain = type(field) in PLAIN and field.dtype is wanted and field.is_cpu and not field.is_neg()
             if not (plain and field.is_contiguous()):
                 field = in_one_piece(key, field, wanted)
-                copies.append(field)
+                copies[key] = field
             arguments[key], arguments[COUNTS[key]] = address, count = field.data_ptr(), field.numel()
             if count and (not address or field.untyped_storage().nbytes() < count * field.itemsize):
                 raise ValueError(f"Expected {count} numbers in {key} of a sparse kernel; its memory was taken away.")
         elif field is not None:
             arguments[key] = field
-    kernels().call(f"sl_{name}{suffix}", STRUCTS.get(name, Layer)(**arguments))
+    kernel = STRUCTS.get(name, Layer)(**arguments)
+    kernels().call(f"sl_{name}{suffix}", kernel)
+    if (calls := getattr(WATCHED, "calls", None)) is not None:
+        tensors = {key: field for key, field in given.items() if isinstance(field, Tensor)}
+        calls.append(Kernel(f"sl_{name}{suffix}", kernel, tensors | copies))
+
+
+@dataclass
+class Kernel:
+    """A call of a kernel: its function, its arguments, and the tensors whose addresses are among them."""
+
+    name: str
+    arguments: ctypes.Structure
+    tensors: dict[str, Tensor]
+
+    def address(self) -> int | None:
+        return kernels().address(self.name)
+
+
+WATCHED = threading.local()
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[Kernel]]:
+    """Return a list to which the kernels that this thread calls are added."""
+    outer, WATCHED.calls = getattr(WATCHED, "calls", None), []
+    try:
+        yield WATCHED.calls
+    finally:
+        WATCHED.calls = outer
 
 
 @functools.lru_cache(maxsize=1024)

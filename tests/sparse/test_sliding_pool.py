@@ -1,4 +1,4 @@
-"""Max-pooling in plain order equals torch's, whatever the windows."""
+"""Max-pooling in plain order equals torch's, whatever the windows, and so do means of planes."""
 
 import pytest
 import torch
@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparselearning.sparse import available, pooling
-from sparselearning.sparse.interface import kernels
-from sparselearning.sparse.pooling import BatchLastMaxPool2d, pool_planes, pooled_shape
+from sparselearning.sparse.interface import kernels, watched
+from sparselearning.sparse.memory_order import to_batch_last
+from sparselearning.sparse.pooling import BatchLastAdaptiveAvgPool2d, BatchLastMaxPool2d, pool_planes, pooled_shape
 
 pytestmark = pytest.mark.skipif(not available(), reason="built without sparse kernels")
 pair = st.tuples(st.integers(1, 4), st.integers(1, 4))
@@ -59,6 +60,38 @@ def test_the_layer_takes_the_kernel_only_where_nothing_else_is_asked(monkeypatch
         BatchLastMaxPool2d(2, 2, 2)(x)
     with torch.no_grad(), pytest.raises(RuntimeError, match="too small"):
         BatchLastMaxPool2d(9)(x)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 9), st.integers(1, 12), st.integers(1, 12)),
+    dtype=st.sampled_from([torch.float32, torch.float64]), instruction_set=st.sampled_from(instruction_sets()),
+    turned=st.booleans(), lost=st.booleans(),
+)  # fmt: skip
+def test_means_of_planes_equal_those_of_double_precision(shape, dtype, instruction_set, turned, lost):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=dtype)
+    if lost:
+        x[0, 0, 0, 0] = torch.nan
+    x = to_batch_last(x) if turned else x
+    kernels().instruction_set = instruction_set
+    try:
+        with watched() as calls:
+            found = BatchLastAdaptiveAvgPool2d(1)(x)
+    finally:
+        kernels().instruction_set = kernels().best
+    assert calls[-1].name.startswith("sl_average_planes")
+    assert found.is_contiguous()
+    expected = F.adaptive_avg_pool2d(x.double(), 1).to(dtype)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_means_that_need_gradients_are_torchs():
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    with watched() as calls:
+        BatchLastAdaptiveAvgPool2d(1)(x).sum().backward()
+    assert not calls
+    assert torch.equal(x.grad, torch.full_like(x, 1 / 16))
 
 
 def test_sizes_that_do_not_fit_are_refused():

@@ -69,7 +69,7 @@ bool all_below(const int32_t* index, int64_t count, int64_t limit);
 
 inline void check_below(const Span<const int32_t>& index, int64_t limit, const Parallel& parallel) {
     std::atomic<bool> below{true};
-    parallel.only_if(index.count > MANY_INDICES).run(index.count, [&](int64_t from, int64_t to) {
+    parallel.only_if(index.count, MANY_INDICES).run(index.count, [&](int64_t from, int64_t to) {
         if (!all_below(index.data + from, to - from, limit)) below = false;
     });
     require(below, MISFIT);

@@ -46,6 +46,8 @@ struct Tile {
     int64_t target;     // where its sums go, from the first ones of a row on
 };
 
+constexpr int TALLEST = 8;  // rows of a tile
+
 // What one sweep over the weight's rows computes: a whole strip, or a single tile where rows are cut into segments. A
 // row of sums has `pitch` positions.
 struct Piece {
@@ -74,7 +76,7 @@ inline std::vector<Strip> cut_rows(const Grid& grid, const Unit& unit, int64_t i
 
 // In NCHW, strips of whole vectors, whatever rows they cross.
 inline std::vector<Strip> cut_vectors(const Grid& grid, const Unit& unit, int64_t room) {
-    const int64_t vectors = (grid.images * grid.image_pitch + unit.lanes - 1) / unit.lanes;
+    const int64_t vectors = (grid.positions() + unit.lanes - 1) / unit.lanes;
     const int64_t longest = std::max<int64_t>(room / unit.lanes / unit.tile * unit.tile, unit.tile);
     const int64_t count = (vectors + longest - 1) / longest;
     std::vector<Strip> strips;
@@ -83,9 +85,24 @@ inline std::vector<Strip> cut_vectors(const Grid& grid, const Unit& unit, int64_
     return strips;
 }
 
+// In NCHW, where tiles are whole vectors of an image's rows: strips of whole rows of one image.
+inline std::vector<Strip> cut_lines(const Grid& grid, int64_t room) {
+    const int64_t longest = std::max<int64_t>(room / grid.pitch / TALLEST * TALLEST, TALLEST);
+    const int64_t count = (grid.height + longest - 1) / longest;
+    std::vector<Strip> strips;
+    for (int64_t image = 0; image < grid.images; ++image)
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t begin = image * grid.image_pitch + i * longest * grid.pitch;
+            const int64_t rows = std::min(longest, grid.height - i * longest);
+            strips.push_back({0, begin, begin + (rows - 1) * grid.pitch + grid.width});
+        }
+    return strips;
+}
+
 inline std::vector<Strip> cut_strips(const Grid& grid, const Unit& unit, int64_t images, int64_t planes,
-                                     int64_t parts, int64_t window = 0) {
+                                     int64_t parts, int64_t window = 0, bool in_lines = false) {
     const int64_t room = cache_bytes() / unit.bytes / unit.width / planes - grid.before - grid.after;
+    if (in_lines) return cut_lines(grid, room);
     return unit.width > 1 ? cut_rows(grid, unit, images, room, parts, window) : cut_vectors(grid, unit, room);
 }
 
@@ -114,6 +131,31 @@ inline std::vector<Tile> cut_squares(const Grid& grid, const Unit& unit, const S
         row += height;
     }
     return tiles;
+}
+
+// In NCHW, tiles of whole vectors of a row, and of the rows below it. Where a row has no whole number of vectors, two
+// tiles share some of its positions, and compute them twice.
+inline std::vector<Tile> cut_lines(const Grid& grid, const Unit& unit, const Strip& strip) {
+    const int64_t vectors = (grid.width + unit.lanes - 1) / unit.lanes, least = grid.width % unit.lanes ? 2 : 1;
+    const int64_t across = std::max((vectors + unit.tile - 1) / unit.tile, least);
+    const int64_t rows = (strip.end - strip.begin + grid.pitch - 1) / grid.pitch;
+    int height = TALLEST;
+    while (height * ((vectors + across - 1) / across) > unit.tile) height /= 2;
+    std::vector<Tile> tiles;
+    for (int64_t row = 0; row < rows; row += height) {
+        while (row + height > rows) height /= 2;
+        for (int64_t i = 0; i < across; ++i) {
+            const int64_t first = vectors * i / across, columns = vectors * (i + 1) / across - first;
+            const int64_t left = std::min(first * unit.lanes, grid.width - columns * unit.lanes);
+            tiles.push_back({row * grid.pitch + left, height, int(columns), 0});
+        }
+    }
+    return tiles;
+}
+
+// Whether rows of a grid are nearly whole vectors.
+inline bool has_lines(const Grid& grid, int64_t lanes) {
+    return grid.width >= lanes && (grid.width + lanes - 1) / lanes * lanes * 4 <= grid.width * 5;
 }
 
 inline std::vector<Tile> cut_tiles(const Grid& grid, const Unit& unit, const Strip& strip) {
@@ -155,7 +197,7 @@ inline std::vector<Piece> cut_pieces(const Grid& grid, const Unit& unit, const S
 }
 
 inline int64_t count_tiles(const Grid& grid, const Unit& unit, int64_t images) {
-    return grid.images * grid.image_pitch / unit.tile_positions() * (unit.width > 1 ? images / unit.width : 1);
+    return grid.positions() / unit.tile_positions() * (unit.width > 1 ? images / unit.width : 1);
 }
 
 // How many input channels are computed before the next ones. Their part under one tile fits into a core's first-level
@@ -166,7 +208,7 @@ inline int64_t count_tiles(const Grid& grid, const Unit& unit, int64_t images) {
 // the first-level cache.
 inline int64_t channels_together(const Grid& grid, const Unit& unit, int64_t images, int64_t channels, int64_t nonzeros,
                                  int64_t rows) {
-    const int64_t whole = (grid.images * grid.image_pitch + unit.lanes - 1) / unit.lanes * unit.lanes;
+    const int64_t whole = (grid.positions() + unit.lanes - 1) / unit.lanes * unit.lanes;
     const int64_t across = unit.width > 1 ? unit.tile_positions() : std::min(unit.tile_positions(), whole);
     const int64_t touched = std::min((grid.reach_y + 1) * (across + grid.reach_x), across + grid.before + grid.after);
     const int64_t bytes = touched * unit.width * unit.bytes * int64_t(grid.read.size());

@@ -79,6 +79,9 @@ struct Grid {
     std::vector<View> read, write;
     std::vector<int64_t> tap_plane;  // which of `read` a tap uses
     std::vector<int64_t> tap_shift;  // in flat positions
+
+    // From the first position written to the last one.
+    int64_t positions() const { return (images - 1) * image_pitch + (height - 1) * pitch + width; }
 };
 
 // The pitch of an axis: rows hold `read` valid positions, outputs are [0, write), and taps read at these shifts.

@@ -7,7 +7,7 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Counts the changes of this file. library.py refuses a library that was built from another version of it.
-constexpr int64_t INTERFACE = 7;
+constexpr int64_t INTERFACE = 8;
 
 // What every function returns; library.py turns all but OK into errors.
 enum Status { OK, MISFIT, NO_MEMORY, TOO_LARGE, WRONG_SIZES };
@@ -20,6 +20,7 @@ using Fork = void (*)(void (*)(void*), void*, unsigned, unsigned);
 struct Machine {
     int64_t instruction_set, threads;
     Fork fork;
+    int64_t awake;  // whether the threads have just ended another function's work
 };
 
 // A convolution. A linear layer is a 1x1 convolution over one image, one pixel high and as wide as the batch.
@@ -69,6 +70,7 @@ struct Layer {
     Span<S> result, dbias;
     Window window;
     int64_t relu;
+    int64_t checked;  // whether an earlier call has found that these indices fit this weight
 };
 
 // The nonzeros of a weight, and where they go in the order of the input gradient.
@@ -117,6 +119,14 @@ struct Sliding {
     int64_t kernel_y, kernel_x, stride_y, stride_x, pad_y, pad_x;
 };
 
+// result[n][plane] = the mean of a plane's pixels, each of which has `inner` numbers side by side.
+template <class S>
+struct Averaging {
+    Span<const S> x;
+    Span<S> result;
+    int64_t planes, pixels, inner;
+};
+
 // A pooling, or its gradient. The planes of `channels` channels are height x width pixels, and a pixel has `inner`
 // numbers side by side.
 template <class S>
@@ -125,4 +135,19 @@ struct Pooling {
     Span<S> result;
     Window window;
     int64_t channels, height, width, inner, relu;
+};
+
+// An address among a function's arguments, `field` bytes from their beginning, that is other in each call:
+// slots[slot] + offset.
+struct Patch {
+    int64_t field, slot, offset;
+};
+
+// A function of a list, and its arguments, `bytes` of them, as they were in the call that was watched.
+struct Entry {
+    Status (*function)(const Machine*, const void*);
+    const void* arguments;
+    int64_t bytes;
+    const Patch* patches;
+    int64_t count;
 };

@@ -57,6 +57,8 @@ enum InstructionSet { PORTABLE, AVX2, AVX512 };
 
 constexpr int64_t MOST_THREADS = 1024;
 
+constexpr int64_t MOST_BYTES = sizeof(Layer<double>);  // of a function's arguments: a layer has the most fields
+
 // The widest instruction set of this processor.
 int best_instruction_set() {
     static const int best = [] {
@@ -96,12 +98,13 @@ struct Kernels {
     void (*pool)(const Pooling<S>&, const Parallel&);
     void (*pool_gradient)(const Pooling<S>&, const Parallel&);
     void (*pool_planes)(const Sliding<S>&, const Parallel&);
+    void (*average_planes)(const Averaging<S>&, const Parallel&);
 };
 
 #define KERNELS_OF(set) \
     {set::convolve<S>, set::weight_gradient<S>, set::multiply_few<S>,       set::transpose<S>, \
      set::affine<S>,   set::normalise<S>,       set::normalise_gradient<S>, set::pool<S>, \
-     set::pool_gradient<S>, set::pool_planes<S>}
+     set::pool_gradient<S>, set::pool_planes<S>, set::average_planes<S>}
 
 // Whether half of the lanes of the widest vectors would be empty: then narrower ones move half as many bytes.
 template <class S>
@@ -123,12 +126,12 @@ const Kernels<S>& kernels(const Machine& machine, bool narrow = false) {
 }
 
 Parallel parallel_of(const Machine& machine) {
-    return {int(std::clamp<int64_t>(machine.threads, 1, MOST_THREADS)), machine.fork};
+    return {int(std::clamp<int64_t>(machine.threads, 1, MOST_THREADS)), machine.fork, machine.awake != 0};
 }
 
 Parallel threads_for(const Conv& c, int64_t nonzeros, const Parallel& parallel) {
     const int64_t read = c.in_channels * c.height * c.width, pixels = c.out_height * c.out_width;
-    return parallel.only_if(c.images * (read + (c.out_channels + nonzeros) * pixels) > MANY_NUMBERS);
+    return parallel.only_if(c.images * (read + (c.out_channels + nonzeros) * pixels), MANY_NUMBERS);
 }
 
 // The rows of the weight, one for each output channel, and the sizes of the layer, after all checks of them.
@@ -136,7 +139,8 @@ template <class S>
 Rows<S> rows_of(const Layer<S>& layer, const Parallel& parallel) {
     const Conv& c = layer.conv;
     check_sizes(c);
-    check_indices(layer.start, layer.column, c.out_channels, c.in_channels / c.groups * c.taps(), parallel);
+    if (!layer.checked)
+        check_indices(layer.start, layer.column, c.out_channels, c.in_channels / c.groups * c.taps(), parallel);
     return {c.out_channels, layer.start.data, layer.column.data, layer.value.data};
 }
 
@@ -185,7 +189,7 @@ void forward(const Machine& machine, const Layer<S>& layer) {
     const S *x = layer.x.data, *bias = layer.bias.data;
     if (makes_few_rows(c, c.y_first) && !layer.window.y) {
         check_starts(layer.start, layer.column, c.out_channels);
-        const Rows<S> rows{c.out_channels, layer.start.data, layer.column.data, layer.value.data};
+        const Rows<S> rows{c.out_channels, layer.start.data, layer.column.data, layer.value.data, layer.checked != 0};
         return multiply_few(machine, c, rows, x, c.in_channels, c.x_first, bias, layer.relu, layer.result.data);
     }
     const Rows<S> rows = rows_of(layer, parallel);
@@ -210,7 +214,7 @@ void input_gradient(const Machine& machine, const Layer<S>& layer) {
     check_below(layer.order, nonzeros, parallel);
     Memory memory;
     S* const ordered = static_cast<S*>(memory.at_least(nonzeros * sizeof(S)));
-    parallel.only_if(nonzeros > MANY_INDICES).run(nonzeros, [&](int64_t from, int64_t to) {
+    parallel.only_if(nonzeros, MANY_INDICES).run(nonzeros, [&](int64_t from, int64_t to) {
         for (int64_t k = from; k < to; ++k) ordered[k] = layer.value[layer.order[k]];
     });
     const Rows<S> rows{planes, layer.start.data, layer.column.data, ordered};
@@ -265,7 +269,7 @@ Parallel check_normalisation(const Machine& machine, const Normalisation<S>& giv
     require(given.scale.count == (given.scale.data ? given.channels : 0));
     require(given.shift.count == (given.shift.data ? given.channels : 0));
     require(given.mean.count == given.channels && given.variance.count == given.channels);
-    return parallel_of(machine).only_if(numbers > MANY_INDICES);
+    return parallel_of(machine).only_if(numbers, MANY_INDICES);
 }
 
 template <class S>
@@ -297,14 +301,14 @@ template <class S>
 void pool(const Machine& machine, const Pooling<S>& given) {
     const int64_t numbers = check_pooling(given);
     require(given.x.count == numbers && given.result.count == given.window.place.count);
-    if (numbers) kernels<S>(machine).pool(given, parallel_of(machine).only_if(numbers > MANY_INDICES));
+    if (numbers) kernels<S>(machine).pool(given, parallel_of(machine).only_if(numbers, MANY_INDICES));
 }
 
 template <class S>
 void pool_gradient(const Machine& machine, const Pooling<S>& given) {
     const int64_t numbers = check_pooling(given);
     require(given.result.count == numbers && given.dy.count == given.window.place.count);
-    if (numbers) kernels<S>(machine).pool_gradient(given, parallel_of(machine).only_if(numbers > MANY_INDICES));
+    if (numbers) kernels<S>(machine).pool_gradient(given, parallel_of(machine).only_if(numbers, MANY_INDICES));
 }
 
 inline void check_windows(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t out_size) {
@@ -319,7 +323,15 @@ void pool_planes(const Machine& machine, const Sliding<S>& given) {
     const int64_t numbers = product_of({given.planes, given.height, given.width});
     require(given.planes >= 0 && given.x.count == numbers);
     require(given.result.count == product_of({given.planes, given.out_height, given.out_width}));
-    if (numbers) kernels<S>(machine).pool_planes(given, parallel_of(machine).only_if(numbers > MANY_INDICES));
+    if (numbers) kernels<S>(machine).pool_planes(given, parallel_of(machine).only_if(numbers, MANY_INDICES));
+}
+
+template <class S>
+void average_planes(const Machine& machine, const Averaging<S>& given) {
+    for (int64_t size : {given.planes, given.pixels, given.inner}) require(size >= 1 && size <= INT32_MAX);
+    const int64_t numbers = product_of({given.planes, given.pixels, given.inner});
+    require(given.x.count == numbers && given.result.count == given.planes * given.inner);
+    kernels<S>(machine).average_planes(given, parallel_of(machine).only_if(numbers, MANY_INDICES));
 }
 
 // Sorts the nonzeros by (input channel, phase), as the input gradient reads them. A row of the result is one phase
@@ -353,6 +365,22 @@ void transpose_rows(const Machine& machine, const Sorting& given) {
         }
 }
 
+// Calls the functions of a list one after another, until one fails. Each gets arguments of its own, so that several
+// threads may run the same list.
+Status run_list(Machine machine, const Entry* entries, int64_t count, char* const* slots) {
+    for (const Entry* entry = entries; entry != entries + count; ++entry, machine.awake = true) {
+        alignas(Layer<double>) char arguments[MOST_BYTES];
+        if (entry->bytes < 0 || entry->bytes > MOST_BYTES) return WRONG_SIZES;
+        std::memcpy(arguments, entry->arguments, entry->bytes);
+        for (const Patch* patch = entry->patches; patch != entry->patches + entry->count; ++patch) {
+            const char* const address = slots[patch->slot] + patch->offset;
+            std::memcpy(arguments + patch->field, &address, sizeof address);
+        }
+        if (const Status status = entry->function(&machine, arguments)) return status;
+    }
+    return OK;
+}
+
 // Exceptions stop at the C interface.
 template <class Body>
 Status guarded(const Body& body) {
@@ -374,13 +402,17 @@ EXPORT int sl_instruction_set() { return best_instruction_set(); }
 EXPORT int64_t sl_interface(int64_t* sizes) {
     const size_t known[] = {sizeof(Machine), sizeof(Layer<float>), sizeof(Sorting), sizeof(Affine<float>),
                             sizeof(Transposition<float>), sizeof(Normalisation<float>), sizeof(Pooling<float>),
-                            sizeof(Sliding<float>)};
+                            sizeof(Sliding<float>), sizeof(Averaging<float>), sizeof(Patch), sizeof(Entry)};
     std::copy(std::begin(known), std::end(known), sizes);
     return INTERFACE;
 }
 
 EXPORT Status sl_transpose_rows(const Machine* machine, const Sorting* given) {
     return guarded([&] { transpose_rows(*machine, *given); });
+}
+
+EXPORT Status sl_run(const Machine* machine, const Entry* entries, int64_t count, char* const* slots) {
+    return run_list(*machine, entries, count, slots);
 }
 
 #define EXPORT_FOR(S, function, Arguments) \
@@ -401,3 +433,4 @@ EXPORT_FOR_ALL(normalise_gradient, Normalisation)
 EXPORT_FOR_ALL(pool, Pooling)
 EXPORT_FOR_ALL(pool_gradient, Pooling)
 EXPORT_FOR_ALL(pool_planes, Sliding)
+EXPORT_FOR_ALL(average_planes, Averaging)

@@ -24,6 +24,7 @@ constexpr int64_t MANY_INDICES = 1 << 17;
 struct Parallel {
     int threads;
     Fork fork;
+    bool awake;  // whether the threads are likely to wait for work still
 
     // Calls body(begin, end) on even ranges that cover [0, count), each range on some thread.
     template <class Body>
@@ -60,8 +61,11 @@ struct Parallel {
         if (task.failed) throw std::bad_alloc();
     }
 
-    // This thread alone, unless the work is `large`: to wake another takes as long as some 100,000 operations.
-    Parallel only_if(bool large) const { return {large ? threads : 1, fork}; }
+    // This thread alone, unless there is `enough` work: to wake another takes as long as some 100,000 operations, and to
+    // reach one that is awake an eighth of that.
+    Parallel only_if(int64_t work, int64_t enough) const {
+        return {work > (awake ? enough / 8 : enough) ? threads : 1, fork, awake};
+    }
 };
 
 // What a thread keeps memory for: the planes and sums of its own strip, a strip that all threads share, and where each

@@ -12,6 +12,7 @@ struct Rows {
     const int32_t* start;
     const int32_t* column;
     const S* value;
+    bool fit = true;  // whether the columns are known to be those of the weight
 
     int64_t nonzeros() const { return start[count]; }
 };
@@ -48,14 +49,18 @@ struct Segments {
         : blocks((product.channels_per_group() + together - 1) / together), bound(product.rows.count * (blocks + 1)) {
         const Rows<S>& rows = product.rows;
         const int64_t columns = together * int64_t(product.grid.tap_shift.size());  // of one block
-        product.parallel.only_if(rows.nonzeros() > MANY_INDICES).run(rows.count, [&](int64_t from, int64_t to) {
+        product.parallel.only_if(rows.nonzeros(), MANY_INDICES).run(rows.count, [&](int64_t from, int64_t to) {
             for (int64_t row = from; row < to; ++row) {
-                int32_t k = bound[row] = rows.start[row];
+                const int64_t begin = rows.start[row], end = rows.start[row + 1];
+                int64_t least = bound[row] = int32_t(begin);
                 for (int64_t block = 1; block < blocks; ++block) {
-                    while (k < rows.start[row + 1] && rows.column[k] < block * columns) ++k;
-                    bound[block * rows.count + row] = k;
+                    // Columns are about even, and ascend: the bound is near where it would be if they were.
+                    int64_t k = std::max(least, begin + (end - begin) * block / blocks);
+                    while (k < end && rows.column[k] < block * columns) ++k;
+                    while (k > least && rows.column[k - 1] >= block * columns) --k;
+                    bound[block * rows.count + row] = int32_t(least = k);
                 }
-                bound[blocks * rows.count + row] = rows.start[row + 1];
+                bound[blocks * rows.count + row] = int32_t(end);
             }
         });
     }
