@@ -1,14 +1,15 @@
-"""Sparse networks on every engine that a user could pick: `sparse.convert` against dense and sparse peers.
+"""Sparse networks on every engine that a user could pick: what `sparse.load` serves against dense and sparse peers.
 
     python benchmarks/engines.py
     python benchmarks/engines.py --quick
     python benchmarks/engines.py --rows resnet50,"vgg-d 0.05 b32" --threads 1
 
-Peers: torch eager and torch.compile in both memory orders, torch's CSR product, ONNX Runtime (fp32, int8), OpenVINO
-(fp32, bf16, int8) and DeepSparse 1.8. Those that torch does not hold are installed into virtual environments in
-benchmarks/.peers, and run in processes of their own; what does not install or run is skipped by its name. Ours and one
-peer take turns; a ratio is the median over rounds. Outputs are compared with torch eager. Every row runs in a fresh
-process, at the default instruction set and, where the processor has more, held to AVX2; on one and on two threads.
+Peers: the model that `sparse.convert` returned, called from Python, torch eager and torch.compile in both memory
+orders, torch's CSR product, ONNX Runtime (fp32, int8), OpenVINO (fp32, bf16, int8) and DeepSparse 1.8. Those that torch
+does not hold are installed into virtual environments in benchmarks/.peers, and run in processes of their own; what
+does not install or run is skipped by its name. Ours and one peer take turns; a ratio is the median over rounds. Outputs
+are compared with torch eager. Every row runs in a fresh process, at the default instruction set and, where there are
+more, held to AVX2; on one and on two threads.
 
 Results go to results/engines-cpu.json after each row, with the load of the machine; a row that has its result is not
 run again. At the end come results/engines-cpu.md, .csv and .png.

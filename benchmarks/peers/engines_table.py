@@ -4,14 +4,14 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 
-from peers.measured import KINDS, OURS
+from peers.measured import CONVERTED, KINDS, OURS
 from peers.rows import ROWS
 from tabulate import tabulate
 
 from sparselearning.experiments.report import plots
 
 DENSE_FP32 = ("eager", "eager channels_last", "compiled", "compiled channels_last", "ONNX Runtime", "OpenVINO")
-FP32 = (*DENSE_FP32, "CSR", "DeepSparse")
+FP32 = (*DENSE_FP32, CONVERTED, "CSR", "DeepSparse")
 FEWER_BITS = tuple(kind for kind in KINDS if kind not in FP32)
 ERRORS = ("error of ours", "of fp32 peers", "of fewer bits")
 GOALS = {row.name: row.goal for row in ROWS}
@@ -63,8 +63,9 @@ def table(records: list[dict]) -> str:
     headers = ["row", "set", "threads", "ours", *kinds, "best dense fp32", "goal", *ERRORS, "load"]
     notes = [f"{kind} was skipped: {why} ({len(names)} rows)" for (kind, why), names in skipped.items()]
     text = (
-        "Milliseconds, and in brackets the time over ours: the median of the ratios of turns. Errors are the largest "
-        "differences from torch eager, as shares of the largest output."
+        "Milliseconds, and in brackets the time over ours: the median of the ratios of turns. Ours is what `load` "
+        "serves, `converted` the same model called from Python. Errors are the largest differences from torch eager, "
+        "as shares of the largest output."
     )
     return "\n\n".join([text, tabulate(lines, headers, tablefmt="github", disable_numparse=True), *notes]) + "\n"
 

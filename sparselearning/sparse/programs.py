@@ -21,6 +21,8 @@ from torch.nn.modules.utils import _pair
 from sparselearning.sparse import ops
 from sparselearning.sparse.fusing import ADDED, CONVOLUTIONS, fused, steps_in
 from sparselearning.sparse.memory_order import is_turned, to_batch_first
+from sparselearning.sparse.planning import Plans
+from sparselearning.sparse.plans import Slot, filled
 from sparselearning.sparse.pointwise import is_pointwise, product, with_batch_last
 from sparselearning.sparse.pooling import BatchLastAdaptiveAvgPool2d, BatchLastAvgPool2d, BatchLastMaxPool2d
 
@@ -157,6 +159,7 @@ class Program:
             given = self.prepared(args), {key: self.prepared(part) for key, part in named}
             self.steps.append((number, step, *given, done[number]))
         self.results = self.prepared(description["results"])
+        self.plans = Plans()
 
     def __repr__(self) -> str:
         return f"Program({self.expected()}; {len(self.steps)} steps, {self.size} bytes)"
@@ -174,12 +177,17 @@ class Program:
         """
         values: dict[Any, Any] = {}
         self.take(values, args, kwargs)
+        if not self.plans.run(self, values):
+            self.run(values)
+        results = filled(self.results, values)
+        return rebuilt(self.description["returns"], [to_batch_first(y) if is_turned(y) else y for y in results])
+
+    def run(self, values: dict[Any, Any]) -> None:
+        """Run the steps: put what they return into `values`, which has the inputs."""
         for number, step, given, named, done in self.steps:
             values[number] = step(*filled(given, values), **{key: filled(each, values) for key, each in named.items()})
             for index in done:
                 del values[index]
-        results = filled(self.results, values)
-        return rebuilt(self.description["returns"], [to_batch_first(y) if is_turned(y) else y for y in results])
 
     def take(self, values: dict[Any, Any], args: tuple, kwargs: dict[str, Any]) -> None:
         """Check the arguments of a call, and put their tensors where steps find them."""
@@ -236,23 +244,9 @@ class Program:
         return [found]
 
 
-class Slot:
-    """Where a call puts the result of a step, or an input."""
-
-    def __init__(self, key: Any):
-        self.key = key
-
-
 def is_reference(given: Any) -> bool:
     """Return whether this stands for something else: a dict of one kind of thing and what it is."""
     return isinstance(given, dict) and len(given) == 1 and next(iter(given)) in REFERENCES
-
-
-def filled(given: Any, values: dict[Any, Any]) -> Any:
-    """Return an argument with what a call has put into its slots."""
-    if type(given) is Slot:
-        return values[given.key]
-    return [filled(part, values) for part in given] if type(given) is list else given
 
 
 def in_one_order(description: dict[str, Any]) -> Any:
