@@ -22,6 +22,7 @@ from sparselearning.sparse.plans import (
     Plan,
     Slot,
     Step,
+    address,
     filled,
     lay_out,
     layout,
@@ -51,6 +52,7 @@ class Plans:
 
     def __init__(self):
         self.known: dict[Any, Any] = {}  # layouts -> SEEN, a plan, or None where there can be none
+        self.spare: list[Tensor] = []
         self.lock = threading.Lock()
 
     def __reduce__(self):
@@ -71,13 +73,26 @@ class Plans:
         if plan is None:
             return False
         own = dict(values)
+        memory = self.memory_of(plan.bytes)
         try:
-            plan(own)
+            plan(own, memory)
         except OtherLayout:
             self.keep(key, None)
             return False
+        self.spare = [memory]
         values.update(own)
         return True
+
+    def memory_of(self, size: int) -> Tensor:
+        """Return the memory of the last call if it is large enough and no other thread has it, or else new one.
+
+        The system would give large memory anew to each call, page by page.
+        """
+        try:
+            memory = self.spare.pop()
+        except IndexError:
+            memory = torch.empty(0, dtype=torch.uint8)
+        return memory if memory.nbytes >= size else torch.empty(size, dtype=torch.uint8)
 
     def keep(self, key: Any, found: Any) -> None:
         """Keep what was found for these layouts, and forget the oldest where there are too many."""
@@ -105,7 +120,7 @@ def checked_plan(program: Program, inputs: dict[Any, Any]) -> Plan | None:
     values, own = dict(inputs), dict(inputs)
     try:
         plan = Watcher(program).planned(values)
-        plan(own)
+        plan(own, torch.empty(plan.bytes, dtype=torch.uint8))
     except (Unplannable, OtherLayout):
         return None
     return plan if all(same(values[key], own[key]) for key in slots_in(program.results)) else None
@@ -175,6 +190,7 @@ class Watcher:
             self.items,
             {key: self.slots[key] for key in inputs if key in self.slots},
             self.constants,
+            returned,
             {key: self.held[key] for key in returned if key in self.held},
             len(self.slots) + 1,
             size,
@@ -268,11 +284,6 @@ class Watcher:
             for block in self.behind.get(key, ())
         }
         self.items.append(step)
-
-
-def address(x: Tensor) -> int:
-    """Return where the memory begins in which x lies, alone or among others."""
-    return x.untyped_storage().data_ptr()
 
 
 def slots_in(given: Any) -> Iterator[Any]:

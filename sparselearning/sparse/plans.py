@@ -85,6 +85,11 @@ class Held:
         )
 
 
+def address(x: Tensor) -> int:
+    """Return where the memory begins in which x lies, alone or among others."""
+    return x.untyped_storage().data_ptr()
+
+
 def layout(x: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
     """Return what addresses of a tensor's numbers depend on."""
     return x.shape, x.stride(), x.dtype
@@ -147,17 +152,17 @@ class Plan:
     items: list[Step | Kernels]
     inputs: dict[Any, int]  # key -> slot
     constants: dict[int, Any]  # what steps give that depends on shapes alone
-    results: dict[Any, Held]  # of the program, those in the memory
+    returned: list[Any]  # the keys of what the program returns
+    held: dict[Any, Held]  # what of these lies in the memory
     slots: int
     bytes: int
 
-    def __call__(self, values: dict[Any, Any]) -> None:
-        """Put what the program returns into `values`, which has the inputs.
+    def __call__(self, values: dict[Any, Any], memory: Tensor) -> None:
+        """Put what the program returns into `values`, which has the inputs; `memory` has `bytes` bytes or more.
 
         Raises:
             OtherLayout: if a step gives what the kernels after it were not laid out for.
         """
-        memory = torch.empty(self.bytes, dtype=torch.uint8)
         slots = (ctypes.c_void_p * self.slots)(memory.data_ptr())
         for key, slot in self.inputs.items():
             slots[slot] = values[key].data_ptr()
@@ -169,9 +174,11 @@ class Plan:
                 take(item, values, memory, slots)
             for index in item.done:
                 values.pop(index, None)
-        for key, held in self.results.items():
-            y = held.of(memory)
-            values[key] = to_batch_first(y) if is_turned(y) else y.clone()
+        for key in self.returned:
+            y = self.held[key].of(memory) if key in self.held else values[key]
+            if isinstance(y, Tensor) and address(y) == memory.data_ptr():
+                y = to_batch_first(y) if is_turned(y) else y.clone()
+            values[key] = y
 
 
 def take(step: Step, values: dict[Any, Any], memory: Tensor, slots: Any) -> None:

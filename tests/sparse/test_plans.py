@@ -251,6 +251,42 @@ def test_memory_is_used_again(tmp_path):
     assert plan.bytes == 2 * 32 * 64 * 4
 
 
+def test_the_memory_of_a_call_is_that_of_the_next(small):
+    large, few = torch.randn(16, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    plan_of(small, large)
+    small(large)
+    (memory,) = small.plans.spare
+    for x in (few, large, few):
+        expected = copy.deepcopy(small)(x)
+        for _ in range(3):
+            assert torch.equal(small(x), expected)
+    assert small.plans.spare[0] is memory
+    assert not copy.deepcopy(small).plans.spare
+
+
+class Views(nn.Module):
+    """Views of what a sparse layer gives, by steps that are no kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = sparse_linear(6, 6)
+
+    def forward(self, x):
+        y = self.layer(x)
+        left, right = y.chunk(2, dim=1)
+        return y, y.T, left, right
+
+
+def test_results_are_no_views_of_memory_that_is_used_again(tmp_path):
+    serve = served(Views(), torch.randn(4, 6), tmp_path)
+    x = torch.randn(4, 6)
+    results = [serve(x) for _ in range(4)]
+    kept = [[y.clone() for y in each] for each in results]
+    serve(torch.randn(4, 6))
+    for found, wanted in zip(results, kept, strict=True):
+        assert all(map(torch.equal, found, wanted))
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_blocks_that_are_needed_together_lie_apart(seed):
     draw = random.Random(seed)
