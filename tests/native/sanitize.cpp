@@ -359,6 +359,41 @@ void check_normalisation(int64_t set, int64_t threads) {
     compare("gradient of a scale", dscale, expected_dscale);
 }
 
+// The mean of each plane, and the largest number of each window of it.
+template <class S>
+void check_planes(int64_t set, int64_t threads) {
+    const int64_t planes = draw(1, 9), height = draw(1, 20), width = draw(1, 40), inner = draw(0, 1) ? 1 : draw(1, 40);
+    const auto x = numbers<S>(planes * height * width * inner);
+    std::vector<S> mean(planes * inner);
+    average_planes(Machine{set, threads, nullptr}, Averaging<S>{span(x), target(mean), planes, height * width, inner});
+    std::vector<double> expected(mean.size());
+    for (size_t i = 0; i < x.size(); ++i)
+        expected[i % inner * planes + i / (height * width * inner)] += double(x[i]) / (height * width);
+    compare("mean of planes", mean, expected);
+
+    Sliding<S> given{span(x), {}, planes * inner, height, width};
+    given.kernel_y = draw(1, height), given.kernel_x = draw(1, width);
+    given.stride_y = draw(1, 3), given.stride_x = draw(1, 3);
+    given.pad_y = draw(0, given.kernel_y / 2), given.pad_x = draw(0, given.kernel_x / 2);
+    given.out_height = (height + 2 * given.pad_y - given.kernel_y) / given.stride_y + 1;
+    given.out_width = (width + 2 * given.pad_x - given.kernel_x) / given.stride_x + 1;
+    std::vector<S> largest(given.planes * given.out_height * given.out_width);
+    given.result = target(largest);
+    pool_planes(Machine{set, threads, nullptr}, given);
+    std::vector<double> windows;
+    for (int64_t p = 0; p < given.planes; ++p)
+        for (int64_t r = 0; r < given.out_height; ++r)
+            for (int64_t c = 0; c < given.out_width; ++c) {
+                double most = -1e30;
+                for (int64_t i = r * given.stride_y - given.pad_y, n = 0; n < given.kernel_y; ++n, ++i)
+                    for (int64_t j = c * given.stride_x - given.pad_x, m = 0; m < given.kernel_x; ++m, ++j)
+                        if (i >= 0 && i < height && j >= 0 && j < width)
+                            most = std::max(most, double(x[(p * height + i) * width + j]));
+                windows.push_back(most);
+            }
+    compare("largest of windows", largest, windows);
+}
+
 int64_t wrong_number() {
     const int64_t choices[] = {0, -1, 1, 2, 3, 17, 65536, INT32_MAX, int64_t(INT32_MAX) + 1, INT64_MAX, INT64_MIN};
     return choices[draw(0, 10)];
@@ -447,6 +482,19 @@ void other_functions_with_wrong_numbers(Status (*affine)(const Machine*, const A
     sl_zero_inactive(&machine, &weight, 1);
 }
 
+template <class S>
+void planes_with_wrong_numbers(Status (*average)(const Machine*, const Averaging<S>*),
+                               Status (*pool)(const Machine*, const Sliding<S>*)) {
+    const auto size = [] { return draw(0, 3) ? draw(0, 5) : wrong_number(); };
+    std::vector<S> x(draw(0, 60)), result(draw(0, 60));
+    const Machine machine{0, 1, nullptr};
+    const Averaging<S> averaging{span(x), target(result), size(), size(), size()};
+    average(&machine, &averaging);
+    const Sliding<S> sliding{span(x), target(result), size(), size(), size(), size(), size(),
+                             size(),  size(),         size(), size(), size(), size()};
+    pool(&machine, &sliding);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -461,6 +509,8 @@ int main(int argc, char** argv) {
             check_rows(random_rows<double>(), set, draw(1, 3));
             check_normalisation<float>(set, draw(1, 3));
             check_normalisation<double>(set, draw(1, 3));
+            check_planes<float>(set, draw(1, 3));
+            check_planes<double>(set, draw(1, 3));
         }
     int refused = 0;
     for (int i = 0; i < wrong / 6; ++i) {
@@ -474,6 +524,8 @@ int main(int argc, char** argv) {
         other_functions_with_wrong_numbers(sl_affine_double, sl_transpose_double, sl_normalise_double, sl_pool_double);
         other_functions_with_wrong_numbers(sl_affine_double, sl_transpose_double, sl_normalise_gradient_double,
                                            sl_pool_gradient_double);
+        planes_with_wrong_numbers(sl_average_planes_float, sl_pool_planes_float);
+        planes_with_wrong_numbers(sl_average_planes_double, sl_pool_planes_double);
     }
     std::printf("%d calls with wrong arguments: %d refused, none out of bounds\n", wrong / 6 * 6, refused);
     std::printf("%d rounds on %d instruction sets: no difference\n", rounds, sl_instruction_set() + 1);
