@@ -91,8 +91,8 @@ class Plans:
         try:
             memory = self.spare.pop()
         except IndexError:
-            memory = torch.empty(0, dtype=torch.uint8)
-        return memory if memory.nbytes >= size else torch.empty(size, dtype=torch.uint8)
+            memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+        return memory if memory.nbytes >= size else torch.empty(size, dtype=torch.uint8, device="cpu")
 
     def keep(self, key: Any, found: Any) -> None:
         """Keep what was found for these layouts, and forget the oldest where there are too many."""
@@ -120,7 +120,7 @@ def checked_plan(program: Program, inputs: dict[Any, Any]) -> Plan | None:
     values, own = dict(inputs), dict(inputs)
     try:
         plan = Watcher(program).planned(values)
-        plan(own, torch.empty(plan.bytes, dtype=torch.uint8))
+        plan(own, torch.empty(plan.bytes, dtype=torch.uint8, device="cpu"))
     except (Unplannable, OtherLayout):
         return None
     return plan if all(same(values[key], own[key]) for key in slots_in(program.results)) else None

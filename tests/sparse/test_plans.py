@@ -104,6 +104,18 @@ def test_what_a_call_returned_stays(small):
     assert all(map(torch.equal, results, kept))
 
 
+def test_calls_in_inference_mode_and_outside_share_a_plan_and_its_memory(small):
+    x = torch.randn(4, 3, 8, 8)
+    expected = small(x)
+    with torch.inference_mode():
+        assert all(torch.equal(small(x), expected) for _ in range(3))
+    weight = torch.ones(5, requires_grad=True)
+    (small(x) * weight).sum().backward()  # what an inference tensor would refuse
+    assert torch.allclose(weight.grad, expected.sum(0))
+    with torch.inference_mode():
+        assert torch.equal(small(x), expected)
+
+
 def test_threads_may_call_one_program(small):
     given = [torch.randn(4, 3, 8, 8) for _ in range(4)]
     expected = [small(x) for x in given]
