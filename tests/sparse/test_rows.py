@@ -32,7 +32,7 @@ def same(found, expected, **tolerance):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("size", [2, (2, 3), (3, 1), 1, (15, 17)])
-@pytest.mark.parametrize("batch", [16, 100])
+@pytest.mark.parametrize("batch", [8, 13, 16, 100])
 def test_pooling_is_exact(batch, size, relu, dtype):
     pool = nn.MaxPool2d(size)
     row = nn.Sequential(nn.ReLU(), pool) if relu else nn.Sequential(pool)

@@ -16,23 +16,30 @@ struct Unit {
     int64_t tile_positions() const { return tile * lanes / width; }
 };
 
+// The bytes of a core's caches; 0 or less where the system does not say.
+#ifdef _SC_LEVEL2_CACHE_SIZE
+inline int64_t first_level() { return sysconf(_SC_LEVEL1_DCACHE_SIZE); }
+inline int64_t second_level() { return sysconf(_SC_LEVEL2_CACHE_SIZE); }
+#else
+inline int64_t first_level() { return 0; }
+inline int64_t second_level() { return 0; }
+#endif
+
 // Planes of one strip together: seven eighths of a core's second-level cache, of which at most 1 MB was measured.
 inline int64_t cache_bytes() {
-    static const int64_t bytes = [] {
-        int64_t found = 0;
-#ifdef _SC_LEVEL2_CACHE_SIZE
-        found = sysconf(_SC_LEVEL2_CACHE_SIZE);
-#endif
-        return (found > 0 ? std::clamp<int64_t>(found, 1 << 18, 1 << 20) : 1 << 20) / 8 * 7;
-    }();
-    return bytes;
+    static const int64_t found = second_level();
+    return (found > 0 ? std::clamp<int64_t>(found, 1 << 18, 1 << 20) : 1 << 20) / 8 * 7;
 }
 
 // What the planes under one tile may take of the first-level cache; indices and sums pass through the rest.
-constexpr int64_t L1_BYTES = 24576;
+inline int64_t first_cache_bytes() {
+    static const int64_t found = first_level();
+    return std::clamp<int64_t>(found, 32 << 10, 48 << 10) / 4 * 3;
+}
 
-// The average number of nonzeros that a row has in one block of channels, at least.
-constexpr int64_t NONZEROS_TOGETHER = 24;
+// Multiply-adds of vectors that a row has for one tile in one block of channels, at least and on average: 24 nonzeros
+// where a tile is 8 vectors, 12 where it is 16.
+constexpr int64_t WORK_TOGETHER = 192;
 
 // A piece of the grid whose planes stay in the second-level cache; its first image, and its positions.
 struct Strip {
@@ -212,8 +219,9 @@ inline int64_t channels_together(const Grid& grid, const Unit& unit, int64_t ima
     const int64_t across = unit.width > 1 ? unit.tile_positions() : std::min(unit.tile_positions(), whole);
     const int64_t touched = std::min((grid.reach_y + 1) * (across + grid.reach_x), across + grid.before + grid.after);
     const int64_t bytes = touched * unit.width * unit.bytes * int64_t(grid.read.size());
-    const int64_t fitting = std::max<int64_t>(L1_BYTES / bytes, 1);
-    const int64_t enough = NONZEROS_TOGETHER * channels * rows / std::max<int64_t>(nonzeros, 1);
+    const int64_t fitting = std::max<int64_t>(first_cache_bytes() / bytes, 1);
+    const int64_t vectors = std::max<int64_t>(across * unit.width / unit.lanes, 1);
+    const int64_t enough = WORK_TOGETHER / vectors * channels * rows / std::max<int64_t>(nonzeros, 1);
     const bool read_again = unit.width == 1 || grid.tap_shift.size() > 1;
     if (fitting >= enough && channels >= 2 * fitting && read_again) return fitting;
     const int64_t together = std::max(fitting, enough);

@@ -108,8 +108,13 @@ struct Kernels {
 
 // Whether half of the lanes of the widest vectors would be empty: then narrower ones move half as many bytes.
 template <class S>
-bool is_narrow(const Conv& c) {
-    return c.batch_last && c.images <= int64_t(32 / sizeof(S));
+bool is_narrow(int64_t numbers) {
+    return numbers <= int64_t(32 / sizeof(S));
+}
+
+template <class S>
+bool is_narrow(const Product<S>& product) {
+    return is_narrow<S>(product.batch_last ? product.images : product.grid.positions());
 }
 
 template <class S>
@@ -198,7 +203,7 @@ void forward(const Machine& machine, const Layer<S>& layer) {
                        threads_for(c, rows.nonzeros(), parallel)};
     product.bias = bias, product.relu = layer.relu != 0;
     product.window = layer.window, product.residual = layer.residual.data;
-    kernels<S>(machine, is_narrow<S>(c)).convolve(product);
+    kernels<S>(machine, is_narrow(product)).convolve(product);
 }
 
 // A row is one phase plane of one input channel.
@@ -224,7 +229,7 @@ void input_gradient(const Machine& machine, const Layer<S>& layer) {
                        !c.batch_last && c.y_first, !c.batch_last && c.x_first, rows, layer.dy.data, layer.result.data,
                        threads_for(c, nonzeros, parallel)};
     product.x_window = layer.window;
-    kernels<S>(machine, is_narrow<S>(c)).convolve(product);
+    kernels<S>(machine, is_narrow(product)).convolve(product);
 }
 
 template <class S>
@@ -240,7 +245,7 @@ void weight_gradient(const Machine& machine, const Layer<S>& layer) {
                        threads_for(c, rows.nonzeros(), parallel)};
     product.dy = layer.dy.data, product.dy_window = layer.window;
     product.dbias = layer.dbias.count ? layer.dbias.data : nullptr;
-    kernels<S>(machine, is_narrow<S>(c)).weight_gradient(product);
+    kernels<S>(machine, is_narrow(product)).weight_gradient(product);
 }
 
 template <class S>
@@ -301,14 +306,16 @@ template <class S>
 void pool(const Machine& machine, const Pooling<S>& given) {
     const int64_t numbers = check_pooling(given);
     require(given.x.count == numbers && given.result.count == given.window.place.count);
-    if (numbers) kernels<S>(machine).pool(given, parallel_of(machine).only_if(numbers, MANY_INDICES));
+    const Parallel parallel = parallel_of(machine).only_if(numbers, MANY_INDICES);
+    if (numbers) kernels<S>(machine, is_narrow<S>(given.inner)).pool(given, parallel);
 }
 
 template <class S>
 void pool_gradient(const Machine& machine, const Pooling<S>& given) {
     const int64_t numbers = check_pooling(given);
     require(given.result.count == numbers && given.dy.count == given.window.place.count);
-    if (numbers) kernels<S>(machine).pool_gradient(given, parallel_of(machine).only_if(numbers, MANY_INDICES));
+    const Parallel parallel = parallel_of(machine).only_if(numbers, MANY_INDICES);
+    if (numbers) kernels<S>(machine, is_narrow<S>(given.inner)).pool_gradient(given, parallel);
 }
 
 inline void check_windows(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t out_size) {
