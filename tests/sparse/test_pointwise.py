@@ -5,7 +5,7 @@ import torch
 from helpers import needs_torch
 from torch import nn
 
-from sparselearning.sparse import SparseConv2d, available, load, save
+from sparselearning.sparse import SparseConv2d, available, load, pointwise, save
 from sparselearning.sparse.memory_order import is_turned, to_batch_last
 from sparselearning.sparse.pointwise import PointwiseConv2d
 
@@ -18,17 +18,17 @@ pytestmark = pytest.mark.skipif(not available(), reason="built without sparse ke
 @torch.no_grad()
 def test_outputs_are_those_of_torch_in_the_order_of_sparse_layers(settings, relu, dtype):
     layer = nn.Conv2d(5, 7, 1, **settings).to(dtype)
-    pointwise = PointwiseConv2d.of(layer, relu)
-    assert pointwise.weight is layer.weight
+    module = PointwiseConv2d.of(layer, relu)
+    assert module.weight is layer.weight
     for images, turned in ((8, True), (3, False), (16, True)):
         x = torch.randn(images, 5, 7, 9, dtype=dtype)
         expected = layer(x).relu() if relu else layer(x)
         for given in (x, to_batch_last(x)):
-            y = pointwise(given)
+            y = module(given)
             torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
             assert is_turned(y) == (turned or is_turned(given))
-    torch.testing.assert_close(pointwise(x[0]), layer(x[0]).relu() if relu else layer(x[0]), atol=1e-5, rtol=1e-5)
-    assert pointwise(x[:0]).shape == layer(x[:0]).shape
+    torch.testing.assert_close(module(x[0]), layer(x[0]).relu() if relu else layer(x[0]), atol=1e-5, rtol=1e-5)
+    assert module(x[:0]).shape == layer(x[:0]).shape
 
 
 @pytest.mark.parametrize("turned", [True, False])
@@ -53,6 +53,29 @@ def test_a_model_that_holds_one_is_saved_for_any_batch(tmp_path):
         x = torch.randn(images, 3, 9, 9)
         with torch.no_grad():
             torch.testing.assert_close(serve(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(pointwise.BY_ONEDNN is None, reason="torch without oneDNN's product")
+def test_the_product_is_onednns_where_nothing_else_is_asked_for(monkeypatch):
+    calls = []
+    found = pointwise.BY_ONEDNN
+    monkeypatch.setattr(pointwise, "BY_ONEDNN", lambda *given: calls.append(given) or found(*given))
+    layer = nn.Conv2d(5, 7, 1)
+    module = PointwiseConv2d.of(layer, False)
+    with torch.no_grad():
+        for images in (1, 8):
+            x = torch.randn(images, 5, 6, 6)
+            torch.testing.assert_close(module(x), layer(x), atol=1e-5, rtol=1e-5)
+        assert len(calls) == 2
+        with torch.autocast("cpu"):
+            assert module(x).dtype is torch.bfloat16
+        with monkeypatch.context() as off:
+            off.setattr(torch.backends.mkldnn, "enabled", False)
+            module(x)
+        module.double()(x.double())
+    x = to_batch_last(x).requires_grad_()
+    assert module.float()(x).requires_grad
+    assert len(calls) == 2
 
 
 def test_a_wrong_number_of_channels_gets_the_error_of_torch():
