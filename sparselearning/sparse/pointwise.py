@@ -23,25 +23,37 @@ from sparselearning.sparse.pooling import can_read
 BY_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int] = (1, 1)) -> Tensor:
-    """Return the convolution of x (N, C, H, W) in CHWN order with weight (K, C, 1, 1), in the same order.
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int] = (1, 1)) -> Tensor | None:
+    """Return the convolution of x (N, C, H, W) with weight (K, C, 1, 1), in new memory and in the order of x.
 
-    The result is new memory: (N, K, H / stride, W / stride).
+    The result is (N, K, H / stride, W / stride). It is in CHWN order where sparse layers have it so; in channels_last,
+    and on images whose order is left to torch, the product is oneDNN's or None: then torch's convolution is as good.
     """
-    pixels = x.movedim(0, -1)[:, :: stride[0], :: stride[1]]
-    columns, matrix = pixels.flatten(1), weight.flatten(1)
-    if BY_ONEDNN is not None and can_be_onednn(matrix, columns):
-        y = BY_ONEDNN(matrix, columns.t(), None, "none", [], "")
-        y = y if bias is None else y.add_(bias[:, None])
-    else:
-        y = matrix @ columns if bias is None else torch.addmm(bias[:, None], matrix, columns)
-    return y.unflatten(1, pixels.shape[1:]).movedim(-1, 0)
+    turned, matrix = with_batch_last(x), weight.flatten(1)
+    if turned is not None:
+        pixels = turned.movedim(0, -1)[:, :: stride[0], :: stride[1]]
+        y = product_of_columns(matrix, pixels.flatten(1), bias)
+        return y.unflatten(1, pixels.shape[1:]).movedim(-1, 0)
+    if not (can_read(x) and x.is_contiguous(memory_format=torch.channels_last) and can_be_onednn(matrix, x)):
+        return None
+    pixels = x[:, :, :: stride[0], :: stride[1]].movedim(1, -1)
+    y = BY_ONEDNN(pixels.flatten(0, 2), matrix, bias, "none", [], "")  # pyright: ignore[reportOptionalCall]
+    return y.unflatten(0, pixels.shape[:3]).movedim(-1, 1)
 
 
-def can_be_onednn(matrix: Tensor, columns: Tensor) -> bool:
-    """Return whether oneDNN, which torch neither records nor traces here, may compute matrix @ columns."""
-    plain = all(unobserved(each) and each.is_cpu and each.dtype is torch.float32 for each in (matrix, columns))
-    return plain and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
+def product_of_columns(matrix: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
+    """Return matrix @ columns + bias, which is one for each row."""
+    if can_be_onednn(matrix, columns):
+        y = BY_ONEDNN(matrix, columns.t(), None, "none", [], "")  # pyright: ignore[reportOptionalCall]
+        return y if bias is None else y.add_(bias[:, None])
+    return matrix @ columns if bias is None else torch.addmm(bias[:, None], matrix, columns)
+
+
+def can_be_onednn(*operands: Tensor) -> bool:
+    """Return whether the product of these can be oneDNN's, which torch neither records nor traces."""
+    plain = all(unobserved(each) and each.is_cpu and each.dtype is torch.float32 for each in operands)
+    may = torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
+    return BY_ONEDNN is not None and may and plain and all(each.numel() for each in operands)
 
 
 def with_batch_last(x: Tensor) -> Tensor | None:
@@ -77,8 +89,9 @@ class PointwiseConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         fits = input.dim() == 4 and input.shape[1] == self.in_channels  # what does not gets torch's error
-        x, (down, right) = with_batch_last(input) if fits else None, _pair(self.stride)
-        y = super().forward(input) if x is None else product(x, self.weight, self.bias, (down, right))
+        (down, right) = _pair(self.stride)
+        y = product(input, self.weight, self.bias, (down, right)) if fits else None
+        y = super().forward(input) if y is None else y
         return y.relu_() if self.relu else y
 
     def extra_repr(self) -> str:

@@ -23,7 +23,7 @@ from sparselearning.sparse.fusing import ADDED, CONVOLUTIONS, fused, steps_in
 from sparselearning.sparse.memory_order import is_turned, to_batch_first
 from sparselearning.sparse.planning import Plans
 from sparselearning.sparse.plans import Slot, filled
-from sparselearning.sparse.pointwise import is_pointwise, product, with_batch_last
+from sparselearning.sparse.pointwise import is_pointwise, product
 from sparselearning.sparse.pooling import BatchLastAdaptiveAvgPool2d, BatchLastAvgPool2d, BatchLastMaxPool2d
 
 CONTAINERS = {"tuple": tuple, "list": list, "dict": dict, "OrderedDict": OrderedDict}
@@ -126,9 +126,8 @@ def in_any_order(name: str, step: Callable[..., Any], args: list[Any]) -> tuple[
 def convolved(step: Callable[..., Any], x: Tensor, weight: Tensor, *others: Any) -> Tensor:
     """Return the convolution that `step` computes of these arguments."""
     bias, stride, padding, _, groups = [*others, *(None, [1, 1], [0, 0], [1, 1], 1)[len(others) :]]
-    if is_pointwise(weight, padding, groups) and (turned := with_batch_last(x)) is not None:
-        return product(turned, weight, bias, tuple(_pair(stride)))
-    return step(x, weight, *others)
+    y = product(x, weight, bias, tuple(_pair(stride))) if is_pointwise(weight, padding, groups) else None
+    return step(x, weight, *others) if y is None else y
 
 
 class Program:

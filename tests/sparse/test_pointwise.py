@@ -20,10 +20,10 @@ def test_outputs_are_those_of_torch_in_the_order_of_sparse_layers(settings, relu
     layer = nn.Conv2d(5, 7, 1, **settings).to(dtype)
     module = PointwiseConv2d.of(layer, relu)
     assert module.weight is layer.weight
-    for images, turned in ((8, True), (3, False), (16, True)):
+    for images, turned in ((8, True), (3, False), (1, False), (16, True)):
         x = torch.randn(images, 5, 7, 9, dtype=dtype)
         expected = layer(x).relu() if relu else layer(x)
-        for given in (x, to_batch_last(x)):
+        for given in (x, to_batch_last(x), x.to(memory_format=torch.channels_last)):
             y = module(given)
             torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
             assert is_turned(y) == (turned or is_turned(given))
@@ -63,9 +63,10 @@ def test_the_product_is_onednns_where_nothing_else_is_asked_for(monkeypatch):
     layer = nn.Conv2d(5, 7, 1)
     module = PointwiseConv2d.of(layer, False)
     with torch.no_grad():
-        for images in (1, 8):
-            x = torch.randn(images, 5, 6, 6)
-            torch.testing.assert_close(module(x), layer(x), atol=1e-5, rtol=1e-5)
+        for x in (torch.randn(1, 5, 6, 6), torch.randn(3, 5, 6, 6).to(memory_format=torch.channels_last)):
+            y = module(x)
+            assert y.is_contiguous(memory_format=torch.channels_last) == (len(x) == 3)
+            torch.testing.assert_close(y, layer(x), atol=1e-5, rtol=1e-5)
         assert len(calls) == 2
         with torch.autocast("cpu"):
             assert module(x).dtype is torch.bfloat16
