@@ -38,8 +38,8 @@ inline int64_t first_cache_bytes() {
 }
 
 // Multiply-adds of vectors that a row has for one tile in one block of channels, at least and on average. Where a vector
-// fills a cache line, the second level feeds half as many of them a cycle, and smaller blocks pay.
-inline int64_t work_together(const Unit& unit) { return unit.lanes * unit.bytes < 64 ? 192 : 128; }
+// fills a cache line, the second level feeds half as many of them a cycle, and smaller blocks for the first level pay.
+constexpr int64_t WORK_TOGETHER = 192, WORK_OF_LINES = 128;
 
 // A piece of the grid whose planes stay in the second-level cache; its first image, and its positions.
 struct Strip {
@@ -221,10 +221,11 @@ inline int64_t channels_together(const Grid& grid, const Unit& unit, int64_t ima
     const int64_t bytes = touched * unit.width * unit.bytes * int64_t(grid.read.size());
     const int64_t fitting = std::max<int64_t>(first_cache_bytes() / bytes, 1);
     const int64_t vectors = std::max<int64_t>(across * unit.width / unit.lanes, 1);
-    const int64_t enough = work_together(unit) / vectors * channels * rows / std::max<int64_t>(nonzeros, 1);
+    const auto enough = [&](int64_t work) { return work / vectors * channels * rows / std::max<int64_t>(nonzeros, 1); };
     const bool read_again = unit.width == 1 || grid.tap_shift.size() > 1;
-    if (fitting >= enough && channels >= 2 * fitting && read_again) return fitting;
-    const int64_t together = std::max(fitting, enough);
+    const bool lines = unit.lanes * unit.bytes >= 64;
+    if (fitting >= enough(lines ? WORK_OF_LINES : WORK_TOGETHER) && channels >= 2 * fitting && read_again) return fitting;
+    const int64_t together = std::max(fitting, enough(WORK_TOGETHER));
     const int64_t room = count_tiles(grid, unit, images) < 8 ? cache_bytes() : cache_bytes() / 2;
     return channels >= 3 * together && channels * bytes > room ? together : channels;
 }

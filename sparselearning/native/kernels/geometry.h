@@ -70,6 +70,18 @@ inline Plane output_plane(const Conv& c) {
             !c.batch_last && c.y_first};
 }
 
+// Where images whose batch is last are read pixel by pixel, every number is written where one was read: they are one
+// image of a single row.
+inline Conv as_one_row(Conv c) {
+    const bool single = c.taps() == 1 && c.stride_y * c.stride_x == 1 && !c.pad_y && !c.pad_x;
+    const int64_t numbers = c.images * c.height * c.width;
+    if (!single || !c.batch_last || c.x_first || c.y_first || numbers > INT32_MAX) return c;
+    c.width = c.out_width = numbers;
+    c.height = c.out_height = c.images = 1;
+    c.batch_last = 0;
+    return c;
+}
+
 // One direction of a convolution on its flat grid: the planes read and written, and the shift of every tap.
 struct Grid {
     int64_t images, pitch, image_pitch;  // with the batch last, a grid is of one vector of images, and `images` is 1

@@ -187,10 +187,10 @@ void multiply_few(const Machine& machine, const Conv& c, const Rows<S>& rows, co
 
 template <class S>
 void forward(const Machine& machine, const Layer<S>& layer) {
-    const Conv& c = layer.conv;
-    const Parallel parallel = parallel_of(machine);
-    check_sizes(c);
+    check_sizes(layer.conv);
     check_forward(layer);
+    const Conv c = layer.window.y ? layer.conv : as_one_row(layer.conv);
+    const Parallel parallel = parallel_of(machine);
     const S *x = layer.x.data, *bias = layer.bias.data;
     if (makes_few_rows(c, c.y_first) && !layer.window.y) {
         check_starts(layer.start, layer.column, c.out_channels);
@@ -209,13 +209,13 @@ void forward(const Machine& machine, const Layer<S>& layer) {
 // A row is one phase plane of one input channel.
 template <class S>
 void input_gradient(const Machine& machine, const Layer<S>& layer) {
-    const Conv& c = layer.conv;
+    check_sizes(layer.conv);
+    const Conv c = layer.window.y ? layer.conv : as_one_row(layer.conv);
     const Parallel parallel = parallel_of(machine);
-    check_sizes(c);
     const int64_t planes = c.in_channels * c.stride_y * c.stride_x, nonzeros = layer.column.count;
     check_indices(layer.start, layer.column, planes, c.out_channels / c.groups * c.taps(), parallel);
     require(layer.order.count == nonzeros && layer.value.count == nonzeros);
-    require(layer.dy.count == written_numbers(layer) && layer.result.count == input_numbers(c));
+    require(layer.dy.count == written_numbers(layer) && layer.result.count == input_numbers(layer.conv));
     check_below(layer.order, nonzeros, parallel);
     Memory memory;
     S* const ordered = static_cast<S*>(memory.at_least(nonzeros * sizeof(S)));
