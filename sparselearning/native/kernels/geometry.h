@@ -70,15 +70,25 @@ inline Plane output_plane(const Conv& c) {
             !c.batch_last && c.y_first};
 }
 
-// Where images whose batch is last are read pixel by pixel, every number is written where one was read: they are one
-// image of a single row.
-inline Conv as_one_row(Conv c) {
-    const bool single = c.taps() == 1 && c.stride_y * c.stride_x == 1 && !c.pad_y && !c.pad_x;
-    const int64_t numbers = c.images * c.height * c.width;
-    if (!single || !c.batch_last || c.x_first || c.y_first || numbers > INT32_MAX) return c;
-    c.width = c.out_width = numbers;
-    c.height = c.out_height = c.images = 1;
+// Images whose batch is last are one image whose rows are as many times as long, where taps are as far apart and the
+// stride along a row is 1.
+inline Conv as_one_image(Conv c) {
+    const int64_t n = c.images, longest = std::max({c.width, c.out_width, c.pad_x, c.dilation_x});
+    if (!c.batch_last || c.x_first || c.y_first || c.stride_x != 1 || n * longest > INT32_MAX) return c;
+    for (int64_t* size : {&c.width, &c.out_width, &c.pad_x, &c.dilation_x}) *size *= n;
+    c.images = 1;
     c.batch_last = 0;
+    return c;
+}
+
+// Those that are read pixel by pixel are one image of a single row: every number is written where one was read.
+inline Conv as_one_row(const Conv& given) {
+    const bool single = given.taps() == 1 && given.stride_y * given.stride_x == 1 && !given.pad_y && !given.pad_x;
+    if (!single || given.height * given.width * given.images > INT32_MAX) return given;
+    Conv c = as_one_image(given);
+    if (c.batch_last) return given;
+    c.width = c.out_width = c.width * c.height;
+    c.height = c.out_height = 1;
     return c;
 }
 

@@ -175,6 +175,17 @@ void check_forward(const Layer<S>& layer) {
 // Whether a product makes rows of a linear layer, and so few that it needs no grid.
 bool makes_few_rows(const Conv& c, bool by_rows) { return by_rows && !c.batch_last && c.width <= FEW; }
 
+// A convolution that computes the same: pixel by pixel where that can be, and on whole vectors of two pixels where those
+// of one would be half empty.
+template <class S>
+Conv simplified(const Machine& machine, const Layer<S>& layer) {
+    const Conv& c = layer.conv;
+    if (layer.window.y || !c.batch_last) return c;
+    const bool halves = machine.instruction_set == AVX512 && c.images == int64_t(32 / sizeof(S));
+    const Conv row = as_one_row(c);
+    return row.batch_last && halves && c.out_width % 2 == 0 ? as_one_image(c) : row;
+}
+
 // Multiplies `rows` with the few rows of x, which has so many features; by_rows: whether they lie row by row.
 template <class S>
 void multiply_few(const Machine& machine, const Conv& c, const Rows<S>& rows, const S* x, int64_t features,
@@ -189,7 +200,7 @@ template <class S>
 void forward(const Machine& machine, const Layer<S>& layer) {
     check_sizes(layer.conv);
     check_forward(layer);
-    const Conv c = layer.window.y ? layer.conv : as_one_row(layer.conv);
+    const Conv c = simplified(machine, layer);
     const Parallel parallel = parallel_of(machine);
     const S *x = layer.x.data, *bias = layer.bias.data;
     if (makes_few_rows(c, c.y_first) && !layer.window.y) {
@@ -210,7 +221,7 @@ void forward(const Machine& machine, const Layer<S>& layer) {
 template <class S>
 void input_gradient(const Machine& machine, const Layer<S>& layer) {
     check_sizes(layer.conv);
-    const Conv c = layer.window.y ? layer.conv : as_one_row(layer.conv);
+    const Conv c = simplified(machine, layer);
     const Parallel parallel = parallel_of(machine);
     const int64_t planes = c.in_channels * c.stride_y * c.stride_x, nonzeros = layer.column.count;
     check_indices(layer.start, layer.column, planes, c.out_channels / c.groups * c.taps(), parallel);
