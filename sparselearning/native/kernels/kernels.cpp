@@ -221,12 +221,12 @@ void forward(const Machine& machine, const Layer<S>& layer) {
 template <class S>
 void input_gradient(const Machine& machine, const Layer<S>& layer) {
     check_sizes(layer.conv);
+    require(layer.dy.count == written_numbers(layer) && layer.result.count == input_numbers(layer.conv));
     const Conv c = simplified(machine, layer);
     const Parallel parallel = parallel_of(machine);
     const int64_t planes = c.in_channels * c.stride_y * c.stride_x, nonzeros = layer.column.count;
     check_indices(layer.start, layer.column, planes, c.out_channels / c.groups * c.taps(), parallel);
     require(layer.order.count == nonzeros && layer.value.count == nonzeros);
-    require(layer.dy.count == written_numbers(layer) && layer.result.count == input_numbers(layer.conv));
     check_below(layer.order, nonzeros, parallel);
     Memory memory;
     S* const ordered = static_cast<S*>(memory.at_least(nonzeros * sizeof(S)));
